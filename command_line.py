@@ -1,0 +1,82 @@
+"""How the scripts talk to the user: options, one-line errors, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with this project's one-line errors and with the defaults shown by --help."""
+
+    def __init__(self, docstring: str) -> None:
+        """Take the script's docstring, commands included, as the text of --help."""
+        super().__init__(
+            description=docstring,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def number(
+    kind: type, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> Callable[[str], Any]:
+    """Return an argparse type: an int or float within the stated limits."""
+    limits = [f"of at least {at_least}" * math.isfinite(at_least)]
+    limits += [f"above {above}" * math.isfinite(above), f"below {below}" * math.isfinite(below)]
+    wanted = {int: "a whole number", float: "a number"}[kind]
+    wanted = " ".join([wanted, " and ".join(filter(None, limits))])
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= at_least and above < value < below):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """Run a script's main(argv); end with one line instead of a traceback where it fails.
+
+    Exit status: 2 for a user's mistake, 130 for Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a cp949 or ASCII console must not crash a script
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main(argv)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}; check the path, its permissions and the disk")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        _fail("the memory is full; use a smaller --batch-size or --model, or --device cpu")
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,290 @@
+"""Compare the original SAM 2.1 with your fine-tuned one: mean IoU, and pictures.
+
+    python compare_models.py                    # output/sam2_best.pt on the val split of data/
+    python compare_models.py --prompt box       # prompted with the object's box, not a point
+    python compare_models.py --limit 20         # a quick look
+    python compare_models.py --figures 20       # more pictures
+
+Both models get the same prompts, and of three masks each the one with the highest predicted
+score counts. Written to output/comparison/: results.csv and the pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+
+from command_line import ArgumentParser, UserError, number, run
+from image_files import Pair, atomic_write, read_pair, split_pairs
+from sam2_utils import (
+    MODELS,
+    Prompt,
+    autocast,
+    calculate_dice,
+    calculate_iou,
+    draw_overlay,
+    encode_images,
+    ensure_checkpoint,
+    load_predictor,
+    prompt_from_mask,
+    segment,
+    select_device,
+    select_precision,
+)
+
+BOX_WIDTH = 40
+ASCII_BOX = str.maketrans("┌┐└┘├┤─│", "++++++-|")
+
+
+class Result(NamedTuple):
+    """What both models made of one image."""
+
+    pair: Pair
+    prompt: Prompt
+    original_iou: float
+    finetuned_iou: float
+    original_dice: float
+    finetuned_dice: float
+
+    @property
+    def gain(self) -> float:
+        return self.finetuned_iou - self.original_iou
+
+
+class Models(NamedTuple):
+    """The two models to compare, and whether one encoding of an image serves both."""
+
+    original: SAM2ImagePredictor
+    finetuned: SAM2ImagePredictor
+    share_encoder: bool
+
+
+def share_features(first: SAM2ImagePredictor, second: SAM2ImagePredictor) -> bool:
+    """Say whether two models compute the same features, because these weights are bit-equal.
+
+    set_image uses the image encoder, the mask decoder's two convolutions on high-resolution
+    features, and no_mem_embed.
+    """
+    used = ("image_encoder.", "sam_mask_decoder.conv_s", "no_mem_embed")
+    others = second.model.state_dict()
+    return all(
+        torch.equal(weight, others[name])
+        for name, weight in first.model.state_dict().items()
+        if name.startswith(used)
+    )
+
+
+def segment_with_both(
+    models: Models, image: np.ndarray, prompt: Prompt, args: Namespace
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the HxW bool masks of the original and of the fine-tuned model for one prompt."""
+    size = image.shape[:2]
+    with autocast(args.device, args.precision):
+        features = encode_images(models.original, [image])
+        original_mask, _ = segment(models.original, features, prompt, size)
+        if not models.share_encoder:
+            features = encode_images(models.finetuned, [image])
+        finetuned_mask, _ = segment(models.finetuned, features, prompt, size)
+    return original_mask, finetuned_mask
+
+
+def compare(models: Models, pairs: list[Pair], args: Namespace) -> list[Result]:
+    """Measure both models on the same prompts; pairs with an empty mask are left out."""
+    results = []
+    for index, pair in enumerate(tqdm(pairs, desc="Comparing", unit="image")):
+        image, true_mask = read_pair(pair)
+        if not true_mask.any():
+            continue
+        prompt = prompt_from_mask(true_mask, args.prompt, np.random.default_rng([args.seed, index]))
+        masks = segment_with_both(models, image, prompt, args)
+        ious = [float(calculate_iou(mask, true_mask)) for mask in masks]
+        dices = [float(calculate_dice(mask, true_mask)) for mask in masks]
+        results.append(Result(pair, prompt, *ious, *dices))
+    if not results:
+        raise UserError("every mask is empty; check that objects are white (255)")
+    return results
+
+
+def format_table(results: list[Result], split: str) -> str:
+    """Return the guide's box: mean IoU of both models, and the improvement in %p."""
+    original = np.mean([result.original_iou for result in results])
+    finetuned = np.mean([result.finetuned_iou for result in results])
+    rule = "─" * BOX_WIDTH
+    rows = [
+        f"mean IoU ({split})".center(BOX_WIDTH),
+        None,
+        f"  original SAM 2:    {original:.2%}",
+        f"  fine-tuned SAM 2:  {finetuned:.2%}",
+        None,
+        f"  improvement:       {100 * (finetuned - original):+.1f}%p",
+    ]
+    lines = [f"├{rule}┤" if row is None else f"│{row:<{BOX_WIDTH}}│" for row in rows]
+    return "\n".join([f"┌{rule}┐", *lines, f"└{rule}┘"])
+
+
+def format_details(results: list[Result]) -> str:
+    """Return what is printed below the box."""
+    means = np.mean([result[2:] for result in results], axis=0)
+    gains = np.array([result.gain for result in results])
+    better, worse = int((gains > 0).sum()), int((gains < 0).sum())
+    return (
+        f"mean IoU   {means[0]:.4f} -> {means[1]:.4f}\n"
+        f"mean Dice  {means[2]:.4f} -> {means[3]:.4f}\n"
+        f"images     {len(results)}: {better} better, {len(results) - better - worse} equal, "
+        f"{worse} worse"
+    )
+
+
+def write_results(path: Path, results: list[Result]) -> None:
+    """Write a row an image; with a byte-order mark, so that Excel reads non-ASCII names."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    measures = Result._fields[2:]
+    writer.writerow(["image", "prompt", *measures])
+    for result in results:
+        points = zip(result.prompt.point_coords, result.prompt.point_labels, strict=True)
+        prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
+        numbers = [f"{value:.6f}" for value in result[2:]]
+        writer.writerow([result.pair.image.name, prompt, *numbers])
+    with atomic_write(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8-sig")
+
+
+def choose_figures(results: list[Result], count: int) -> list[Result]:
+    """Choose the results to draw: half the biggest gains, half the biggest losses."""
+    ranked = sorted(results, key=lambda result: result.gain, reverse=True)
+    if count >= len(ranked):
+        return ranked
+    return ranked[: count - count // 2] + ranked[len(ranked) - count // 2 :]
+
+
+def draw_comparison(path: Path, models: Models, result: Result, args: Namespace) -> None:
+    """Draw one image three times, the true outline in yellow: the prompt, and each model's mask."""
+    image, true_mask = read_pair(result.pair)
+    original_mask, finetuned_mask = segment_with_both(models, image, result.prompt, args)
+    prompted = draw_overlay(image, prompt=result.prompt, true_mask=true_mask)
+    panels = {
+        "prompt and true outline": prompted,
+        f"original: IoU {result.original_iou:.2f}": draw_overlay(
+            image, original_mask, true_mask=true_mask
+        ),
+        f"fine-tuned: IoU {result.finetuned_iou:.2f}": draw_overlay(
+            image, finetuned_mask, true_mask=true_mask
+        ),
+    }
+    figure = Figure(figsize=(12, 12), layout="constrained")
+    for axes, (title, panel) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        axes.imshow(panel)
+        axes.set_title(title)
+        axes.axis("off")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
+
+
+def draw_comparisons(models: Models, results: list[Result], args: Namespace) -> int:
+    """Draw the chosen results, named by rank and gain in %p; return how many."""
+    earlier = set(args.output.glob("comparison_*.png"))
+    chosen = choose_figures(results, args.figures)
+    for rank, result in enumerate(tqdm(chosen, desc="Drawing", unit="figure"), start=1):
+        points = round(100 * result.gain)
+        path = args.output / f"comparison_{rank:02}_{points:+d}p_{result.pair.name}.png"
+        draw_comparison(path, models, result, args)
+        earlier.discard(path)
+    for path in earlier:  # what an earlier comparison drew would be taken for this one's
+        path.unlink()
+    return len(chosen)
+
+
+def load_models(args: Namespace) -> Models:
+    """Load the original and the fine-tuned model, which must be of the same size."""
+    if not args.finetuned.is_file():
+        raise UserError(
+            f"no fine-tuned model at {args.finetuned}; run: python train_sam2_proper.py"
+        )
+    finetuned, name = load_predictor(args.model, args.finetuned, args.device)
+    checkpoint = args.original or ensure_checkpoint(name)
+    original, _ = load_predictor(name, checkpoint, args.device)
+    print(f"original:   {checkpoint}\nfine-tuned: {args.finetuned} (SAM 2.1 {name})")
+    return Models(original, finetuned, share_features(original, finetuned))
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(__doc__)
+    models = parser.add_argument_group("the models")
+    models.add_argument(
+        "--finetuned", type=Path, default=Path("output/sam2_best.pt"), help="the fine-tuned file"
+    )
+    models.add_argument(
+        "--original", type=Path, help="the original file (default: SAM 2.1's, downloaded)"
+    )
+    models.add_argument(
+        "--model", choices=MODELS, help="their size (default: what the fine-tuned file says)"
+    )
+    data = parser.add_argument_group("what they are compared on")
+    data.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
+    data.add_argument("--split", choices=("val", "train"), default="val", help="which images")
+    data.add_argument("--limit", type=number(int, at_least=1), help="the first N images only")
+    data.add_argument(
+        "--prompt",
+        choices=("center", "random", "box"),
+        default="center",
+        help="the point deepest inside the mask, a random point in it, or its box",
+    )
+    data.add_argument("--seed", type=number(int, at_least=0), default=42, help="of random points")
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--output", type=Path, default=Path("output/comparison"), help="where they go"
+    )
+    results.add_argument(
+        "--figures",
+        type=number(int, at_least=0),
+        default=10,
+        help="how many pictures: the biggest gains and the biggest losses",
+    )
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
+    machine.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: bfloat16 (else float16) on CUDA, float32 elsewhere",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.device = select_device(args.device)
+    args.precision = select_precision(args.precision, args.device)
+    pairs = split_pairs(args.data, args.split, args.limit)
+    models = load_models(args)
+
+    results = compare(models, pairs, args)
+    print_anywhere(format_table(results, args.split))
+    print(format_details(results))
+    write_results(args.output / "results.csv", results)
+    drawn = draw_comparisons(models, results, args)
+    print(f"wrote results.csv and {drawn} pictures to {args.output}")
+
+
+def print_anywhere(table: str) -> None:
+    """Print a table, with ASCII in place of box characters where the console lacks them."""
+    try:
+        table.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        table = table.translate(ASCII_BOX)
+    print(table)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,226 @@
+"""Fill data/ with pairs of images and masks, split into train and val, and fetch SAM 2.1.
+
+    python download_dataset.py                                # Kvasir-SEG, from the network
+    python download_dataset.py --archive kvasir-seg.zip       # from a file that you have
+    python download_dataset.py --images photos --masks masks  # your own folders
+
+An image and its mask have the same name, whatever their suffixes. Files are copied, never
+changed. Kvasir-SEG is for research and education only; cite Jha et al., MMM 2020.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import tempfile
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path, PurePath, PurePosixPath
+
+from tqdm import tqdm
+
+from command_line import ArgumentParser, UserError, number, run
+from image_files import Pair, atomic_write, find_pairs, read_pair
+from sam2_utils import MODELS, download_file, ensure_checkpoint, file_sha256
+
+DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
+DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
+SPLITS = ("train", "val")
+SPLIT_FILE = "split.json"  # written last: its presence says that the data folder is complete
+
+
+def split_names(names: list[str], val_fraction: float, seed: int) -> dict[str, list[str]]:
+    """Split names into train and val, the same on every platform for the same seed.
+
+    Both splits get at least one name. Raises UserError for fewer than two names.
+    """
+    if len(names) < 2:
+        raise UserError(f"{len(names)} pair cannot be split into train and val; add more pairs")
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    val_count = min(max(round(len(names) * val_fraction), 1), len(names) - 1)
+    return {"train": sorted(shuffled[val_count:]), "val": sorted(shuffled[:val_count])}
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[list[Pair]]:
+    """Yield the pairs inside a zip archive, wherever in it images/ and masks/ lie side by side.
+
+    Raises UserError, before anything is written, when the archive is damaged, has a member
+    outside its folder, or does not pair up.
+    """
+    if not path.is_file():
+        raise UserError(f"no such archive: {path}; check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_archive(path, archive)
+            root = find_dataset_root(path, archive)
+            yield find_pairs(root / "images", root / "masks")
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise UserError(
+            f"{path} is not a whole zip archive ({error}); download it again"
+        ) from error
+
+
+def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raise UserError for a damaged or encrypted member, or one that would leave its folder."""
+    for member in archive.infolist():
+        name = PurePosixPath(member.filename.replace("\\", "/"))
+        if name.is_absolute() or ".." in name.parts or ":" in member.filename:
+            raise UserError(f"{path} has a member outside its folder: {name}; do not trust it")
+        if member.flag_bits & 1:
+            raise UserError(f"{path} is encrypted; unpack it, then use --images and --masks")
+    damaged = archive.testzip()
+    if damaged:
+        raise UserError(f"{path} is damaged at {damaged}; download it again")
+
+
+def find_dataset_root(path: Path, archive: zipfile.ZipFile) -> zipfile.Path:
+    """Return the one folder of the archive that has images/ and masks/ in it."""
+    folders = {parent for name in archive.namelist() for parent in PurePosixPath(name).parents} | {
+        PurePosixPath(name) for name in archive.namelist() if name.endswith("/")
+    }
+    folders = {folder for folder in folders if "__MACOSX" not in folder.parts}
+    roots = [f.parent for f in folders if f.name == "images" and f.parent / "masks" in folders]
+    if len(roots) != 1:
+        raise UserError(
+            f"{path} has {len(roots)} folders with images/ and masks/ in them, not one; "
+            "unpack it, then use --images and --masks"
+        )
+    prefix = "" if roots[0] == PurePosixPath(".") else f"{roots[0]}/"
+    return zipfile.Path(archive, prefix)
+
+
+def write_dataset(pairs: list[Pair], data: Path, val_fraction: float, seed: int) -> None:
+    """Check every pair and copy it into data/images/ and data/masks/, in train/ and val/.
+
+    Everything is built in a folder beside and moved into place when complete; on any error
+    `data` stays as it was.
+    """
+    splits = split_names([pair.name for pair in pairs], val_fraction, seed)
+    split_of = {name: split for split, names in splits.items() for name in names}
+    data.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=data) as folder:
+        for pair in tqdm(pairs, desc="Checking and copying", unit="pair"):
+            copies = []
+            for kind, source in (("images", pair.image), ("masks", pair.mask)):
+                suffix = PurePath(source.name).suffix
+                copy = Path(folder) / kind / split_of[pair.name] / (pair.name + suffix)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(source.read_bytes())
+                copies.append(copy)
+            check_pair(pair, *copies)
+        replace_folders(Path(folder), data)
+    with atomic_write(data / SPLIT_FILE) as temporary:
+        text = json.dumps({"seed": seed, "val_fraction": val_fraction, **splits}, indent=1)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def check_pair(pair: Pair, image_copy: Path, mask_copy: Path) -> None:
+    """Raise UserError, in terms of the user's own files, for a pair that cannot be trained on."""
+    try:
+        read_pair(Pair(pair.name, image_copy, mask_copy))
+    except UserError as error:
+        message = str(error).replace(str(image_copy), str(pair.image))
+        raise UserError(message.replace(str(mask_copy), str(pair.mask))) from error
+
+
+def replace_folders(new: Path, data: Path) -> None:
+    """Move images/ and masks/ from `new` into `data`; what stood there goes when both are in."""
+    (data / SPLIT_FILE).unlink(missing_ok=True)
+    old = Path(new, "old")
+    old.mkdir()
+    for kind in ("images", "masks"):
+        if (data / kind).exists():
+            (data / kind).replace(old / kind)
+        (new / kind).replace(data / kind)
+
+
+def count_pairs(data: Path) -> dict[str, int]:
+    """Return the number of image files of each split in a data folder."""
+    return {
+        split: len(find_pairs(data / "images" / split, data / "masks" / split)) for split in SPLITS
+    }
+
+
+def existing_dataset(data: Path, force: bool) -> bool:
+    """Say whether `data` already holds a data set to keep.
+
+    Raises UserError where what is there is not this script's to replace.
+    """
+    present = [kind for kind in ("images", "masks") if any((data / kind).glob("*/*.*"))]
+    made_here = (data / SPLIT_FILE).is_file()
+    if not present or (made_here and force):
+        return False
+    if made_here or (len(present) == 2 and not force):
+        return True
+    raise UserError(
+        f"{data / present[0]} holds files that this script did not finish putting there; "
+        f"move them away, or use another --data folder"
+    )
+
+
+def prepare_dataset(args: Namespace) -> None:
+    """Fill args.data from the source that the options name, unless it is already filled."""
+    if existing_dataset(args.data, args.force):
+        print(f"{args.data} already holds a data set: nothing to do (--force makes it anew).")
+        return
+    if args.images:
+        pairs = find_pairs(args.images, args.masks)
+        if any(args.data.resolve() in pair.image.resolve().parents for pair in pairs):
+            raise UserError(f"{args.images} lies inside {args.data}; use another --data folder")
+        write_dataset(pairs, args.data, args.val_fraction, args.seed)
+        return
+    archive = args.archive
+    if not archive:
+        archive = args.data / "kvasir-seg.zip"
+        by_hand = "download it with a browser and run again with --archive FILE.zip"
+        if not archive.is_file() or file_sha256(archive) != DATASET_SHA256:
+            download_file(DATASET_URL, archive, DATASET_SHA256, by_hand)
+    with open_archive(archive) as pairs:
+        write_dataset(pairs, args.data, args.val_fraction, args.seed)
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(__doc__)
+    source = parser.add_argument_group("where the pairs come from")
+    source.add_argument("--archive", type=Path, help="a zip with images/ and masks/ inside")
+    source.add_argument("--images", type=Path, help="a folder of images")
+    source.add_argument("--masks", type=Path, help="the folder of their masks")
+    split = parser.add_argument_group("how they are split")
+    split.add_argument("--data", type=Path, default=Path("data"), help="the folder to fill")
+    split.add_argument(
+        "--val-fraction",
+        type=number(float, above=0, below=1),
+        default=0.2,
+        help="the share of pairs kept for validation",
+    )
+    split.add_argument("--seed", type=number(int, at_least=0), default=42, help="of the split")
+    split.add_argument("--force", action="store_true", help="make the data folder anew")
+    model = parser.add_argument_group("the checkpoint of SAM 2.1")
+    model.add_argument("--model", choices=MODELS, default="small", help="its size")
+    model.add_argument(
+        "--checkpoints", type=Path, default=Path("checkpoints"), help="the folder to put it in"
+    )
+    model.add_argument("--skip-checkpoint", action="store_true", help="do not fetch it")
+    args = parser.parse_args(argv)
+    if bool(args.images) != bool(args.masks):
+        parser.error("--images and --masks go together")
+    if args.images and args.archive:
+        parser.error("--archive and --images are two sources; give one of them")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    prepare_dataset(args)
+    for split, count in count_pairs(args.data).items():
+        print(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
+    if not args.skip_checkpoint:
+        print(f"checkpoint: {ensure_checkpoint(args.model, args.checkpoints)}")
+
+
+if __name__ == "__main__":
+    run(main)

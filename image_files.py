@@ -1,0 +1,171 @@
+"""Images and masks on disk: pairing, reading, and writing that is never left half done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import unicodedata
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from command_line import UserError
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there becomes `path` when complete.
+
+    An error inside the block, or a pulled plug, leaves whatever stood at `path` as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Pair(NamedTuple):
+    """An image and its mask: files on disk, or members of a zip archive (zipfile.Path)."""
+
+    name: str
+    image: Path
+    mask: Path
+
+
+def find_pairs(image_dir: Path, mask_dir: Path) -> list[Pair]:
+    """Pair the images and the masks of two folders by file stem, sorted by name.
+
+    The suffixes may differ. Raises UserError unless every image has one mask, and the reverse.
+    """
+    images, masks = _files_by_stem(image_dir), _files_by_stem(mask_dir)
+    if not images:
+        raise UserError(f"no images in {image_dir}; expected files like name.jpg or name.png")
+    _require_partners(images, masks, f"no mask of the same name in {mask_dir}")
+    _require_partners(masks, images, f"no image of the same name in {image_dir}")
+    return [Pair(stem, images[stem], masks[stem]) for stem in sorted(images)]
+
+
+def _require_partners(files: dict[str, Path], partners: dict[str, Path], what: str) -> None:
+    alone = sorted(files.keys() - partners.keys())
+    if alone:
+        names = ", ".join(files[stem].name for stem in alone[:3])
+        more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+        raise UserError(f"{names}{more}: {what}; add what is missing, or take these files away")
+
+
+def _files_by_stem(folder: Path) -> dict[str, Path]:
+    """Map the stem of each image file in `folder` to its path; hidden files are left out."""
+    files: dict[str, Path] = {}
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}; check the path")
+    for path in folder.iterdir():
+        name = PurePath(path.name)
+        if name.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        stem = unicodedata.normalize("NFC", name.stem)  # macOS decomposes 한글 in file names
+        if stem in files:
+            raise UserError(
+                f"{files[stem].name} and {path.name} in {folder} have the same name but for the "
+                "suffix; keep one of them"
+            )
+        files[stem] = path
+    return files
+
+
+def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
+    """Return the pairs of a split ("train" or "val") of a data folder, the first `limit` of them.
+
+    Raises UserError with the command to run where the folder is not there.
+    """
+    image_dir, mask_dir = data / "images" / split, data / "masks" / split
+    for folder in (image_dir, mask_dir):
+        if not folder.is_dir():
+            raise UserError(f"no data in {folder}; run: python download_dataset.py --data {data}")
+    return find_pairs(image_dir, mask_dir)[:limit]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read any image that OpenCV knows, upright by its EXIF orientation.
+
+    Returns an HxWx3 uint8 array in RGB. Raises UserError when it cannot be read.
+    """
+    image = _decode(path, _read_bytes(path), cv2.IMREAD_COLOR)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Read a mask: gray > 127, or gray == 1 where a lossless file holds only 0 and 1.
+
+    Returns an HxW bool array. Raises UserError when it cannot be read, is in colour, or is a
+    label map whose small values a threshold at 127 would silently drop.
+    """
+    content = _read_bytes(path)
+    gray = _decode(path, content, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
+    if gray.ndim == 3:
+        spread = gray.max(axis=2).astype(np.int64) - gray.min(axis=2)
+        if spread.max() > 64:
+            raise UserError(f"{path} is a mask in colour; save it in black and white (0 and 255)")
+        gray = gray[..., 1]
+    if gray.dtype == np.uint16 and gray.max() > 255:
+        gray = gray >> 8
+    is_jpeg = content[:2].tobytes() == b"\xff\xd8"
+    if is_jpeg:
+        dark = int(gray.max()) in range(33, 128)  # up to 32: compression noise around nothing
+    else:
+        if gray.max() <= 1:
+            return gray == 1
+        dark = np.count_nonzero(gray) > 2 * np.count_nonzero(gray > 127)
+    if dark:
+        values = ", ".join(map(str, np.unique(gray)[:5]))
+        raise UserError(
+            f"{path} is not black and white (its values start {values}: a label map?); "
+            "save one binary mask, 0 for background and 255 for the object"
+        )
+    return gray > 127
+
+
+def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image (HxWx3 uint8 RGB) and its mask (HxW bool), which must have the same size."""
+    image, mask = read_image(pair.image), read_mask(pair.mask)
+    if image.shape[:2] != mask.shape:
+        raise UserError(
+            f"{pair.image} is {image.shape[1]}x{image.shape[0]} but {pair.mask} is "
+            f"{mask.shape[1]}x{mask.shape[0]}; a mask must have its image's size"
+        )
+    return image, mask
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write an HxWx3 RGB or HxW gray uint8 array; the suffix of `path` names the format."""
+    if image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    encoded = cv2.imencode(path.suffix, image)[1]
+    with atomic_write(path) as temporary:  # cv2.imwrite fails on non-ASCII paths on Windows
+        temporary.write_bytes(encoded.tobytes())
+
+
+def _read_bytes(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; check the path")
+    return np.frombuffer(path.read_bytes(), np.uint8)
+
+
+def _decode(path: Path, content: np.ndarray, flags: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(content, flags) if content.size else None
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UserError(f"{path} is not a readable image; save it as JPEG or PNG")
+    return image

@@ -1,0 +1,522 @@
+"""SAM 2 for the scripts: devices, models, prompts, features to masks, IoU, drawing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import socket
+import urllib.error
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Operators that MPS lacks run on the CPU; torch reads this when it is first imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+import cv2
+import numpy as np
+import torch
+from sam2.build_sam import build_sam2
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+from command_line import UserError
+from image_files import atomic_write
+
+# SAM 2 scripts its image transform, which newer versions of torch advise against.
+warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+
+CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+
+
+# ----------------------------------------------------------------------------------------------
+# Devices
+# ----------------------------------------------------------------------------------------------
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`: auto (MPS, else CUDA, else CPU), mps, cuda, cuda:N, cpu.
+
+    Raises UserError when that device is unknown or absent.
+    """
+    available = {
+        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, present in available.items() if present))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in available:
+        raise UserError(f"--device {name} is unknown; use auto, mps, cuda, cuda:N or cpu")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not available[device.type] or (device.index or 0) >= count:
+        present = ", ".join(kind for kind, is_present in available.items() if is_present)
+        raise UserError(f"--device {name} is not available here; use one of: auto, {present}")
+    return device
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: `name` is auto, float32, bfloat16 or float16.
+
+    auto is bfloat16 on CUDA where supported, else float16 there, and float32 on MPS and CPU.
+    Raises UserError for a precision that the device cannot train in.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps" and name != "float32":
+        raise UserError(f"--precision {name} is not supported on MPS; use --precision float32")
+    if device.type == "cpu" and name == "float16":
+        raise UserError("--precision float16 needs CUDA; use float32 or bfloat16 on a CPU")
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
+    """Return the context in which SAM 2's components compute in `precision`."""
+    if precision == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=precision)
+
+
+# ----------------------------------------------------------------------------------------------
+# Models and checkpoints
+# ----------------------------------------------------------------------------------------------
+
+
+class ModelSpec(NamedTuple):
+    """Where a SAM 2.1 model comes from, and how its weights are recognised."""
+
+    config: str  # the full path inside the sam2 package, as Hydra needs it
+    filename: str
+    sha256: str | None  # None: not for download
+    embed_dim: int  # channels of the image encoder's first stage
+    blocks: int  # blocks of the image encoder
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        return CHECKPOINT_URL + self.filename
+
+
+# SAM 2.1 at small size: the same classes, for tests, demos and machines without a network.
+MINI_OVERRIDES = (
+    "model.image_size=256",
+    "model.image_encoder.trunk.embed_dim=32",
+    "model.image_encoder.trunk.stages=[1,2,3,1]",
+    "model.image_encoder.trunk.global_att_blocks=[4]",
+    "model.image_encoder.neck.d_model=128",
+    "model.image_encoder.neck.backbone_channel_list=[256,128,64,32]",
+    "model.image_encoder.neck.position_encoding.num_pos_feats=128",
+    "model.memory_attention.d_model=128",
+    "model.memory_attention.num_layers=1",
+    "model.memory_attention.layer.d_model=128",
+    "model.memory_attention.layer.dim_feedforward=256",
+    "model.memory_attention.layer.self_attention.embedding_dim=128",
+    "model.memory_attention.layer.self_attention.feat_sizes=[16,16]",
+    "model.memory_attention.layer.cross_attention.embedding_dim=128",
+    "model.memory_attention.layer.cross_attention.feat_sizes=[16,16]",
+    "+model.memory_encoder.in_dim=128",
+    "+model.memory_encoder.mask_downsampler.embed_dim=128",
+    "model.memory_encoder.fuser.layer.dim=128",
+)
+
+MODELS = {
+    "tiny": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_t.yaml",
+        filename="sam2.1_hiera_tiny.pt",
+        sha256="7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+        embed_dim=96,
+        blocks=12,
+    ),
+    "small": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_s.yaml",
+        filename="sam2.1_hiera_small.pt",
+        sha256="6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+        embed_dim=96,
+        blocks=16,
+    ),
+    "base_plus": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_b+.yaml",
+        filename="sam2.1_hiera_base_plus.pt",
+        sha256="a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+        embed_dim=112,
+        blocks=24,
+    ),
+    "large": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_l.yaml",
+        filename="sam2.1_hiera_large.pt",
+        sha256="2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+        embed_dim=144,
+        blocks=48,
+    ),
+    "mini": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_t.yaml",
+        filename="sam2_mini.pt",
+        sha256=None,
+        embed_dim=32,
+        blocks=7,
+        overrides=MINI_OVERRIDES,
+    ),
+}
+
+
+def download_file(url: str, destination: Path, sha256: str, by_hand: str) -> None:
+    """Download `url` to `destination` with a progress bar; nothing half-written stays there.
+
+    `by_hand` tells the user how to go on without this download.
+    Raises UserError when the network fails or the file's SHA-256 is not `sha256`.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Downloading {url}")
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        torch.hub.download_url_to_file(url, str(destination), hash_prefix=sha256)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url} answered {error.code} {error.reason}; {by_hand}") from error
+    except RuntimeError as error:  # the hash differs
+        raise UserError(
+            f"the download of {url} was cut off or is not the published file; "
+            f"try again, or {by_hand}"
+        ) from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{url} cannot be reached ({reason}); {by_hand}") from error
+    finally:
+        socket.setdefaulttimeout(previous_timeout)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(functools.partial(file.read, 1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Path:
+    """Return the path of the original checkpoint of `model_name`, downloading it if missing."""
+    spec = MODELS[model_name]
+    path = folder / spec.filename
+    if path.is_file():
+        return path
+    if spec.sha256 is None:
+        raise UserError(f"{path} is missing and is not for download; name one with --checkpoint")
+    download_file(spec.url, path, spec.sha256, by_hand=f"put that file at {path} by hand")
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint {"model": state_dict, ...}, running no code that it may contain.
+
+    Raises UserError when the file is missing or is not a checkpoint with finite weights.
+    """
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}; check the path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise UserError(
+            f"{path} is not a readable checkpoint (damaged, cut off, or another kind of file); "
+            "download or train it again"
+        ) from error
+    state_dict = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
+        raise UserError(f'{path} holds no "model" weights; use a SAM 2.1 checkpoint')
+    if not all(torch.isfinite(weight).all() for weight in state_dict.values()):
+        raise UserError(f"{path} holds weights that are not finite (NaN); train or download again")
+    return checkpoint
+
+
+def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:
+    """Return the name of the model that these weights seem to belong to, or None."""
+    patch_embed = state_dict.get("image_encoder.trunk.patch_embed.proj.weight")
+    prefix = "image_encoder.trunk.blocks."
+    blocks = {key.split(".")[3] for key in state_dict if key.startswith(prefix)}
+    for name, spec in MODELS.items():
+        if patch_embed is not None and (len(patch_embed), len(blocks)) == (
+            spec.embed_dim,
+            spec.blocks,
+        ):
+            return name
+    return None
+
+
+def load_predictor(
+    model_name: str | None, checkpoint: Path, device: torch.device
+) -> tuple[SAM2ImagePredictor, str]:
+    """Build SAM 2.1 `model_name` with the weights of a checkpoint file, in eval mode on `device`.
+
+    Without a name, the weights tell which model it is. Returns the predictor and the name.
+    Raises UserError when the file is not a checkpoint of that model.
+    """
+    state_dict = load_checkpoint(checkpoint)["model"]
+    found = identify_model(state_dict)
+    if found is None:
+        raise UserError(f"{checkpoint} is not a SAM 2.1 checkpoint; use one of {', '.join(MODELS)}")
+    if model_name not in (None, found):
+        raise UserError(
+            f"{checkpoint} is a SAM 2 {found} checkpoint, not {model_name}; use --model {found}"
+        )
+    predictor = build_predictor(found, device)
+    try:
+        predictor.model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        expected = predictor.model.state_dict().keys()
+        missing, unknown = len(expected - state_dict.keys()), len(state_dict.keys() - expected)
+        raise UserError(
+            f"{checkpoint} does not fit SAM 2.1 {found} ({missing} weights missing, {unknown} "
+            "unknown, or of another shape); use a SAM 2.1 checkpoint, not one of SAM 2.0"
+        ) from error
+    return predictor, found
+
+
+def build_predictor(model_name: str, device: torch.device) -> SAM2ImagePredictor:
+    """Build SAM 2.1 `model_name` with random weights, in eval mode on `device`."""
+    spec = MODELS[model_name]
+    model = build_sam2(spec.config, None, device=device, hydra_overrides_extra=list(spec.overrides))
+    predictor = SAM2ImagePredictor(model)
+    # SAM 2 hard-codes the feature sizes of a 1024-pixel input; these hold for every size.
+    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    return predictor
+
+
+def save_checkpoint(path: Path, model: torch.nn.Module, **plain_values: Any) -> None:
+    """Save the weights so that SAM 2's own build_sam2(config, path) loads them.
+
+    `plain_values` (numbers, strings, lists, dicts) are kept beside the weights.
+    """
+    with atomic_write(path) as temporary:
+        torch.save({"model": model.state_dict(), **plain_values}, temporary)
+
+
+# ----------------------------------------------------------------------------------------------
+# Prompts
+# ----------------------------------------------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """What the user points at: N points, of which two may be the corners of a box.
+
+    point_coords: Nx2 float32, (X,Y) in pixels of the image.
+    point_labels: N int32; 1 foreground, 0 background, 2 and 3 a box's top left and bottom right.
+    """
+
+    point_coords: np.ndarray
+    point_labels: np.ndarray
+
+
+def make_prompt(
+    foreground: list[tuple[float, float]] = (),
+    background: list[tuple[float, float]] = (),
+    box: tuple[float, float, float, float] | None = None,
+) -> Prompt:
+    """Make a prompt of (X,Y) points and an (X1,Y1,X2,Y2) box, all in pixels of the image.
+
+    The box comes first, as SAM2ImagePredictor orders it.
+    """
+    corners = [box[:2], box[2:]] if box is not None else []
+    coords = [*corners, *foreground, *background]
+    labels = [2, 3][: len(corners)] + [1] * len(foreground) + [0] * len(background)
+    return Prompt(np.array(coords, np.float32).reshape(-1, 2), np.array(labels, np.int32))
+
+
+def deepest_point(mask: np.ndarray) -> tuple[int, int]:
+    """Return the (X,Y) pixel farthest from the outline of an HxW bool mask that is not empty.
+
+    It is the maximum of the mask's Euclidean distance transform; the image's border counts as
+    an outline.
+    """
+    padded = np.pad(mask.astype(np.uint8), 1)
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    y, x = np.unravel_index(distance.argmax(), distance.shape)
+    return int(x), int(y)
+
+
+def random_point(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+    """Return an (X,Y) pixel drawn uniformly from an HxW bool mask that is not empty."""
+    y, x = divmod(int(rng.choice(np.flatnonzero(mask))), mask.shape[1])
+    return x, y
+
+
+def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the (X1,Y1,X2,Y2) pixels that bound an HxW bool mask that is not empty."""
+    x, y = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return int(x[0]), int(y[0]), int(x[-1]), int(y[-1])
+
+
+def prompt_from_mask(mask: np.ndarray, kind: str, rng: np.random.Generator | None = None) -> Prompt:
+    """Make a prompt from an HxW bool mask that is not empty.
+
+    kind: center (the deepest point), random (a point drawn with `rng`) or box.
+    """
+    if kind == "box":
+        return make_prompt(box=mask_box(mask))
+    return make_prompt([deepest_point(mask) if kind == "center" else random_point(mask, rng)])
+
+
+# ----------------------------------------------------------------------------------------------
+# From an image and a prompt to masks and scores
+# ----------------------------------------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """What SAM2ImagePredictor.set_image computes, for B images of a model of input size S.
+
+    image_embed: BxCx(S/16)x(S/16); high_res_feats: Bx(C/8)x(S/4)x(S/4), Bx(C/4)x(S/8)x(S/8).
+    """
+
+    image_embed: torch.Tensor
+    high_res_feats: list[torch.Tensor]
+
+
+def encode_images(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
+    """Run the frozen image encoder, without gradients, on HxWx3 uint8 RGB images of any sizes."""
+    predictor.set_image_batch(images)
+    return Features(**predictor._features)
+
+
+def predict_masks(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    prompts: list[Prompt],
+    image_sizes: list[tuple[int, int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn features and prompts into masks and scores; gradients flow, unlike in predict().
+
+    Arguments:
+      features: of B images.
+      prompts: one an image, all with the same number N of points.
+      image_sizes: (H,W) of the original images, in whose pixels the prompts are given.
+
+    Returns:
+      mask_logits: Bx3x(S/4)x(S/4) float32, for upscale_masks.
+      iou_scores: Bx3 float32, the model's own estimate of each mask's IoU.
+    """
+    model, transforms = predictor.model, predictor._transforms
+
+    # The prompts, from pixels of each image to pixels of the model's square input
+    coords = [
+        transforms.transform_coords(torch.from_numpy(prompt.point_coords), True, size)
+        for prompt, size in zip(prompts, image_sizes, strict=True)
+    ]
+    labels = [torch.from_numpy(prompt.point_labels) for prompt in prompts]
+    points = torch.stack(coords).to(model.device), torch.stack(labels).to(model.device)
+
+    # Prompt encoder and mask decoder
+    sparse_embeddings, dense_embeddings = model.sam_prompt_encoder(
+        points=points, boxes=None, masks=None
+    )
+    mask_logits, iou_scores, _, _ = model.sam_mask_decoder(
+        image_embeddings=features.image_embed,
+        image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse_embeddings,
+        dense_prompt_embeddings=dense_embeddings,
+        multimask_output=True,
+        repeat_image=False,
+        high_res_features=features.high_res_feats,
+    )
+    return mask_logits.float(), iou_scores.float()
+
+
+def upscale_masks(
+    predictor: SAM2ImagePredictor, mask_logits: torch.Tensor, image_size: tuple[int, int]
+) -> torch.Tensor:
+    """Upscale BxCxhxw mask logits to BxCxHxW, the (H,W) of the original image."""
+    return predictor._transforms.postprocess_masks(mask_logits, image_size)
+
+
+@torch.no_grad()
+def segment(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    prompt: Prompt,
+    image_size: tuple[int, int],
+) -> tuple[np.ndarray, float]:
+    """Segment one image: of the three masks, the one with the highest predicted score.
+
+    Returns the HxW bool mask and its score. Raises UserError where the scores are not finite.
+    """
+    mask_logits, iou_scores = predict_masks(predictor, features, [prompt], [image_size])
+    if not torch.isfinite(iou_scores).all():
+        raise UserError("the model's scores are not finite (NaN); lower --lr, or use float32")
+    best = int(iou_scores[0].argmax())
+    mask = upscale_masks(predictor, mask_logits[:, best : best + 1], image_size)[0, 0] > 0
+    return mask.cpu().numpy(), float(iou_scores[0, best])
+
+
+def calculate_iou(predicted, true):
+    """Return |predicted AND true| / (|predicted OR true| + 1e-6), over the last two dimensions.
+
+    Takes ...xHxW bool masks, NumPy arrays or torch tensors, and returns the same kind.
+    """
+    return (predicted & true).sum((-2, -1)) / ((predicted | true).sum((-2, -1)) + 1e-6)
+
+
+def calculate_dice(predicted, true):
+    """Return 2 |predicted AND true| / (|predicted| + |true| + 1e-6), like calculate_iou."""
+    total = predicted.sum((-2, -1)) + true.sum((-2, -1))
+    return 2 * (predicted & true).sum((-2, -1)) / (total + 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------
+# Drawing
+# ----------------------------------------------------------------------------------------------
+
+GREEN, RED, YELLOW, BLUE, WHITE = (
+    (0, 200, 0),
+    (230, 0, 0),
+    (255, 220, 0),
+    (30, 144, 255),
+    (255,) * 3,
+)
+
+
+def draw_overlay(
+    image: np.ndarray,
+    mask: np.ndarray | None = None,
+    prompt: Prompt | None = None,
+    true_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw on a copy of an HxWx3 uint8 RGB image, and return it.
+
+    The mask (HxW bool) is tinted blue with a white outline, the true mask outlined in yellow;
+    foreground points are green, background points red, a box green.
+    """
+    canvas = image.copy()
+    line = max(1, round(max(image.shape[:2]) / 300))
+    if mask is not None:
+        canvas[mask] = (0.5 * canvas[mask] + 0.5 * np.array(BLUE)).astype(np.uint8)
+        _draw_outline(canvas, mask, WHITE, line)
+    if true_mask is not None:
+        _draw_outline(canvas, true_mask, YELLOW, line)
+    if prompt is not None:
+        _draw_prompt(canvas, prompt, line)
+    return canvas
+
+
+def _draw_outline(canvas: np.ndarray, mask: np.ndarray, color: tuple, line: int) -> None:
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(canvas, contours, -1, color, line, cv2.LINE_AA)
+
+
+def _draw_prompt(canvas: np.ndarray, prompt: Prompt, line: int) -> None:
+    points = [tuple(round(float(value)) for value in point) for point in prompt.point_coords]
+    corners = [
+        point for point, label in zip(points, prompt.point_labels, strict=True) if label in (2, 3)
+    ]
+    if corners:
+        cv2.rectangle(canvas, *corners, GREEN, line, cv2.LINE_AA)
+    for point, label in zip(points, prompt.point_labels, strict=True):
+        if label in (0, 1):
+            cv2.circle(canvas, point, 4 * line, WHITE, -1, cv2.LINE_AA)
+            cv2.circle(canvas, point, 3 * line, GREEN if label else RED, -1, cv2.LINE_AA)

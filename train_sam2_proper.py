@@ -1,0 +1,356 @@
+"""Fine-tune SAM 2.1 on your images: the mask decoder and the prompt encoder learn.
+
+    python train_sam2_proper.py                            # SAM 2.1 small on data/, 20 epochs
+    python train_sam2_proper.py --model tiny --epochs 5    # a smaller model, a shorter run
+    python train_sam2_proper.py --limit 20 --epochs 1      # a quick look
+    python train_sam2_proper.py --resume                   # go on after an interruption
+
+The image encoder stays frozen. Each step shows SAM 2 one random point inside the mask and
+corrects the mask and the scores that it answers with. What is written to output/:
+sam2_best.pt (best on val), sam2_final.pt, train_log.csv, learning_curve.png.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+
+from command_line import ArgumentParser, UserError, number, run
+from image_files import Pair, atomic_write, read_pair, split_pairs
+from sam2_utils import (
+    MODELS,
+    autocast,
+    calculate_iou,
+    encode_images,
+    ensure_checkpoint,
+    load_checkpoint,
+    load_predictor,
+    predict_masks,
+    prompt_from_mask,
+    save_checkpoint,
+    segment,
+    select_device,
+    select_precision,
+    upscale_masks,
+)
+
+# What a resumed run must have in common with the run that it goes on with.
+RESUME_SETTINGS = (
+    "data", "model", "checkpoint", "batch_size", "lr", "weight_decay", "score_weight", "precision",
+    "seed", "limit",
+)  # fmt: skip
+
+
+def guide_loss(
+    mask_logits: torch.Tensor,
+    iou_scores: torch.Tensor,
+    true_mask: torch.Tensor,
+    score_weight: float,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return the guide's loss for one image, and what to report of it.
+
+    seg_loss: binary cross-entropy between sigmoid(logits) and the true mask, for the first of
+    the three masks, mean over pixels. score_loss: mean |predicted score - actual IoU of the
+    thresholded mask|, over all three, so that choosing by score stays honest.
+
+    Arguments:
+      mask_logits: 3xHxW, at the image's resolution.
+      iou_scores: 3.
+      true_mask: HxW bool.
+    """
+    seg_loss = F.binary_cross_entropy_with_logits(mask_logits[0], true_mask.float())
+    actual_iou = calculate_iou(mask_logits > 0, true_mask)
+    score_loss = (iou_scores - actual_iou).abs().mean()
+    loss = seg_loss + score_weight * score_loss
+    report = {
+        "loss": loss.item(),
+        "seg_loss": seg_loss.item(),
+        "score_loss": score_loss.item(),
+        "train_iou": actual_iou[iou_scores.argmax()].item(),
+    }
+    return loss, report
+
+
+def train_one_epoch(
+    predictor: SAM2ImagePredictor,
+    pairs: list[Pair],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    epoch: int,
+    args: Namespace,
+) -> dict[str, float]:
+    """Go once through the training pairs in random order; return the means of what it reports.
+
+    The order and the prompts follow from the seed and the epoch alone. Raises UserError when
+    the loss is not finite, or every mask is empty.
+    """
+    rng = np.random.default_rng([args.seed, epoch])
+    order = rng.permutation(len(pairs))
+    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    reports: list[dict[str, float]] = []
+    progress = tqdm(batches, desc=f"Epoch {epoch}/{args.epochs}", unit="step", leave=False)
+    for batch in progress:
+        examples = [read_pair(pairs[index]) for index in batch]
+        examples = [(image, mask) for image, mask in examples if mask.any()]
+        if not examples:  # no object, nothing to point at
+            continue
+        images, masks = zip(*examples, strict=True)
+        sizes = [mask.shape for mask in masks]
+
+        with autocast(args.device, args.precision):
+            # Encode the images (frozen, without gradients)
+            features = encode_images(predictor, list(images))
+
+            # One foreground point an image, drawn anew each step
+            prompts = [prompt_from_mask(mask, "random", rng) for mask in masks]
+
+            # Prompt encoder and mask decoder, with gradients
+            mask_logits, iou_scores = predict_masks(predictor, features, prompts, sizes)
+
+        # The loss at each image's own resolution, mean over the batch
+        losses = []
+        for i, mask in enumerate(masks):
+            logits = upscale_masks(predictor, mask_logits[i : i + 1], sizes[i])[0]
+            true_mask = torch.from_numpy(mask).to(args.device)
+            loss, report = guide_loss(logits, iou_scores[i], true_mask, args.score_weight)
+            losses.append(loss)
+            reports.append(report)
+        loss = torch.stack(losses).mean()
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss.item()} in epoch {epoch}; the files of the epochs before "
+                f"it are kept in {args.output}; use a smaller --lr, or --precision float32"
+            )
+
+        # Step
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        recent = mean_of(reports[-50:])
+        progress.set_postfix(loss=f"{recent['loss']:.4f}", IoU=f"{recent['train_iou']:.3f}")
+
+    skipped = len(pairs) - len(reports)
+    if not reports:
+        raise UserError("every training mask is empty; check that objects are white (255)")
+    if skipped and epoch == 1:
+        print(f"skipped {skipped} of {len(pairs)} training images: their masks are empty")
+    return mean_of(reports)
+
+
+def mean_of(reports: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each value over the reports."""
+    return {key: float(np.mean([report[key] for report in reports])) for key in reports[0]}
+
+
+def evaluate(predictor: SAM2ImagePredictor, pairs: list[Pair], args: Namespace) -> float:
+    """Return the mean IoU over pairs, each prompted with the point deepest inside its mask.
+
+    compare_models.py measures in the same way. Pairs with an empty mask are left out.
+    """
+    ious = []
+    for pair in tqdm(pairs, desc="Validating", unit="image", leave=False):
+        image, true_mask = read_pair(pair)
+        if not true_mask.any():
+            continue
+        prompt = prompt_from_mask(true_mask, "center")
+        with autocast(args.device, args.precision):
+            features = encode_images(predictor, [image])
+            mask, _ = segment(predictor, features, prompt, true_mask.shape)
+        ious.append(calculate_iou(mask, true_mask))
+    if not ious:
+        raise UserError("every validation mask is empty; check that objects are white (255)")
+    return float(np.mean(ious))
+
+
+def trainable_parts(predictor: SAM2ImagePredictor) -> dict[str, torch.nn.Module]:
+    """Freeze the whole model but its prompt encoder and its mask decoder; return these two."""
+    model = predictor.model.eval().requires_grad_(False)
+    parts = {"prompt_encoder": model.sam_prompt_encoder, "mask_decoder": model.sam_mask_decoder}
+    for part in parts.values():
+        part.requires_grad_(True)
+    return parts
+
+
+def write_log(output: Path, log: list[dict[str, float]], original_iou: float) -> None:
+    """Write train_log.csv and learning_curve.png, a row and a point an epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(log[-1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(log)
+    with atomic_write(output / "train_log.csv") as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    epochs = [row["epoch"] for row in log]
+    loss_axes, iou_axes = figure.subplots(1, 2)
+    loss_axes.plot(epochs, [row["loss"] for row in log], "o-", label="training loss")
+    iou_axes.plot(epochs, [row["train_iou"] for row in log], "o-", label="train (random point)")
+    iou_axes.plot(epochs, [row["val_iou"] for row in log], "o-", label="val (center point)")
+    iou_axes.axhline(original_iou, color="gray", linestyle="--", label="val before training")
+    for axes, name in ((loss_axes, "loss"), (iou_axes, "mean IoU")):
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with atomic_write(output / "learning_curve.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def resume_settings(args: Namespace) -> dict[str, Any]:
+    """Return the settings that fix what a run computes, as plain values."""
+    return {name: vars(args)[name] for name in RESUME_SETTINGS} | {
+        "precision": str(args.precision).removeprefix("torch."),
+        "checkpoint": str(args.checkpoint),
+        "data": str(args.data),
+    }
+
+
+def load_state(path: Path, args: Namespace) -> dict[str, Any]:
+    """Read the training state to go on from; raise UserError if it is of another kind of run."""
+    if not path.is_file():
+        raise UserError(f"nothing to resume in {args.output}; run without --resume")
+    state = load_checkpoint(path)
+    for name, value in resume_settings(args).items():
+        before = state["settings"].get(name)
+        if before != value:
+            option = name.replace("_", "-")
+            raise UserError(
+                f"the run in {args.output} had --{option} {before}, not {value}; "
+                f"resume with the same, or use another --output"
+            )
+    return state
+
+
+def train(predictor: SAM2ImagePredictor, args: Namespace) -> None:
+    """Fine-tune for args.epochs epochs, or for those that are left, and write the results."""
+    train_pairs = split_pairs(args.data, "train", args.limit)
+    val_pairs = split_pairs(args.data, "val", args.limit)
+    parts = trainable_parts(predictor)
+    weights = torch.nn.ModuleDict(parts)
+    optimizer = torch.optim.AdamW(weights.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == torch.float16)
+    state_path = args.output / "train_state.pt"
+    settings = resume_settings(args)
+    print(f"{len(train_pairs)} training and {len(val_pairs)} validation images from {args.data}")
+    print(f"SAM 2.1 {args.model} on {args.device} in {settings['precision']}")
+
+    if args.resume:
+        state = load_state(state_path, args)
+        weights.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        log, best_iou, original_iou = state["log"], state["best_iou"], state["original_iou"]
+        print(f"going on after epoch {len(log)}; best val IoU so far {best_iou:.4f}")
+        if len(log) >= args.epochs:
+            print(f"all {len(log)} epochs are done; for more, raise --epochs")
+    else:
+        log, best_iou = [], -math.inf
+        original_iou = evaluate(predictor, val_pairs, args)
+        print(f"before training: val IoU {original_iou:.4f}")
+
+    for epoch in range(len(log) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        report = train_one_epoch(predictor, train_pairs, optimizer, scaler, epoch, args)
+        val_iou = evaluate(predictor, val_pairs, args)
+        seconds = time.perf_counter() - start
+        log.append(
+            {"epoch": epoch, **report, "val_iou": val_iou, "lr": args.lr, "seconds": seconds}
+        )
+        facts = {"model_name": args.model, "epoch": epoch, "val_iou": val_iou, "settings": settings}
+        is_best = val_iou > best_iou
+        if is_best:
+            best_iou = val_iou
+            save_checkpoint(args.output / "sam2_best.pt", predictor.model, **facts)
+        if epoch == args.epochs:
+            save_checkpoint(args.output / "sam2_final.pt", predictor.model, **facts)
+        write_log(args.output, log, original_iou)
+        save_checkpoint(
+            state_path,
+            weights,
+            optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(),
+            log=log,
+            best_iou=best_iou,
+            original_iou=original_iou,
+            settings=settings,
+        )
+        print(
+            f"epoch {epoch:3}  loss {report['loss']:.4f}  train IoU {report['train_iou']:.4f}  "
+            f"val IoU {val_iou:.4f}  {seconds:.1f} s{'  best' if is_best else ''}"
+        )
+    print(f"val IoU {original_iou:.4f} before training, {best_iou:.4f} at best")
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(__doc__)
+    files = parser.add_argument_group("what is read and written")
+    files.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
+    files.add_argument("--limit", type=number(int, at_least=1), help="use the first N images only")
+    files.add_argument("--output", type=Path, default=Path("output"), help="where results go")
+    files.add_argument("--resume", action="store_true", help="go on with the run in --output")
+
+    model = parser.add_argument_group("the model to start from")
+    model.add_argument("--model", choices=MODELS, default="small", help="its size")
+    model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
+
+    recipe = parser.add_argument_group("the recipe")
+    at_least_1 = number(int, at_least=1)
+    recipe.add_argument("--epochs", type=at_least_1, default=20, help="passes over the data")
+    recipe.add_argument("--batch-size", type=at_least_1, default=1, help="images a step")
+    recipe.add_argument("--lr", type=number(float, above=0), default=1e-5, help="learning rate")
+    recipe.add_argument(
+        "--weight-decay", type=number(float, at_least=0), default=4e-5, help="of AdamW"
+    )
+    recipe.add_argument(
+        "--score-weight",
+        type=number(float, at_least=0),
+        default=0.05,
+        help="weight of the score loss beside the mask loss",
+    )
+    recipe.add_argument(
+        "--seed", type=number(int, at_least=0), default=42, help="of the order and the prompts"
+    )
+
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
+    machine.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: bfloat16 (else float16) on CUDA, float32 elsewhere",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.device = select_device(args.device)
+    args.precision = select_precision(args.precision, args.device)
+    torch.manual_seed(args.seed)
+    split_pairs(args.data, "train")  # missing data is said before anything is downloaded
+    args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
+    predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
+    try:
+        train(predictor, args)
+    except KeyboardInterrupt:
+        print("\nstopped; finished epochs are kept: run the same command with --resume")
+        raise
+    print(f"wrote sam2_best.pt, sam2_final.pt, train_log.csv, learning_curve.png to {args.output}")
+    print("next: python compare_models.py")
+
+
+if __name__ == "__main__":
+    run(main)
