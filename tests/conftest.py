@@ -1,0 +1,107 @@
+"""What the tests share: a small model, small data sets, and a way to run the scripts."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import command_line
+from image_files import write_image
+from sam2_utils import build_predictor, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+class Outcome(NamedTuple):
+    """How a script ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_script(capsys, tmp_path, monkeypatch) -> Callable[..., Outcome]:
+    """Run a script's main with options, in the test's own folder, as the command line would."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, *options: object) -> Outcome:
+        status = 0
+        try:
+            command_line.run(main, [str(option) for option in options])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def random_mini(tmp_path_factory) -> Path:
+    """Return a checkpoint of mini with random weights."""
+    path = tmp_path_factory.mktemp("checkpoints") / "random_mini.pt"
+    torch.manual_seed(0)
+    save_checkpoint(path, build_predictor("mini", CPU).model)
+    return path
+
+
+def draw_pair(index: int, size: tuple[int, int] = (96, 128)) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a bright ellipse on a dark noisy ground; return the RGB image and the bool mask."""
+    rng = np.random.default_rng(index)
+    height, width = size
+    image = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros(size, np.uint8)
+    center = (
+        int(rng.integers(width // 3, 2 * width // 3)),
+        int(rng.integers(height // 3, height // 2)),
+    )
+    cv2.ellipse(mask, center, (width // 5, height // 6), float(rng.integers(180)), 0, 360, 1, -1)
+    image[mask == 1] += np.array([150, 100, 120], np.uint8)
+    return image, mask == 1
+
+
+def write_pairs(folder: Path, count: int, **options) -> Path:
+    """Write images/ (JPEG) and masks/ (PNG) of drawn pairs into a folder."""
+    for index in range(count):
+        image, mask = draw_pair(index, **options)
+        write_image(folder / "images" / f"pair_{index:03}.jpg", image)
+        write_image(folder / "masks" / f"pair_{index:03}.png", mask.astype(np.uint8) * 255)
+    return folder
+
+
+def write_data(folder: Path, train: int = 4, val: int = 2) -> Path:
+    """Write a data folder of drawn pairs, as download_dataset.py leaves it."""
+    for split, indices in (("train", range(train)), ("val", range(train, train + val))):
+        for index in indices:
+            image, mask = draw_pair(index)
+            write_image(folder / "images" / split / f"pair_{index:03}.jpg", image)
+            write_image(
+                folder / "masks" / split / f"pair_{index:03}.png", mask.astype(np.uint8) * 255
+            )
+    return folder
+
+
+def zip_folder(folder: Path, archive: Path, inside: str = "Kvasir-SEG") -> Path:
+    """Zip a folder's files, below a folder of the archive called `inside`."""
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                file.write(path, f"{inside}/{path.relative_to(folder).as_posix()}")
+    return archive
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder with its content, to see that nothing has changed."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,192 @@
+"""The comparison is fair, complete, and says the number that training said."""
+
+import csv
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, snapshot, write_data
+
+import compare_models
+import train_sam2_proper
+from compare_models import Result, choose_figures, format_table, main, share_features
+from image_files import Pair, read_image, write_image
+from sam2_utils import load_checkpoint, load_predictor, make_prompt, save_checkpoint
+
+
+@pytest.fixture
+def trained(run_script, tmp_path, random_mini):
+    """Train for two epochs in the test's folder; return what training printed."""
+    write_data(tmp_path / "data", train=4, val=4)
+    options = ("--model", "mini", "--checkpoint", random_mini, "--epochs", 2, "--lr", 1e-3)
+    outcome = run_script(train_sam2_proper.main, *options)
+    assert outcome.status == 0, outcome.err
+    return outcome.out
+
+
+def read_results() -> list[dict[str, str]]:
+    path = Path("output/comparison/results.csv")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def made_up_results(original: list[float], finetuned: list[float]) -> list[Result]:
+    prompt = make_prompt([(1, 2)])
+    return [
+        Result(Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")), prompt, a, b, a, b)
+        for i, (a, b) in enumerate(zip(original, finetuned, strict=True))
+    ]
+
+
+def test_the_table_is_the_guides_box():
+    results = made_up_results([0.6592, 0.6592], [0.8333, 0.8333])
+    assert format_table(results, "val") == (
+        "┌────────────────────────────────────────┐\n"
+        "│             mean IoU (val)             │\n"
+        "├────────────────────────────────────────┤\n"
+        "│  original SAM 2:    65.92%             │\n"
+        "│  fine-tuned SAM 2:  83.33%             │\n"
+        "├────────────────────────────────────────┤\n"
+        "│  improvement:       +17.4%p            │\n"
+        "└────────────────────────────────────────┘"
+    )
+
+
+def test_the_numbers_are_those_that_training_printed(run_script, trained, random_mini):
+    outcome = run_script(main, "--original", random_mini, "--figures", 0)
+    assert outcome.status == 0, outcome.err
+    before, best = re.search(r"val IoU (\S+) before training, (\S+) at best", trained).groups()
+    assert f"mean IoU   {before} -> {best}" in outcome.out
+
+    rows = read_results()
+    assert len(rows) == 4
+    mean = np.mean([float(row["finetuned_iou"]) for row in rows])
+    assert f"{mean:.4f}" == best
+    for row in rows:
+        iou, dice = float(row["finetuned_iou"]), float(row["finetuned_dice"])
+        assert dice == pytest.approx(2 * iou / (1 + iou), abs=1e-4)
+    better = sum(float(row["finetuned_iou"]) > float(row["original_iou"]) for row in rows)
+    assert f"4: {better} better" in outcome.out
+
+
+def test_a_model_compared_with_itself_gains_nothing(run_script, trained):
+    outcome = run_script(main, "--original", "output/sam2_best.pt", "--figures", 0)
+    assert "improvement:       +0.0%p" in outcome.out
+    assert "4: 0 better, 4 equal, 0 worse" in outcome.out
+
+
+@pytest.mark.parametrize("kind", ["center", "random", "box"])
+def test_every_kind_of_prompt_is_reproducible_and_recorded(run_script, trained, random_mini, kind):
+    options = ("--original", random_mini, "--figures", 0, "--prompt", kind)
+    first = run_script(main, *options, "--seed", 3)
+    rows = read_results()
+    assert run_script(main, *options, "--seed", 3).out == first.out
+    assert read_results() == rows
+    labels = "2 3" if kind == "box" else "1"
+    assert all(re.findall(r":(\d)", row["prompt"]) == labels.split() for row in rows)
+    run_script(main, *options, "--seed", 4)
+    same = [row["prompt"] for row in read_results()] == [row["prompt"] for row in rows]
+    assert same == (kind != "random")
+
+
+def test_pictures_show_the_biggest_gains_and_losses_only(run_script, trained, random_mini):
+    run_script(main, "--original", random_mini, "--figures", 4)
+    first = {path.name for path in Path("output/comparison").glob("*.png")}
+    assert len(first) == 4
+    run_script(main, "--original", random_mini, "--figures", 2)
+    second = {path.name for path in Path("output/comparison").glob("*.png")}
+    assert len(second) == 2  # the earlier pictures would pass for this comparison's
+    image = read_image(Path("output/comparison") / min(second))
+    height, width = image.shape[:2]
+    assert width > 2.5 * height  # three panels side by side
+    assert image.std() > 20
+
+
+def test_the_chosen_pictures_are_the_extremes():
+    gains = [0.1, -0.4, 0.3, 0.0, 0.5, -0.1]
+    results = made_up_results([0.5] * 6, [0.5 + gain for gain in gains])
+    assert [result.pair.name for result in choose_figures(results, 3)] == ["4", "2", "1"]
+    assert [result.pair.name for result in choose_figures(results, 99)] == list("420351")
+    assert choose_figures(results, 0) == []
+
+
+def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
+    run_script, trained, random_mini, tmp_path, monkeypatch
+):
+    encoded = []
+    encode_images = compare_models.encode_images
+
+    def count(*arguments):
+        encoded.append(arguments)
+        return encode_images(*arguments)
+
+    monkeypatch.setattr(compare_models, "encode_images", count)
+    options = ("--original", random_mini, "--figures", 0)
+    separate = run_script(main, *options).out
+    assert len(encoded) == 4
+    monkeypatch.setattr(compare_models, "share_features", lambda *_: False)
+    assert run_script(main, *options).out == separate
+    assert len(encoded) == 4 + 8
+
+    original, _ = load_predictor("mini", random_mini, CPU)
+    for name in (
+        "image_encoder.trunk.patch_embed.proj.weight",
+        "sam_mask_decoder.conv_s0.bias",
+        "no_mem_embed",
+    ):
+        state = load_checkpoint(random_mini)["model"]
+        state[name].view(-1)[0] += 1e-3
+        torch.save({"model": state}, tmp_path / "changed.pt")
+        changed, _ = load_predictor("mini", tmp_path / "changed.pt", CPU)
+        assert not share_features(original, changed)
+    assert share_features(original, load_predictor("mini", random_mini, CPU)[0])
+
+
+def test_a_console_without_box_characters_gets_a_box_all_the_same(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    compare_models.print_anywhere(format_table(made_up_results([0.5], [0.75]), "val"))
+    console.flush()
+    text = console.buffer.getvalue().decode("ascii")
+    assert "|  improvement:       +25.0%p            |" in text
+    assert text.startswith("+" + 40 * "-" + "+")
+
+
+def test_mistakes_end_with_one_clear_line(run_script, trained, random_mini, tmp_path):
+    for split in ("train", "val"):
+        for path in (tmp_path / "data/masks" / split).iterdir():
+            write_image(tmp_path / "empty/masks" / split / path.name, np.zeros((96, 128), np.uint8))
+            image = tmp_path / "data/images" / split / f"{path.stem}.jpg"
+            write_image(tmp_path / "empty/images" / split / image.name, read_image(image))
+    before = snapshot(tmp_path / "output")
+    for options, message in (
+        (("--finetuned", "absent.pt"), "python train_sam2_proper.py"),
+        (("--original", "absent.pt"), "no such checkpoint"),
+        (("--model", "tiny"), "use --model mini"),
+        (("--split", "test"), "--split"),
+        (("--prompt", "lasso"), "--prompt"),
+        (("--figures", -1), "--figures"),
+        (("--limit", 0), "--limit"),
+        (("--data", "nowhere"), "python download_dataset.py"),
+        (("--data", "empty"), "every mask is empty"),
+    ):
+        outcome = run_script(main, "--original", random_mini, *options)
+        assert outcome.status == 2, options
+        last_line = outcome.err.splitlines()[-1]
+        assert last_line.startswith("error: ") and message in last_line
+    assert snapshot(tmp_path / "output") == before
+
+
+def test_different_model_sizes_are_not_compared(run_script, trained, tmp_path):
+    class Tiny(torch.nn.Module):
+        def state_dict(self):
+            blocks = {f"image_encoder.trunk.blocks.{i}.x": torch.zeros(1) for i in range(12)}
+            return {"image_encoder.trunk.patch_embed.proj.weight": torch.zeros(96, 3), **blocks}
+
+    save_checkpoint(tmp_path / "tiny.pt", Tiny())
+    outcome = run_script(main, "--original", "tiny.pt")
+    assert outcome.status == 2 and "is a SAM 2 tiny checkpoint, not mini" in outcome.err

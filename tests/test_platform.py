@@ -1,0 +1,67 @@
+"""The scripts run as commands, on old consoles, from 한글 folders, with spaces in every path."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("download_dataset.py", "train_sam2_proper.py", "compare_models.py", "test_my_image.py")
+
+
+def run_command(script: str, *options: object, encoding: str, folder: Path):
+    """Run a script in a process of its own, on a console of the given encoding."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, options)],
+        cwd=folder,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        capture_output=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "ascii"])
+def test_all_four_scripts_run_from_a_hangul_folder_on_an_old_console(
+    tmp_path, random_mini, encoding
+):
+    folder = tmp_path / "한글 데이터"
+    write_pairs(folder / "내 자료", 5)
+    steps = (
+        ("download_dataset.py", "--images", "내 자료/images", "--masks", "내 자료/masks",
+         "--data", "나눈 자료", "--skip-checkpoint"),
+        ("train_sam2_proper.py", "--data", "나눈 자료", "--model", "mini", "--checkpoint",
+         random_mini, "--epochs", 1, "--limit", 2, "--output", "결과"),
+        ("compare_models.py", "--data", "나눈 자료", "--original", random_mini,
+         "--finetuned", "결과/sam2_best.pt", "--figures", 1, "--output", "결과/비교"),
+        ("test_my_image.py", "--image", "내 자료/images/pair_000.jpg", "--point", "60,40",
+         "--checkpoint", "결과/sam2_best.pt", "--output", "결과/내 것"),
+    )  # fmt: skip
+    for script, *options in steps:
+        done = run_command(script, *options, encoding=encoding, folder=folder)
+        assert done.returncode == 0, done.stderr.decode(encoding, "replace")
+        assert b"Traceback" not in done.stderr
+        text = done.stdout.decode(encoding)  # strictly: nothing outside the console's encoding
+        if script == "compare_models.py":
+            assert ("┌" in text) == (encoding == "cp949")
+            assert "improvement:" in text
+    assert (folder / "결과/내 것/pair_000_001_mask.png").is_file()
+    assert len(list((folder / "결과/비교").glob("comparison_*.png"))) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_option_with_its_default(script, tmp_path):
+    done = run_command(script, "--help", encoding="ascii", folder=tmp_path)
+    text = done.stdout.decode("ascii")
+    assert done.returncode == 0
+    assert f"python {script}" in text  # the commands to copy
+    assert "default: " in text
+
+
+def test_a_mistake_in_a_real_process_is_one_line_and_status_2(tmp_path):
+    done = run_command("compare_models.py", "--data", "없음", encoding="ascii", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.startswith(b"error: ") and done.stderr.strip().count(b"\n") == 0

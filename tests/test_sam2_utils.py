@@ -1,0 +1,273 @@
+"""Devices, models, prompts, and masks that equal SAM2ImagePredictor's own."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, draw_pair
+
+import sam2_utils
+from command_line import UserError
+from sam2_utils import (
+    MODELS,
+    build_predictor,
+    calculate_dice,
+    calculate_iou,
+    deepest_point,
+    draw_overlay,
+    encode_images,
+    ensure_checkpoint,
+    load_predictor,
+    make_prompt,
+    mask_box,
+    predict_masks,
+    prompt_from_mask,
+    random_point,
+    segment,
+    select_device,
+    select_precision,
+    upscale_masks,
+)
+
+
+@pytest.fixture(scope="module")
+def predictor(random_mini):
+    return load_predictor("mini", random_mini, CPU)[0]
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("mps", "cuda", "expected"),
+    [(True, True, "mps"), (False, True, "cuda"), (False, False, "cpu")],
+)
+def test_auto_takes_mps_then_cuda_then_cpu(monkeypatch, mps, cuda, expected):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert select_device("auto").type == expected
+    assert select_device("cpu").type == "cpu"
+
+
+def test_an_absent_or_unknown_device_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert select_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(UserError, match="mps is not available here; use one of: auto, cuda, cpu"):
+        select_device("mps")
+    with pytest.raises(UserError, match="cuda:1 is not available"):
+        select_device("cuda:1")
+    for name in ("gpu", "xpu", ""):
+        with pytest.raises(UserError, match="unknown"):
+            select_device(name)
+
+
+def test_precision_follows_the_device(monkeypatch):
+    cuda, mps = torch.device("cuda"), torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert select_precision("auto", cuda) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert select_precision("auto", cuda) == torch.float16
+    assert select_precision("auto", mps) == select_precision("auto", CPU) == torch.float32
+    assert select_precision("bfloat16", CPU) == torch.bfloat16
+    for name, device in (("bfloat16", mps), ("float16", mps), ("float16", CPU)):
+        with pytest.raises(UserError, match="precision"):
+            select_precision(name, device)
+
+
+# Measures
+
+
+def test_iou_and_dice_of_masks_worked_out_by_hand():
+    first, second = np.zeros((2, 4, 5), bool)
+    first[:2], second[1:3] = True, True  # 10 pixels each, 5 in common, 15 together
+    assert calculate_iou(first, second) == pytest.approx(5 / 15)
+    assert calculate_dice(first, second) == pytest.approx(10 / 20)
+    assert calculate_iou(first, first) == pytest.approx(1)
+    assert calculate_iou(first, ~first) == calculate_iou(first & False, first & False) == 0
+    stacked = torch.from_numpy(np.stack([first, second, ~first]))
+    expected = torch.tensor([1, 1 / 3, 0])
+    assert torch.allclose(calculate_iou(stacked, torch.from_numpy(first)), expected)
+
+
+# Models
+
+
+def test_every_model_of_the_table_builds_and_is_recognised():
+    for name, spec in MODELS.items():
+        if name in ("base_plus", "large"):  # the same code with more blocks
+            continue
+        state_dict = build_predictor(name, CPU).model.state_dict()
+        assert sam2_utils.identify_model(state_dict) == name
+        assert spec.config.startswith("configs/sam2.1/")
+
+
+def test_mini_features_have_the_sizes_of_its_input(predictor):
+    features = encode_images(predictor, [draw_pair(0)[0]])
+    assert features.image_embed.shape == (1, 128, 16, 16)
+    assert [tuple(feat.shape) for feat in features.high_res_feats] == [
+        (1, 16, 64, 64),
+        (1, 32, 32, 32),
+    ]
+
+
+def save(path: Path, contents: object) -> Path:
+    torch.save(contents, path)
+    return path
+
+
+def test_a_file_that_is_no_checkpoint_of_the_model_is_refused(tmp_path, random_mini):
+    weights = torch.load(random_mini, weights_only=True)["model"]
+    cut_off = tmp_path / "cut.pt"
+    cut_off.write_bytes(random_mini.read_bytes()[:100_000])
+    text = tmp_path / "text.pt"
+    text.write_text("no weights here", encoding="utf-8")
+    fewer = dict(list(weights.items())[:-3])
+    with_nan = {**weights, "no_mem_embed": torch.full((1, 1, 128), float("nan"))}
+    cases = [
+        ("mini", tmp_path / "absent.pt", "no such checkpoint"),
+        ("mini", tmp_path, "no such checkpoint"),
+        ("mini", cut_off, "not a readable checkpoint"),
+        ("mini", text, "not a readable checkpoint"),
+        ("mini", save(tmp_path / "list.pt", [1, 2]), 'no "model" weights'),
+        ("mini", save(tmp_path / "bare.pt", weights), 'no "model" weights'),
+        ("mini", save(tmp_path / "other.pt", {"model": {"a": torch.zeros(1)}}), "not a SAM 2.1"),
+        ("mini", save(tmp_path / "fewer.pt", {"model": fewer}), "3 weights missing"),
+        ("mini", save(tmp_path / "nan.pt", {"model": with_nan}), "not finite"),
+        ("small", random_mini, r"is a SAM 2 mini checkpoint, not small; use --model mini"),
+    ]
+    for name, path, message in cases:
+        with pytest.raises(UserError, match=message):
+            load_predictor(name, path, CPU)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (Path.touch, (Path("code_was_run"),))
+
+
+def test_code_inside_a_checkpoint_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pt"
+    path.write_bytes(pickle.dumps({"model": RunsCode()}))
+    save(tmp_path / "evil2.pt", {"model": RunsCode()})
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(UserError, match="not a readable checkpoint"):
+            load_predictor("mini", tmp_path / name, CPU)
+    assert not Path("code_was_run").exists()
+
+
+def test_a_missing_mini_is_not_looked_for_on_the_network(tmp_path):
+    with pytest.raises(UserError, match="--checkpoint"):
+        ensure_checkpoint("mini", tmp_path)
+
+
+# Prompts
+
+
+def test_the_deepest_point_is_farthest_from_outline_and_border():
+    mask = np.zeros((50, 80), bool)
+    mask[10:31, 20:61] = True  # the middle row is 20; every column 30..50 is as deep
+    x, y = deepest_point(mask)
+    assert y == 20 and 30 <= x <= 50
+    assert deepest_point(np.ones((9, 9), bool)) == (4, 4)
+    single = np.zeros((5, 7), bool)
+    single[4, 6] = True
+    assert deepest_point(single) == random_point(single, np.random.default_rng(0)) == (6, 4)
+    assert mask_box(single) == (6, 4, 6, 4)
+    assert mask_box(mask) == (20, 10, 60, 30)
+
+
+def test_random_points_lie_inside_cover_the_mask_and_follow_the_seed():
+    mask = draw_pair(3)[1]
+    rng = np.random.default_rng(5)
+    points = [random_point(mask, rng) for _ in range(200)]
+    assert all(mask[y, x] for x, y in points)
+    assert len(set(points)) > 100
+    rng = np.random.default_rng(5)
+    assert points == [random_point(mask, rng) for _ in range(200)]
+
+
+def test_a_prompt_lists_the_box_first_then_foreground_then_background():
+    prompt = make_prompt([(1, 2)], [(3, 4)], (5, 6, 7, 8))
+    assert prompt.point_coords.tolist() == [[5, 6], [7, 8], [1, 2], [3, 4]]
+    assert prompt.point_labels.tolist() == [2, 3, 1, 0]
+
+
+# From features and prompt to masks and scores
+
+PROMPTS = {
+    "point": {"foreground": [(60, 40)]},
+    "points": {"foreground": [(60, 40), (10.5, 70)], "background": [(3, 5)]},
+    "box": {"box": (20, 15, 90, 80)},
+    "box and points": {"box": (20, 15, 90, 80), "foreground": [(50, 50)], "background": [(88, 16)]},
+}
+
+
+@pytest.mark.parametrize("size", [(96, 128), (300, 100), (97, 411)])
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_masks_and_scores_equal_those_of_sam2_image_predictor(predictor, size, kind):
+    image = draw_pair(1, size)[0]
+    options = PROMPTS[kind]
+    points = options.get("foreground", []) + options.get("background", [])
+    labels = [1] * len(options.get("foreground", [])) + [0] * len(options.get("background", []))
+    predictor.set_image(image)
+    expected_masks, expected_scores, _ = predictor.predict(
+        np.array(points) if points else None,
+        np.array(labels) if points else None,
+        np.array(options["box"]) if "box" in options else None,
+        return_logits=True,
+    )
+
+    features = encode_images(predictor, [image])
+    prompt = make_prompt(**options)
+    mask_logits, iou_scores = predict_masks(predictor, features, [prompt], [size])
+    masks = upscale_masks(predictor, mask_logits, size)[0].detach().numpy()
+    assert masks.shape == (3, *size)
+    assert np.abs(masks - expected_masks).max() < 1e-5
+    assert np.abs(iou_scores[0].detach().numpy() - expected_scores).max() < 1e-5
+
+    mask, score = segment(predictor, features, prompt, size)
+    assert np.array_equal(mask, expected_masks[expected_scores.argmax()] > 0)
+    assert score == pytest.approx(expected_scores.max(), abs=1e-5)
+
+
+def test_a_batch_of_different_sizes_equals_its_images_one_by_one(predictor):
+    examples = [draw_pair(index, size) for index, size in enumerate([(96, 128), (200, 120)])]
+    images = [image for image, _ in examples]
+    sizes = [mask.shape for _, mask in examples]
+    prompts = [prompt_from_mask(mask, "center") for _, mask in examples]
+    together = predict_masks(predictor, encode_images(predictor, images), prompts, sizes)
+    for i in range(2):
+        alone = predict_masks(
+            predictor, encode_images(predictor, [images[i]]), [prompts[i]], [sizes[i]]
+        )
+        for batched, single in zip(together, alone, strict=True):
+            assert torch.allclose(batched[i], single[0], atol=1e-5)
+
+
+def test_scores_that_are_not_finite_stop_with_an_error(predictor, random_mini):
+    broken = load_predictor("mini", random_mini, CPU)[0]
+    torch.nn.init.constant_(broken.model.sam_mask_decoder.iou_token.weight, float("nan"))
+    image = draw_pair(0)[0]
+    with pytest.raises(UserError, match="not finite"):
+        segment(broken, encode_images(broken, [image]), make_prompt([(5, 5)]), image.shape[:2])
+
+
+# Drawing
+
+
+def test_an_overlay_shows_mask_points_and_box_and_leaves_the_image_alone():
+    image = np.full((200, 300, 3), 100, np.uint8)
+    mask = np.zeros((200, 300), bool)
+    mask[50:150, 100:200] = True
+    overlay = draw_overlay(image, mask, make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160)))
+    assert (image == 100).all()
+    assert tuple(overlay[120, 150]) == (65, 122, 177)  # half gray, half blue
+    assert tuple(overlay[80, 120]) == sam2_utils.GREEN
+    assert tuple(overlay[20, 20]) == sam2_utils.RED
+    assert np.allclose(overlay[40, 150], sam2_utils.GREEN, atol=30)  # a smoothed line
+    assert tuple(overlay[190, 290]) == (100, 100, 100)

@@ -1,0 +1,265 @@
+"""Training follows the guide, learns, saves what SAM 2 itself loads, and can be resumed."""
+
+import csv
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, write_data
+from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+from sam2.build_sam import build_sam2, build_sam2_video_predictor
+
+import train_sam2_proper
+from image_files import split_pairs, write_image
+from sam2_utils import MODELS, load_predictor
+from train_sam2_proper import guide_loss, main, train_one_epoch, trainable_parts
+
+# A foreground point reaches all of the prompt encoder and mask decoder but these: other kinds of
+# prompt, the convolutions that set_image applies without gradients, the object score that images
+# do not use, and what makes the masks beside the first of the three.
+UNUSED = (
+    "sam_prompt_encoder.point_embeddings.0",
+    "sam_prompt_encoder.point_embeddings.2",
+    "sam_prompt_encoder.point_embeddings.3",
+    "sam_prompt_encoder.mask_downscaling",
+    "sam_prompt_encoder.pe_layer",
+    "sam_mask_decoder.conv_s",
+    "sam_mask_decoder.pred_obj_score_head",
+    "sam_mask_decoder.output_hypernetworks_mlps.0",
+    "sam_mask_decoder.output_hypernetworks_mlps.2",
+    "sam_mask_decoder.output_hypernetworks_mlps.3",
+)
+TRAINED = ("sam_prompt_encoder.", "sam_mask_decoder.")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+def settings(**changes) -> Namespace:
+    """Return the settings of a short run on the CPU."""
+    defaults = {
+        "device": CPU, "precision": torch.float32, "seed": 0, "batch_size": 1, "epochs": 1,
+        "score_weight": 0.05, "output": Path("output"),
+    }  # fmt: skip
+    return Namespace(**{**defaults, **changes})
+
+
+def run_training(run_script, random_mini, *options):
+    return run_script(
+        main, "--model", "mini", "--checkpoint", random_mini, "--device", "cpu", *options
+    )
+
+
+def read_log(output: Path = Path("output")) -> list[dict[str, str]]:
+    with (output / "train_log.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_the_loss_is_the_guides_literal_formula():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 40, 30, generator=generator, requires_grad=True)
+    scores = torch.rand(3, generator=generator, requires_grad=True)
+    true = torch.rand(40, 30, generator=generator) > 0.5
+    loss, report = guide_loss(logits, scores, true, 0.05)
+
+    probability, truth = torch.sigmoid(logits[0]), true.float()
+    seg_loss = -(truth * probability.log() + (1 - truth) * (1 - probability).log()).mean()
+    predicted = (logits > 0).float()
+    intersection = (predicted * truth).sum((1, 2))
+    union = predicted.sum((1, 2)) + truth.sum() - intersection
+    iou = intersection / (union + 1e-6)
+    score_loss = (scores - iou).abs().mean()
+    expected = seg_loss + 0.05 * score_loss
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert report["seg_loss"] == pytest.approx(seg_loss.item(), abs=1e-6)
+    assert report["score_loss"] == pytest.approx(score_loss.item(), abs=1e-6)
+    assert report["train_iou"] == pytest.approx(iou[scores.argmax()].item())
+
+    gradients = torch.autograd.grad(loss, [logits, scores], retain_graph=True)
+    literal_gradients = torch.autograd.grad(expected, [logits, scores])
+    for ours, literal in zip(gradients, literal_gradients, strict=True):
+        assert torch.allclose(ours, literal, atol=1e-7)
+
+
+def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(data, random_mini):
+    predictor, _ = load_predictor("mini", random_mini, CPU)
+    before = {name: weight.clone() for name, weight in predictor.model.state_dict().items()}
+    parts = trainable_parts(predictor)
+    parameters = [parameter for part in parts.values() for parameter in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=4e-5)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    pairs = split_pairs(data, "train", 1)
+    train_one_epoch(predictor, pairs, optimizer, scaler, 1, settings())
+
+    assert not predictor.model.training
+    for name, weight in predictor.model.state_dict().items():
+        moved = not torch.equal(weight, before[name])
+        assert moved == (name.startswith(TRAINED) and not name.startswith(UNUSED)), name
+
+
+def test_training_raises_the_iou_far_above_where_it_started(run_script, data, random_mini):
+    outcome = run_training(run_script, random_mini, "--epochs", 25, "--lr", 1e-3)
+    assert outcome.status == 0
+    log = read_log()
+    first, last = log[0], log[-1]
+    assert float(last["train_iou"]) > float(first["train_iou"]) + 0.3
+    assert float(last["seg_loss"]) < 0.5 * float(first["seg_loss"])
+    assert [int(row["epoch"]) for row in log] == list(range(1, 26))
+
+
+def test_results_are_written_and_load_in_sam2s_own_builders(run_script, data, random_mini):
+    outcome = run_training(run_script, random_mini, "--epochs", 2, "--lr", 1e-3)
+    assert outcome.status == 0, outcome.err
+    assert {path.name for path in Path("output").iterdir()} == {
+        "sam2_best.pt", "sam2_final.pt", "train_log.csv", "learning_curve.png", "train_state.pt",
+    }  # fmt: skip
+    spec = MODELS["mini"]
+    options = {"device": "cpu", "hydra_overrides_extra": list(spec.overrides)}
+    model = build_sam2(spec.config, "output/sam2_best.pt", **options)
+    build_sam2_video_predictor(spec.config, "output/sam2_best.pt", **options)
+    SAM2AutomaticMaskGenerator(model)
+    saved = weights_of(Path("output/sam2_best.pt"))
+    assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
+    original = weights_of(random_mini)
+    for name, weight in saved.items():
+        assert name.startswith(TRAINED) or torch.equal(weight, original[name]), name
+
+    best = torch.load("output/sam2_best.pt", weights_only=True)
+    log = read_log()
+    assert best["model_name"] == "mini"
+    assert best["val_iou"] == max(float(row["val_iou"]) for row in log)
+    assert f"{best['val_iou']:.4f} at best" in outcome.out
+
+
+def test_a_batch_trains_on_images_of_different_sizes(run_script, data, random_mini):
+    write_image(data / "images/train/wide.png", np.full((50, 170, 3), 90, np.uint8))
+    mask = np.zeros((50, 170), np.uint8)
+    mask[10:40, 20:100] = 255
+    write_image(data / "masks/train/wide.png", mask)
+    outcome = run_training(run_script, random_mini, "--epochs", 1, "--batch-size", 3)
+    assert outcome.status == 0, outcome.err
+    assert len(read_log()) == 1
+
+
+def test_empty_masks_are_skipped_and_counted(run_script, data, random_mini):
+    for split in ("train", "val"):
+        mask = next((data / "masks" / split).iterdir())
+        write_image(mask, np.zeros((96, 128), np.uint8))
+    outcome = run_training(run_script, random_mini, "--epochs", 1)
+    assert outcome.status == 0
+    assert "skipped 1 of 4 training images" in outcome.out
+    for mask in (data / "masks" / "val").iterdir():
+        write_image(mask, np.zeros((96, 128), np.uint8))
+    outcome = run_training(run_script, random_mini, "--epochs", 1)
+    assert outcome.status == 2 and "every validation mask is empty" in outcome.err
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_file(
+    run_script, data, random_mini, monkeypatch
+):
+    assert run_training(run_script, random_mini, "--epochs", 1).status == 0
+    best = Path("output/sam2_best.pt").read_bytes()
+
+    def broken_loss(mask_logits, *_):
+        return mask_logits.sum() * float("nan"), {"loss": 0.0, "train_iou": 0.0}
+
+    monkeypatch.setattr(train_sam2_proper, "guide_loss", broken_loss)
+    outcome = run_training(run_script, random_mini, "--epochs", 2, "--resume")
+    assert outcome.status == 2
+    assert "the loss became nan in epoch 2" in outcome.err and "--lr" in outcome.err
+    assert Path("output/sam2_best.pt").read_bytes() == best
+
+
+def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one(
+    run_script, data, random_mini, monkeypatch
+):
+    options = ("--lr", 1e-3, "--batch-size", 2)
+    run_training(run_script, random_mini, *options, "--epochs", 3, "--output", "whole")
+
+    evaluate = train_sam2_proper.evaluate
+    calls = []
+
+    def pull_the_plug(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # after the second epoch's training, before it is saved
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train_sam2_proper, "evaluate", pull_the_plug)
+    outcome = run_training(run_script, random_mini, *options, "--epochs", 3)
+    assert outcome.status == 130 and "--resume" in outcome.out
+    assert len(read_log()) == 1
+    monkeypatch.setattr(train_sam2_proper, "evaluate", evaluate)
+    outcome = run_training(run_script, random_mini, *options, "--epochs", 3, "--resume")
+    assert outcome.status == 0 and "going on after epoch 1" in outcome.out
+
+    for name in ("sam2_best.pt", "sam2_final.pt"):
+        whole, resumed = weights_of(Path("whole") / name), weights_of(Path("output") / name)
+        assert all(torch.equal(weight, resumed[key]) for key, weight in whole.items())
+    timeless = [
+        [{key: row[key] for key in row if key != "seconds"} for row in read_log(Path(output))]
+        for output in ("whole", "output")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_resuming_another_kind_of_run_is_refused_with_the_difference(run_script, data, random_mini):
+    outcome = run_training(run_script, random_mini, "--resume")
+    assert outcome.status == 2 and "nothing to resume" in outcome.err
+    run_training(run_script, random_mini, "--epochs", 1)
+    other = shutil.copy(random_mini, "other.pt")
+    for options, message in (
+        (("--lr", 1e-4), "--lr 1e-05, not 0.0001"),
+        (("--seed", 1), "--seed 42, not 1"),
+        (("--batch-size", 2), "--batch-size 1, not 2"),
+        (("--checkpoint", other), "--checkpoint"),
+    ):
+        outcome = run_training(run_script, random_mini, "--resume", *options)
+        assert outcome.status == 2 and message in outcome.err
+    outcome = run_training(run_script, random_mini, "--resume", "--epochs", 1)
+    assert outcome.status == 0 and "for more, raise --epochs" in outcome.out
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run_script, data, random_mini):
+    for output, seed in (("a", 5), ("b", 5), ("c", 6)):
+        run_training(run_script, random_mini, "--epochs", 1, "--seed", seed, "--output", output)
+    a, b, c = (weights_of(Path(output) / "sam2_final.pt") for output in "abc")
+    assert all(torch.equal(weight, b[name]) for name, weight in a.items())
+    assert not all(torch.equal(weight, c[name]) for name, weight in a.items())
+
+
+def test_mistakes_end_with_one_clear_line(run_script, data, random_mini, tmp_path):
+    for options, message in (
+        (("--epochs", 0), "--epochs"),
+        (("--lr", -1), "--lr"),
+        (("--lr", "nan"), "--lr"),
+        (("--batch-size", "two"), "--batch-size"),
+        (("--weight-decay", -1), "--weight-decay"),
+        (("--model", "huge"), "--model"),
+        (("--device", "abacus"), "--device abacus is unknown"),
+        (("--precision", "float16"), "--precision float16 needs CUDA"),
+        (("--checkpoint", "absent.pt"), "no such checkpoint"),
+        (("--data", "nowhere"), "python download_dataset.py --data nowhere"),
+    ):
+        outcome = run_training(run_script, random_mini, *options)
+        assert outcome.status == 2, options
+        assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+        assert message in outcome.err
+    assert not Path("output").exists()
+
+
+def test_bfloat16_trains_on_a_cpu(run_script, data, random_mini):
+    outcome = run_training(
+        run_script, random_mini, "--epochs", 1, "--precision", "bfloat16", "--limit", 2
+    )
+    assert outcome.status == 0 and "in bfloat16" in outcome.out
+    assert np.isfinite(float(read_log()[0]["loss"]))
