@@ -24,22 +24,31 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_args_with_demo(
+        self, argv: list[str] | None, **demo_defaults: Any
+    ) -> argparse.Namespace:
+        """Parse the options; with --demo among them, these are the defaults."""
+        if self.parse_args(argv).demo:
+            self.set_defaults(**demo_defaults)
+        return self.parse_args(argv)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Show a default only where there is one to show."""
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def number(
     kind: type, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], Any]:
-    """Return an argparse type: an int or float within the stated limits."""
-    limits = [f"of at least {at_least}" * math.isfinite(at_least)]
-    limits += [f"above {above}" * math.isfinite(above), f"below {below}" * math.isfinite(below)]
-    wanted = {int: "a whole number", float: "a number"}[kind]
-    wanted = " ".join([wanted, " and ".join(filter(None, limits))])
+    """Return an argparse type: a finite int or float within the stated limits."""
+    limits = {"of at least": at_least, "above": above, "below": below}
+    bounds = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+    wanted = f"{'a whole number' if kind is int else 'a number'} {' and '.join(bounds)}"
 
     def parse(text: str) -> Any:
         try:
@@ -47,7 +56,7 @@ def number(
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value >= at_least and above < value < below):
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
         return value
 
     return parse

@@ -4,6 +4,7 @@
     python compare_models.py --prompt box       # prompted with the object's box, not a point
     python compare_models.py --limit 20         # a quick look
     python compare_models.py --figures 20       # more pictures
+    python compare_models.py --demo             # what train_sam2_proper.py --demo made
 
 Both models get the same prompts, and of three masks each the one with the highest predicted
 score counts. Written to output/comparison/: results.csv and the pictures.
@@ -208,9 +209,8 @@ def draw_comparisons(models: Models, results: list[Result], args: Namespace) -> 
 def load_models(args: Namespace) -> Models:
     """Load the original and the fine-tuned model, which must be of the same size."""
     if not args.finetuned.is_file():
-        raise UserError(
-            f"no fine-tuned model at {args.finetuned}; run: python train_sam2_proper.py"
-        )
+        command = "python train_sam2_proper.py" + " --demo" * args.demo
+        raise UserError(f"no fine-tuned model at {args.finetuned}; run: {command}")
     finetuned, name = load_predictor(args.model, args.finetuned, args.device)
     checkpoint = args.original or ensure_checkpoint(name)
     original, _ = load_predictor(name, checkpoint, args.device)
@@ -220,6 +220,7 @@ def load_models(args: Namespace) -> Models:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
+    parser.add_argument("--demo", action="store_true", help="compare what the demo trained")
     models = parser.add_argument_group("the models")
     models.add_argument(
         "--finetuned", type=Path, default=Path("output/sam2_best.pt"), help="the fine-tuned file"
@@ -259,7 +260,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default="auto",
         help="auto: bfloat16 (else float16) on CUDA, float32 elsewhere",
     )
-    return parser.parse_args(argv)
+    return parser.parse_args_with_demo(
+        argv,
+        data=Path("data/demo"),
+        finetuned=Path("output/demo/sam2_best.pt"),
+        output=Path("output/demo/comparison"),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
     python download_dataset.py                                # Kvasir-SEG, from the network
     python download_dataset.py --archive kvasir-seg.zip       # from a file that you have
     python download_dataset.py --images photos --masks masks  # your own folders
+    python download_dataset.py --demo                         # drawn images, no network
 
 An image and its mask have the same name, whatever their suffixes. Files are copied, never
 changed. Kvasir-SEG is for research and education only; cite Jha et al., MMM 2020.
@@ -18,12 +19,14 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
 from tqdm import tqdm
 
 from command_line import ArgumentParser, UserError, number, run
 from image_files import Pair, atomic_write, find_pairs, read_pair
 from sam2_utils import MODELS, download_file, ensure_checkpoint, file_sha256
+from synthetic_images import write_demo_dataset
 
 DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
 DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
@@ -93,29 +96,46 @@ def find_dataset_root(path: Path, archive: zipfile.ZipFile) -> zipfile.Path:
     return zipfile.Path(archive, prefix)
 
 
-def write_dataset(pairs: list[Pair], data: Path, val_fraction: float, seed: int) -> None:
-    """Check every pair and copy it into data/images/ and data/masks/, in train/ and val/.
+@contextlib.contextmanager
+def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
+    """Yield an empty folder; the images/ and masks/ put there become those of `data`.
 
-    Everything is built in a folder beside and moved into place when complete; on any error
-    `data` stays as it was.
+    They are moved into place when complete, and `facts` about them written to SPLIT_FILE; on any
+    error `data` stays as it was.
     """
-    splits = split_names([pair.name for pair in pairs], val_fraction, seed)
-    split_of = {name: split for split, names in splits.items() for name in names}
     data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=data) as folder:
+        yield Path(folder)
+        replace_folders(Path(folder), data)
+    with atomic_write(data / SPLIT_FILE) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def replace_folders(new: Path, data: Path) -> None:
+    """Move images/ and masks/ from `new` into `data`, and what stood there into new/old."""
+    (data / SPLIT_FILE).unlink(missing_ok=True)
+    old = new / "old"
+    old.mkdir()
+    for kind in ("images", "masks"):
+        if (data / kind).exists():
+            (data / kind).replace(old / kind)
+        (new / kind).replace(data / kind)
+
+
+def copy_pairs(pairs: list[Pair], data: Path, val_fraction: float, seed: int) -> None:
+    """Check every pair and copy it into data/images/ and data/masks/, in train/ and val/."""
+    splits = split_names([pair.name for pair in pairs], val_fraction, seed)
+    split_of = {name: split for split, names in splits.items() for name in names}
+    with new_dataset(data, seed=seed, val_fraction=val_fraction, **splits) as folder:
         for pair in tqdm(pairs, desc="Checking and copying", unit="pair"):
             copies = []
             for kind, source in (("images", pair.image), ("masks", pair.mask)):
                 suffix = PurePath(source.name).suffix
-                copy = Path(folder) / kind / split_of[pair.name] / (pair.name + suffix)
+                copy = folder / kind / split_of[pair.name] / (pair.name + suffix)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(source.read_bytes())
                 copies.append(copy)
             check_pair(pair, *copies)
-        replace_folders(Path(folder), data)
-    with atomic_write(data / SPLIT_FILE) as temporary:
-        text = json.dumps({"seed": seed, "val_fraction": val_fraction, **splits}, indent=1)
-        temporary.write_text(text, encoding="utf-8")
 
 
 def check_pair(pair: Pair, image_copy: Path, mask_copy: Path) -> None:
@@ -125,17 +145,6 @@ def check_pair(pair: Pair, image_copy: Path, mask_copy: Path) -> None:
     except UserError as error:
         message = str(error).replace(str(image_copy), str(pair.image))
         raise UserError(message.replace(str(mask_copy), str(pair.mask))) from error
-
-
-def replace_folders(new: Path, data: Path) -> None:
-    """Move images/ and masks/ from `new` into `data`; what stood there goes when both are in."""
-    (data / SPLIT_FILE).unlink(missing_ok=True)
-    old = Path(new, "old")
-    old.mkdir()
-    for kind in ("images", "masks"):
-        if (data / kind).exists():
-            (data / kind).replace(old / kind)
-        (new / kind).replace(data / kind)
 
 
 def count_pairs(data: Path) -> dict[str, int]:
@@ -162,6 +171,16 @@ def existing_dataset(data: Path, force: bool) -> bool:
     )
 
 
+def draw_demo(data: Path, force: bool = False) -> None:
+    """Draw the demo's images and masks into `data`, unless they are there."""
+    if existing_dataset(data, force):
+        print(f"{data} already holds a data set: nothing to do (--force makes it anew).")
+        return
+    print(f"drawing the demo's images into {data}")
+    with new_dataset(data, drawn_by="synthetic_images.py") as folder:
+        write_demo_dataset(folder)
+
+
 def prepare_dataset(args: Namespace) -> None:
     """Fill args.data from the source that the options name, unless it is already filled."""
     if existing_dataset(args.data, args.force):
@@ -171,7 +190,7 @@ def prepare_dataset(args: Namespace) -> None:
         pairs = find_pairs(args.images, args.masks)
         if any(args.data.resolve() in pair.image.resolve().parents for pair in pairs):
             raise UserError(f"{args.images} lies inside {args.data}; use another --data folder")
-        write_dataset(pairs, args.data, args.val_fraction, args.seed)
+        copy_pairs(pairs, args.data, args.val_fraction, args.seed)
         return
     archive = args.archive
     if not archive:
@@ -180,7 +199,7 @@ def prepare_dataset(args: Namespace) -> None:
         if not archive.is_file() or file_sha256(archive) != DATASET_SHA256:
             download_file(DATASET_URL, archive, DATASET_SHA256, by_hand)
     with open_archive(archive) as pairs:
-        write_dataset(pairs, args.data, args.val_fraction, args.seed)
+        copy_pairs(pairs, args.data, args.val_fraction, args.seed)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -189,6 +208,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     source.add_argument("--archive", type=Path, help="a zip with images/ and masks/ inside")
     source.add_argument("--images", type=Path, help="a folder of images")
     source.add_argument("--masks", type=Path, help="the folder of their masks")
+    source.add_argument("--demo", action="store_true", help="draw the demo's, into data/demo")
     split = parser.add_argument_group("how they are split")
     split.add_argument("--data", type=Path, default=Path("data"), help="the folder to fill")
     split.add_argument(
@@ -205,17 +225,20 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--checkpoints", type=Path, default=Path("checkpoints"), help="the folder to put it in"
     )
     model.add_argument("--skip-checkpoint", action="store_true", help="do not fetch it")
-    args = parser.parse_args(argv)
+    args = parser.parse_args_with_demo(argv, data=Path("data/demo"), model="mini")
     if bool(args.images) != bool(args.masks):
         parser.error("--images and --masks go together")
-    if args.images and args.archive:
-        parser.error("--archive and --images are two sources; give one of them")
+    if sum(map(bool, (args.images, args.archive, args.demo))) > 1:
+        parser.error("--archive, --images and --demo are different sources; give one of them")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    prepare_dataset(args)
+    if args.demo:
+        draw_demo(args.data, args.force)
+    else:
+        prepare_dataset(args)
     for split, count in count_pairs(args.data).items():
         print(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
     if not args.skip_checkpoint:

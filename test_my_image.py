@@ -3,6 +3,7 @@
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg               # click in a window
     python test_my_image.py --image test_images/dog.jpg --box "40,30,600,620" --original
+    python test_my_image.py --demo                                    # an image of the demo
 
 Coordinates are x,y in pixels from the top left. In the window, a left click adds a foreground
 point, a right click a background point; closing the window runs the segmentation. The overlay
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from command_line import ArgumentParser, UserError, run
-from image_files import read_image, write_image
+from image_files import read_image, read_mask, write_image
 from sam2_utils import (
     MODELS,
     Prompt,
@@ -30,12 +31,15 @@ from sam2_utils import (
     ensure_checkpoint,
     load_predictor,
     make_prompt,
+    prompt_from_mask,
     segment,
     select_device,
     select_precision,
 )
 
-FINETUNED = Path("output/sam2_best.pt")
+DEMO_IMAGE, DEMO_MASK = (
+    Path("data/demo", kind, "val/demo_000.png") for kind in ("images", "masks")
+)
 LEFT_BUTTON, RIGHT_BUTTON = 1, 3
 
 
@@ -80,7 +84,7 @@ def ask_for_clicks(image: np.ndarray) -> Prompt:
         "(or install a window system for matplotlib: python3-tk or pip install pyside6)"
     )
     try:
-        figure = plt.figure()
+        figure = plt.figure("SAM 2", figsize=(9, 7), layout="constrained")
     except ImportError as error:
         raise UserError(no_window) from error
     if figure.canvas.required_interactive_framework is None:  # it fell back to drawing to files
@@ -132,12 +136,24 @@ def choose_checkpoint(args: Namespace) -> Path:
         return args.checkpoint
     if args.original:
         return ensure_checkpoint(args.model or "small")
-    if not FINETUNED.is_file():
+    if not args.finetuned.is_file():
+        command = "python train_sam2_proper.py" + " --demo" * args.demo
         raise UserError(
-            f"no fine-tuned model at {FINETUNED}; run: python train_sam2_proper.py, "
-            "or use --original"
+            f"no fine-tuned model at {args.finetuned}; run: {command}, or use --original"
         )
-    return FINETUNED
+    return args.finetuned
+
+
+def choose_prompt(args: Namespace, image: np.ndarray) -> Prompt:
+    """Return the prompt that the options give, or else the clicks in a window.
+
+    The demo's own image needs neither: its mask is known.
+    """
+    if args.point or args.negative_point or args.box:
+        return make_prompt(args.point, args.negative_point, args.box)
+    if args.demo and args.image == DEMO_IMAGE:
+        return prompt_from_mask(read_mask(DEMO_MASK), "center")
+    return ask_for_clicks(image)
 
 
 def free_name(folder: Path, stem: str) -> str:
@@ -149,7 +165,8 @@ def free_name(folder: Path, stem: str) -> str:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--image", type=Path, required=True, help="the image to segment")
+    parser.add_argument("--image", type=Path, help="the image to segment")
+    parser.add_argument("--demo", action="store_true", help="use what the demo trained")
     prompt = parser.add_argument_group("the prompt (without one, a window opens to click in)")
     prompt.add_argument(
         "--point",
@@ -180,7 +197,16 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--output", type=Path, default=Path("output/my_results"), help="where results go"
     )
     parser.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
-    args = parser.parse_args(argv)
+    parser.set_defaults(finetuned=Path("output/sam2_best.pt"))
+    args = parser.parse_args_with_demo(
+        argv,
+        image=DEMO_IMAGE,
+        model="mini",
+        finetuned=Path("output/demo/sam2_best.pt"),
+        output=Path("output/demo/my_results"),
+    )
+    if not args.image:
+        parser.error("--image is missing: the image to segment")
     if args.original and args.checkpoint:
         parser.error("--original and --checkpoint name two models; give one of them")
     return args
@@ -192,13 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     image = read_image(args.image)
     height, width = image.shape[:2]
     checkpoint = choose_checkpoint(args)
-    if args.point or args.negative_point or args.box:
-        prompt = make_prompt(args.point, args.negative_point, args.box)
-    else:
-        prompt = ask_for_clicks(image)
+    predictor, name = load_predictor(args.model, checkpoint, device)
+    prompt = choose_prompt(args, image)
     check_inside(prompt, width, height)
 
-    predictor, name = load_predictor(args.model, checkpoint, device)
     with autocast(device, select_precision("auto", device)):
         features = encode_images(predictor, [image])
         mask, score = segment(predictor, features, prompt, (height, width))

@@ -4,6 +4,7 @@
     python train_sam2_proper.py --model tiny --epochs 5    # a smaller model, a shorter run
     python train_sam2_proper.py --limit 20 --epochs 1      # a quick look
     python train_sam2_proper.py --resume                   # go on after an interruption
+    python train_sam2_proper.py --demo                     # see it work in two minutes
 
 The image encoder stays frozen. Each step shows SAM 2 one random point inside the mask and
 corrects the mask and the scores that it answers with. What is written to output/:
@@ -28,6 +29,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from command_line import ArgumentParser, UserError, number, run
+from download_dataset import draw_demo
 from image_files import Pair, atomic_write, read_pair, split_pairs
 from sam2_utils import (
     MODELS,
@@ -298,6 +300,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
     files = parser.add_argument_group("what is read and written")
     files.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
+    files.add_argument(
+        "--demo", action="store_true", help="train mini on drawn images, into output/demo"
+    )
     files.add_argument("--limit", type=number(int, at_least=1), help="use the first N images only")
     files.add_argument("--output", type=Path, default=Path("output"), help="where results go")
     files.add_argument("--resume", action="store_true", help="go on with the run in --output")
@@ -332,7 +337,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default="auto",
         help="auto: bfloat16 (else float16) on CUDA, float32 elsewhere",
     )
-    return parser.parse_args(argv)
+    return parser.parse_args_with_demo(
+        argv,
+        data=Path("data/demo"),
+        output=Path("output/demo"),
+        model="mini",
+        epochs=8,
+        batch_size=4,
+        lr=1e-3,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -340,6 +353,8 @@ def main(argv: list[str] | None = None) -> None:
     args.device = select_device(args.device)
     args.precision = select_precision(args.precision, args.device)
     torch.manual_seed(args.seed)
+    if args.demo and not args.data.is_dir():
+        draw_demo(args.data)
     split_pairs(args.data, "train")  # missing data is said before anything is downloaded
     args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
     predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
@@ -349,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\nstopped; finished epochs are kept: run the same command with --resume")
         raise
     print(f"wrote sam2_best.pt, sam2_final.pt, train_log.csv, learning_curve.png to {args.output}")
-    print("next: python compare_models.py")
+    print(f"next: python compare_models.py{' --demo' if args.demo else ''}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,366 @@
+"""Drawn images: what the mini model is pretrained on, and the scenes of the demo.
+
+No data set and no licence is involved. All is computed in NumPy, element by element in float64, and
+rounded to bytes at the end, so that a seed draws the same bytes on every platform. Lengths are
+fractions of the image's width; colours are 0 to 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from image_files import write_image
+
+# ----------------------------------------------------------------------------------------------
+# Noise, colours, shapes
+# ----------------------------------------------------------------------------------------------
+
+
+def chance(rng: np.random.Generator, probability: float) -> bool:
+    """Return True with this probability."""
+    return bool(rng.random() < probability)
+
+
+def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """Draw SxS float values from -1 to 1 that vary over size / cells pixels."""
+    grid = rng.uniform(-1, 1, (cells + 2, cells + 2))
+    position = (np.arange(size) + 0.5) * cells / size
+    cell = position.astype(int)
+    weight = position - cell
+    weight = weight * weight * (3 - 2 * weight)
+    rows = grid[cell] + (grid[cell + 1] - grid[cell]) * weight[:, None]
+    return rows[:, cell] + (rows[:, cell + 1] - rows[:, cell]) * weight
+
+
+def texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draw an SxS float texture, about -1 to 1: clouds, grain, ridges, spots or stripes."""
+    kind = rng.integers(5)
+    coarse = smooth_noise(rng, size, int(rng.integers(2, 8)))
+    fine = smooth_noise(rng, size, int(rng.integers(10, 32)))
+    if kind == 0:
+        return coarse
+    if kind == 1:
+        return 0.5 * (coarse + fine)
+    if kind == 2:
+        return 1 - 4 * np.abs(coarse)
+    if kind == 3:
+        return np.clip(6 * fine, -1, 1)
+    x, y = coordinates(size)
+    step_x, step_y = rng.uniform(-15, 15, 2)
+    phase = x * step_x + y * step_y + coarse
+    return 4 * np.abs(phase - np.floor(phase) - 0.5) - 1
+
+
+def coordinates(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return x (1xS) and y (Sx1) of the pixels' centers, from 0 to 1."""
+    ramp = (np.arange(size) + 0.5) / size
+    return ramp[None, :], ramp[:, None]
+
+
+def direction(rng: np.random.Generator) -> np.ndarray:
+    """Draw a unit vector (X,Y)."""
+    while True:
+        vector = rng.uniform(-1, 1, 2)
+        length = np.sqrt(vector[0] * vector[0] + vector[1] * vector[1])
+        if 0.1 < length < 1:
+            return vector / length
+
+
+class Blob(NamedTuple):
+    """A smooth shape.
+
+    height: SxS float; above 0 inside, 1 at the top.
+    slope: 2xSxS float, how far right and down of its center a pixel is, about -1 to 1 inside.
+    radius: its mean radius.
+    """
+
+    height: np.ndarray
+    slope: np.ndarray
+    radius: float
+
+    @property
+    def mask(self) -> np.ndarray:
+        return self.height > 0
+
+    def alpha(self, softness: float) -> np.ndarray:
+        """Return SxS opacities from 0 to 1, whose edge is `softness` pixels wide."""
+        pixels = self.height * 0.5 * self.radius * len(self.height) / softness
+        return np.clip(pixels + 0.5, 0, 1)
+
+
+def draw_blob(
+    rng: np.random.Generator,
+    size: int,
+    center: np.ndarray,
+    radius: float,
+    elongation: float = 1.0,
+    wobble: float = 0.3,
+    axis: np.ndarray | None = None,
+) -> Blob:
+    """Draw an ellipse along `axis` with an uneven outline, about `center` (X,Y)."""
+    x, y = coordinates(size)
+    x, y = (x - center[0]) / radius, (y - center[1]) / radius
+    axis = direction(rng) if axis is None else axis
+    stretch = np.sqrt(elongation)
+    along, across = (x * axis[0] + y * axis[1]) / stretch, (y * axis[0] - x * axis[1]) * stretch
+    cells = max(2, round(1 / radius))
+    bumps = smooth_noise(rng, size, cells) + 0.4 * smooth_noise(rng, size, 2 * cells)
+    height = 1 - along * along - across * across + wobble * bumps
+    return Blob(height, np.stack(np.broadcast_arrays(x, y)), radius)
+
+
+def paint(canvas: np.ndarray, color: np.ndarray, alpha: np.ndarray) -> None:
+    """Blend `color` (3 or SxSx3) into the SxSx3 canvas, by SxS opacities."""
+    canvas += (color - canvas) * alpha[..., None]
+
+
+# ----------------------------------------------------------------------------------------------
+# Pretraining images
+# ----------------------------------------------------------------------------------------------
+
+
+def draw_pretraining_image(
+    rng: np.random.Generator, size: int, hardness: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw blobs of any colour on a textured background.
+
+    `hardness` (0 to 1) is the share of images with small blobs, and of blobs in the background's
+    colour.
+
+    Returns:
+      image: SxSx3 uint8 RGB.
+      masks: NxSxS bool, the visible part of every blob; N is at least 1.
+    """
+    while True:
+        background = rng.uniform(0.05, 0.95, 3)
+        if chance(rng, 0.35):  # the colours of flesh
+            background = np.sort(background)[::-1].copy()
+        contrast = rng.uniform(0.02, 0.2)
+        canvas = background + contrast * _colored_texture(rng, size)
+        smallest = 0.05 if chance(rng, hardness) else 0.09
+        is_cavity = hardness > 0 and chance(rng, hardness)
+        if is_cavity:
+            _paint_relief(rng, canvas)
+        blobs = [
+            _paint_random_blob(rng, canvas, background, smallest, hardness)
+            for _ in range(rng.integers(1, 6))
+        ]
+        _paint_highlights(rng, canvas, np.stack([blob.mask for blob in blobs]).any(axis=0))
+        if is_cavity:
+            _paint_sparkle(rng, canvas)
+        lit = _shade_image(rng, canvas)
+        masks = _visible_masks(blobs, lit)
+        if len(masks):
+            return _to_uint8(rng, canvas, rng.uniform(0, 0.04)), masks
+
+
+def _colored_texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draw SxSx3 variations about a colour: one or two textures, each with a tint."""
+    colored = np.zeros((size, size, 3))
+    for _ in range(rng.integers(1, 3)):
+        tint = 1 + rng.uniform(-0.7, 0.7, 3)
+        colored += texture(rng, size)[..., None] * tint
+    return colored
+
+
+def _paint_random_blob(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    background: np.ndarray,
+    smallest: float,
+    hardness: float,
+) -> Blob:
+    size = len(canvas)
+    radius = rng.uniform(smallest, 0.32 if chance(rng, 0.4) else 0.2)
+    center = rng.uniform(0.05, 0.95, 2)
+    elongation = rng.uniform(1, 2.2)
+    blob = draw_blob(rng, size, center, radius, elongation, wobble=rng.uniform(0, 0.45))
+
+    camouflaged = chance(rng, 0.15 + 0.5 * hardness)
+    distance = (0.03, 0.15) if camouflaged else (0.25, 0.9)
+    color = _color_apart(rng, background, *distance)
+    body = color + rng.uniform(0.01, 0.15) * _colored_texture(rng, size)
+    light = direction(rng)
+    lit = blob.slope[0] * light[0] + blob.slope[1] * light[1]
+    body += rng.uniform(0.05 if camouflaged else 0, 0.22) * lit[..., None]
+    dome = np.sqrt(np.clip(blob.height, 0, 1))[..., None] - 0.6  # a dark or a bright rim
+    body += rng.uniform(-0.12, 0.3) * dome
+
+    if chance(rng, 0.4):  # a shadow around it
+        paint(canvas, background * 0.3, rng.uniform(0.1, 0.5) * blob.alpha(0.15 * size))
+    paint(canvas, body, blob.alpha(rng.uniform(1, 1 + 0.02 * size)))
+    return blob
+
+
+def _paint_relief(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Turn the canvas into the inside of a cavity: folds, vessels, and the dark of its depth."""
+    size = len(canvas)
+    x, y = coordinates(size)
+    axis = direction(rng)
+    folds = (x * axis[0] + y * axis[1]) * rng.uniform(2, 6) + 0.6 * smooth_noise(rng, size, 3)
+    folds = folds - np.floor(folds)  # rises slowly, then falls sharply
+    folds = np.minimum(folds, 4 * (1 - folds)) / 0.8
+    canvas *= 1 + rng.uniform(0.1, 0.5) * (folds - 0.7)[..., None]
+    if chance(rng, 0.6):
+        vessels = 1 - np.abs(smooth_noise(rng, size, int(rng.integers(4, 9)))) / 0.06
+        strength = np.clip(vessels, 0, 1) * np.clip(0.5 + smooth_noise(rng, size, 3), 0, 1)
+        paint(canvas, canvas * [0.8, 0.5, 0.5], rng.uniform(0.3, 1) * strength)
+    if chance(rng, 0.6):
+        depth = draw_blob(rng, size, rng.uniform(0, 1, 2), rng.uniform(0.12, 0.3), 1.3)
+        paint(canvas, canvas * rng.uniform(0.05, 0.4), depth.alpha(0.08 * size))
+
+
+def _paint_sparkle(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Scatter small reflections in clusters, as on a wet surface."""
+    size = len(canvas)
+    fine = int(rng.integers(24, 40))
+    grains = smooth_noise(rng, size, fine) + 0.6 * smooth_noise(rng, size, fine // 2)
+    clusters = smooth_noise(rng, size, 5) - rng.uniform(0, 0.4)
+    strength = np.clip(6 * (grains - 0.9), 0, 1) * np.clip(5 * clusters, 0, 1)
+    paint(canvas, np.array(0.97), strength)
+
+
+def _color_apart(
+    rng: np.random.Generator, color: np.ndarray, nearest: float, farthest: float
+) -> np.ndarray:
+    """Draw a colour whose largest difference from `color` lies between the two."""
+    while True:
+        other = np.clip(color + rng.uniform(-farthest, farthest, 3), 0, 1)
+        if nearest < np.abs(other - color).max() < farthest:
+            return other
+
+
+def _visible_masks(blobs: list[Blob], lit: np.ndarray) -> np.ndarray:
+    """Return, of blobs painted in this order, the NxSxS visible masks that are large enough."""
+    masks = np.stack([blob.mask for blob in blobs])
+    covered = ~lit
+    kept = []
+    for mask in masks[::-1]:
+        visible = mask & ~covered
+        covered |= mask
+        if visible.sum() > max(0.4 * mask.sum(), 0.004 * mask.size):
+            kept.append(visible)
+    return np.stack(kept) if kept else masks[:0]
+
+
+def _paint_highlights(rng: np.random.Generator, canvas: np.ndarray, where: np.ndarray) -> None:
+    """Paint the reflections of a lamp; they belong to what they lie on."""
+    size = len(canvas)
+    if chance(rng, 0.5):
+        return
+    spots = np.flatnonzero(where)
+    for _ in range(rng.integers(1, 7)):
+        y, x = divmod(
+            int(rng.choice(spots)) if chance(rng, 0.7) else int(rng.integers(size**2)), size
+        )
+        center = np.array([x, y]) / size
+        spot = draw_blob(rng, size, center, rng.uniform(0.008, 0.035), rng.uniform(1, 3))
+        paint(canvas, rng.uniform(0.85, 1, 3), spot.alpha(2.0) * rng.uniform(0.5, 1))
+
+
+def _shade_image(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """Darken the canvas as an uneven lamp, a vignette and the black corners of an endoscope do.
+
+    Returns the SxS bool mask of what is not black.
+    """
+    size = len(canvas)
+    x, y = coordinates(size)
+    if chance(rng, 0.5):
+        canvas *= 1 + (rng.uniform(0.1, 0.4) * smooth_noise(rng, size, 2))[..., None]
+    center = rng.uniform(0.3, 0.7, 2)
+    distance = (x - center[0]) * (x - center[0]) + (y - center[1]) * (y - center[1])
+    if chance(rng, 0.5):
+        canvas *= np.clip(1 - rng.uniform(0.3, 1.5) * distance, 0.1, 1)[..., None]
+    black = np.zeros(canvas.shape[:2], bool)
+    if chance(rng, 0.3):
+        corner = np.abs(x - 0.5) + np.abs(y - 0.5) > rng.uniform(0.75, 0.95)
+        side = np.maximum(np.abs(x - 0.5), np.abs(y - 0.5)) > rng.uniform(0.46, 0.5)
+        black = corner | side
+    canvas[black] = 0.02
+    return ~black
+
+
+def _to_uint8(rng: np.random.Generator, canvas: np.ndarray, grain: float) -> np.ndarray:
+    """Add grain, and round the SxSx3 canvas to bytes."""
+    canvas = canvas + grain * rng.uniform(-1, 1, canvas.shape[:2])[..., None]
+    return np.floor(np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------
+# The demo
+# ----------------------------------------------------------------------------------------------
+
+
+def draw_demo_pair(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the inside of a bowel with a polyp on a stalk; the mask is the polyp with its stalk.
+
+    The pretrained model stops where colour and texture end, at the head: there is something to
+    learn.
+
+    Returns:
+      image: SxSx3 uint8 RGB.
+      mask: SxS bool.
+    """
+    # The wall
+    mucosa = np.array([0.78, 0.42, 0.36]) + rng.uniform(-0.08, 0.08, 3)
+    clouds = 0.06 * smooth_noise(rng, size, 4) + 0.03 * smooth_noise(rng, size, 14)
+    canvas = mucosa + clouds[..., None]
+    _paint_relief(rng, canvas)
+
+    # The polyp: its stalk, and its head on top
+    radius = rng.uniform(0.10, 0.16)
+    center, axis = rng.uniform(0.3, 0.7, 2), direction(rng)
+    stalk = _draw_stalk(rng, size, center, axis, radius)
+    head = draw_blob(rng, size, center, radius, rng.uniform(1, 1.3), 0.15)
+    paint(canvas, mucosa * 0.35, 0.5 * stalk.alpha(0.08 * size))
+    _paint_flesh(canvas, stalk, mucosa * [1.1, 1.3, 1.25], 0.5 * clouds)
+    paint(canvas, mucosa * 0.35, 0.6 * head.alpha(0.05 * size))
+    pebbles = 0.07 * smooth_noise(rng, size, 40) + 0.05 * smooth_noise(rng, size, 16)
+    _paint_flesh(canvas, head, mucosa * [0.95, 0.55, 0.6], pebbles)
+
+    # The lamp and the lens
+    _paint_sparkle(rng, canvas)
+    x, y = coordinates(size)
+    distance = (x - 0.5) * (x - 0.5) + (y - 0.5) * (y - 0.5)
+    canvas *= np.clip(1.1 - 1.2 * distance, 0, 1)[..., None]
+    black = np.abs(x - 0.5) + np.abs(y - 0.5) > 0.85
+    canvas[black] = 0.02
+    return _to_uint8(rng, canvas, 0.015), (stalk.mask | head.mask) & ~black
+
+
+def _draw_stalk(
+    rng: np.random.Generator, size: int, center: np.ndarray, axis: np.ndarray, radius: float
+) -> Blob:
+    """Draw a bent, rounded band from `center` along `axis`."""
+    x, y = coordinates(size)
+    x, y = x - center[0], y - center[1]
+    length, half_width = radius * rng.uniform(2.6, 3.4), radius * rng.uniform(0.5, 0.65)
+    along = (x * axis[0] + y * axis[1]) / length
+    bend = radius * rng.uniform(-1, 1) * along * along
+    across = (y * axis[0] - x * axis[1] - bend) / (half_width * (0.85 + 0.35 * along * along))
+    beyond = np.maximum(0, np.abs(along - 0.5) - 0.35) / 0.15  # past the straight part
+    height = 1 - across * across - beyond * beyond
+    return Blob(height, np.stack([across * -axis[1], across * axis[0]]), half_width)
+
+
+def _paint_flesh(canvas: np.ndarray, blob: Blob, color: np.ndarray, grain: np.ndarray) -> None:
+    """Paint a rounded, unevenly coloured blob, lit from above, darker at its rim."""
+    rim = np.sqrt(np.clip(blob.height, 0, 1)) - 0.7
+    light = 0.25 * rim - 0.06 * blob.slope[1] + grain
+    paint(canvas, color + light[..., None], blob.alpha(2.0))
+
+
+def write_demo_dataset(
+    data: Path, seed: int = 42, train: int = 120, val: int = 40, size: int = 256
+) -> None:
+    """Draw the demo's pairs into data/images/{train,val} and data/masks/{train,val}."""
+    for split, count in (("train", train), ("val", val)):
+        for index in range(count):
+            rng = np.random.default_rng([seed, split == "val", index])
+            image, mask = draw_demo_pair(rng, size)
+            name = f"demo_{index:03d}.png"
+            write_image(data / "images" / split / name, image)
+            write_image(data / "masks" / split / name, mask.astype(np.uint8) * 255)
