@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+# Read by torch when it is first imported: operators that MPS lacks run on the CPU.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+# Notebooks name a drawing backend of their own, which matplotlib may not find from here.
+if os.environ.get("MPLBACKEND", "").startswith("module://"):
+    del os.environ["MPLBACKEND"]
+
+# What the errors of torch say when memory runs out, on GPUs and on CPUs.
+MEMORY_ERRORS = ("out of memory", "allocate memory", "not enough memory")
 
 
 class UserError(Exception):
@@ -62,6 +72,9 @@ def number(
     return parse
 
 
+seed = number(int, at_least=0, below=2**63)
+
+
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script's main(argv); end with one line instead of a traceback where it fails.
 
@@ -77,8 +90,8 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; check the path, its permissions and the disk")
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(t in str(error) for t in MEMORY_ERRORS):
             raise
         _fail("the memory is full; use a smaller --batch-size or --model, or --device cpu")
     except KeyboardInterrupt:

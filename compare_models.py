@@ -12,21 +12,17 @@ score counts. Written to output/comparison/: results.csv and the pictures.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from sam2.sam2_image_predictor import SAM2ImagePredictor
-from tqdm import tqdm
-
-from command_line import ArgumentParser, UserError, number, run
-from image_files import Pair, atomic_write, read_pair, split_pairs
+from command_line import ArgumentParser, UserError, number, run, seed
+from image_files import DEMO_DATA, Pair, atomic_write, read_pair, split_pairs
 from sam2_utils import (
     MODELS,
     Prompt,
@@ -43,7 +39,14 @@ from sam2_utils import (
     select_precision,
 )
 
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+
 BOX_WIDTH = 40
+FIGURE_NAME = re.compile(r"comparison_\d+_[+-]\d+p_")
 ASCII_BOX = str.maketrans("┌┐└┘├┤─│", "++++++-|")
 
 
@@ -157,8 +160,8 @@ def write_results(path: Path, results: list[Result]) -> None:
         prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
         numbers = [f"{value:.6f}" for value in result[2:]]
         writer.writerow([result.pair.image.name, prompt, *numbers])
-    with atomic_write(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8-sig")
+    with atomic_write(path) as temporary:  # names of other systems may not be valid UTF-8
+        temporary.write_text(text.getvalue(), encoding="utf-8-sig", errors="backslashreplace")
 
 
 def choose_figures(results: list[Result], count: int) -> list[Result]:
@@ -194,15 +197,14 @@ def draw_comparison(path: Path, models: Models, result: Result, args: Namespace)
 
 def draw_comparisons(models: Models, results: list[Result], args: Namespace) -> int:
     """Draw the chosen results, named by rank and gain in %p; return how many."""
-    earlier = set(args.output.glob("comparison_*.png"))
+    for path in args.output.glob("comparison_*.png"):
+        if FIGURE_NAME.match(path.name):  # an earlier one would be taken for this comparison's
+            path.unlink()
     chosen = choose_figures(results, args.figures)
     for rank, result in enumerate(tqdm(chosen, desc="Drawing", unit="figure"), start=1):
         points = round(100 * result.gain)
         path = args.output / f"comparison_{rank:02}_{points:+d}p_{result.pair.name}.png"
         draw_comparison(path, models, result, args)
-        earlier.discard(path)
-    for path in earlier:  # what an earlier comparison drew would be taken for this one's
-        path.unlink()
     return len(chosen)
 
 
@@ -211,11 +213,23 @@ def load_models(args: Namespace) -> Models:
     if not args.finetuned.is_file():
         command = "python train_sam2_proper.py" + " --demo" * args.demo
         raise UserError(f"no fine-tuned model at {args.finetuned}; run: {command}")
-    finetuned, name = load_predictor(args.model, args.finetuned, args.device)
-    checkpoint = args.original or ensure_checkpoint(name)
+    finetuned, facts = load_predictor(args.model, args.finetuned, args.device)
+    name, settings = facts["model_name"], facts.get("settings", {})
+    checkpoint = args.original or Path(settings.get("checkpoint", ""))
+    if not args.original and not checkpoint.is_file():  # where training started, if it is there
+        checkpoint = ensure_checkpoint(name)
     original, _ = load_predictor(name, checkpoint, args.device)
     print(f"original:   {checkpoint}\nfine-tuned: {args.finetuned} (SAM 2.1 {name})")
+    args.precision = choose_precision(args, settings)
     return Models(original, finetuned, share_features(original, finetuned))
+
+
+def choose_precision(args: Namespace, settings: dict[str, Any]) -> torch.dtype:
+    """Return the precision asked for, else that of the training, else the device's own."""
+    if args.precision == "auto":
+        with contextlib.suppress(UserError):  # trained on a device with other abilities
+            return select_precision(settings.get("precision", "auto"), args.device)
+    return select_precision(args.precision, args.device)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -241,7 +255,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default="center",
         help="the point deepest inside the mask, a random point in it, or its box",
     )
-    data.add_argument("--seed", type=number(int, at_least=0), default=42, help="of random points")
+    data.add_argument("--seed", type=seed, default=42, help="of random points")
     results = parser.add_argument_group("results")
     results.add_argument(
         "--output", type=Path, default=Path("output/comparison"), help="where they go"
@@ -258,11 +272,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--precision",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="auto: bfloat16 (else float16) on CUDA, float32 elsewhere",
+        help="auto: that of the training",
     )
     return parser.parse_args_with_demo(
         argv,
-        data=Path("data/demo"),
+        data=DEMO_DATA,
         finetuned=Path("output/demo/sam2_best.pt"),
         output=Path("output/demo/comparison"),
     )
@@ -271,7 +285,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.device = select_device(args.device)
-    args.precision = select_precision(args.precision, args.device)
     pairs = split_pairs(args.data, args.split, args.limit)
     models = load_models(args)
 

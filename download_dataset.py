@@ -21,17 +21,17 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
-from command_line import ArgumentParser, UserError, number, run
-from image_files import Pair, atomic_write, find_pairs, read_pair
+from command_line import ArgumentParser, UserError, number, run, seed
+from image_files import DEMO_DATA, IMAGE_SUFFIXES, Pair, find_pairs, read_pair
 from sam2_utils import MODELS, download_file, ensure_checkpoint, file_sha256
 from synthetic_images import write_demo_dataset
+
+from tqdm import tqdm
 
 DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
 DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
 SPLITS = ("train", "val")
-SPLIT_FILE = "split.json"  # written last: its presence says that the data folder is complete
+SPLIT_FILE = "split.json"  # in every data folder that this script has filled
 
 
 def split_names(names: list[str], val_fraction: float, seed: int) -> dict[str, list[str]]:
@@ -75,7 +75,10 @@ def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
             raise UserError(f"{path} has a member outside its folder: {name}; do not trust it")
         if member.flag_bits & 1:
             raise UserError(f"{path} is encrypted; unpack it, then use --images and --masks")
-    damaged = archive.testzip()
+    try:
+        damaged = archive.testzip()
+    except Exception as error:  # damaged data raise errors of zlib, bz2 or lzma
+        raise UserError(f"{path} is damaged ({error}); download it again") from error
     if damaged:
         raise UserError(f"{path} is damaged at {damaged}; download it again")
 
@@ -100,33 +103,32 @@ def find_dataset_root(path: Path, archive: zipfile.ZipFile) -> zipfile.Path:
 def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
     """Yield an empty folder; the images/ and masks/ put there become those of `data`.
 
-    They are moved into place when complete, and `facts` about them written to SPLIT_FILE; on any
-    error `data` stays as it was.
+    They are moved into place when complete, with `facts` about them in SPLIT_FILE; on any error
+    `data` stays as it was.
     """
     data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=data) as folder:
-        yield Path(folder)
-        replace_folders(Path(folder), data)
-    with atomic_write(data / SPLIT_FILE) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        new, old = Path(folder, "new"), Path(folder, "old")
+        new.mkdir()
+        old.mkdir()
+        yield new
+        (new / SPLIT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        names = (SPLIT_FILE, "images", "masks")
+        moves = [(data / name, old / name) for name in names if (data / name).exists()]
+        moves += [(new / name, data / name) for name in names]
+        with contextlib.ExitStack() as undo:
+            for source, target in moves:
+                source.replace(target)
+                undo.callback(target.replace, source)
+            undo.pop_all()  # all moved: nothing to undo
 
 
-def replace_folders(new: Path, data: Path) -> None:
-    """Move images/ and masks/ from `new` into `data`, and what stood there into new/old."""
-    (data / SPLIT_FILE).unlink(missing_ok=True)
-    old = new / "old"
-    old.mkdir()
-    for kind in ("images", "masks"):
-        if (data / kind).exists():
-            (data / kind).replace(old / kind)
-        (new / kind).replace(data / kind)
-
-
-def copy_pairs(pairs: list[Pair], data: Path, val_fraction: float, seed: int) -> None:
-    """Check every pair and copy it into data/images/ and data/masks/, in train/ and val/."""
-    splits = split_names([pair.name for pair in pairs], val_fraction, seed)
+def copy_pairs(pairs: list[Pair], args: Namespace) -> None:
+    """Check every pair and copy it into images/ and masks/ of args.data, in train/ and val/."""
+    splits = split_names([pair.name for pair in pairs], args.val_fraction, args.seed)
     split_of = {name: split for split, names in splits.items() for name in names}
-    with new_dataset(data, seed=seed, val_fraction=val_fraction, **splits) as folder:
+    facts = {"source": source_name(args), "seed": args.seed, "val_fraction": args.val_fraction}
+    with new_dataset(args.data, **facts, **splits) as folder:
         for pair in tqdm(pairs, desc="Checking and copying", unit="pair"):
             copies = []
             for kind, source in (("images", pair.image), ("masks", pair.mask)):
@@ -154,43 +156,66 @@ def count_pairs(data: Path) -> dict[str, int]:
     }
 
 
-def existing_dataset(data: Path, force: bool) -> bool:
-    """Say whether `data` already holds a data set to keep.
+def source_name(args: Namespace) -> str:
+    """Return where the pairs of args.data come from, to tell one source from another."""
+    if args.demo:
+        return "demo"
+    return str((args.images or args.archive).resolve()) if has_source(args) else DATASET_URL
 
-    Raises UserError where what is there is not this script's to replace.
-    """
-    present = [kind for kind in ("images", "masks") if any((data / kind).glob("*/*.*"))]
-    made_here = (data / SPLIT_FILE).is_file()
-    if not present or (made_here and force):
-        return False
-    if made_here or (len(present) == 2 and not force):
-        return True
-    raise UserError(
-        f"{data / present[0]} holds files that this script did not finish putting there; "
-        f"move them away, or use another --data folder"
+
+def has_source(args: Namespace) -> bool:
+    """Say whether the options name a source of the user's own."""
+    return bool(args.images or args.archive)
+
+
+def is_filled(data: Path) -> bool:
+    """Say whether a data folder holds images and masks, whoever put them there."""
+    return all(
+        any(path.suffix.lower() in IMAGE_SUFFIXES for path in (data / kind).glob("*/*"))
+        for kind in ("images", "masks")
     )
 
 
-def draw_demo(data: Path, force: bool = False) -> None:
-    """Draw the demo's images and masks into `data`, unless they are there."""
-    if existing_dataset(data, force):
-        print(f"{data} already holds a data set: nothing to do (--force makes it anew).")
-        return
-    print(f"drawing the demo's images into {data}")
-    with new_dataset(data, drawn_by="synthetic_images.py") as folder:
-        write_demo_dataset(folder)
+def is_kept(args: Namespace) -> bool:
+    """Say whether args.data already holds what is asked for.
+
+    Raises UserError where it holds something else, or what is not this script's to replace.
+    """
+    split_file = args.data / SPLIT_FILE
+    if not split_file.is_file():
+        if is_filled(args.data) and not (args.force or args.demo or has_source(args)):
+            return True  # put there by hand, as the layout asks
+        if (args.data / "images").exists() or (args.data / "masks").exists():
+            raise UserError(
+                f"{args.data} holds images or masks that this script did not put there; "
+                "move them away, or use another --data folder"
+            )
+        return False
+    if args.force or not is_filled(args.data):
+        return False
+    made_from = json.loads(split_file.read_text(encoding="utf-8"))["source"]
+    if (has_source(args) or args.demo) and made_from != source_name(args):
+        raise UserError(
+            f"{args.data} already holds the data set made from {made_from}; "
+            "use another --data folder, or --force to replace it"
+        )
+    return True
 
 
 def prepare_dataset(args: Namespace) -> None:
     """Fill args.data from the source that the options name, unless it is already filled."""
-    if existing_dataset(args.data, args.force):
-        print(f"{args.data} already holds a data set: nothing to do (--force makes it anew).")
+    if is_kept(args):
+        print(f"{args.data} already holds this data set: nothing to do (--force makes it anew).")
+        return
+    if args.demo:
+        draw_demo(args.data)
         return
     if args.images:
         pairs = find_pairs(args.images, args.masks)
-        if any(args.data.resolve() in pair.image.resolve().parents for pair in pairs):
-            raise UserError(f"{args.images} lies inside {args.data}; use another --data folder")
-        copy_pairs(pairs, args.data, args.val_fraction, args.seed)
+        for folder in (args.images, args.masks):
+            if args.data.resolve() in folder.resolve().parents:
+                raise UserError(f"{folder} lies inside {args.data}; use another --data folder")
+        copy_pairs(pairs, args)
         return
     archive = args.archive
     if not archive:
@@ -199,7 +224,14 @@ def prepare_dataset(args: Namespace) -> None:
         if not archive.is_file() or file_sha256(archive) != DATASET_SHA256:
             download_file(DATASET_URL, archive, DATASET_SHA256, by_hand)
     with open_archive(archive) as pairs:
-        copy_pairs(pairs, args.data, args.val_fraction, args.seed)
+        copy_pairs(pairs, args)
+
+
+def draw_demo(data: Path) -> None:
+    """Draw the demo's images and masks into `data`."""
+    print(f"drawing the demo's images into {data}")
+    with new_dataset(data, source="demo") as folder:
+        write_demo_dataset(folder)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -217,7 +249,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default=0.2,
         help="the share of pairs kept for validation",
     )
-    split.add_argument("--seed", type=number(int, at_least=0), default=42, help="of the split")
+    split.add_argument("--seed", type=seed, default=42, help="of the split")
     split.add_argument("--force", action="store_true", help="make the data folder anew")
     model = parser.add_argument_group("the checkpoint of SAM 2.1")
     model.add_argument("--model", choices=MODELS, default="small", help="its size")
@@ -225,7 +257,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--checkpoints", type=Path, default=Path("checkpoints"), help="the folder to put it in"
     )
     model.add_argument("--skip-checkpoint", action="store_true", help="do not fetch it")
-    args = parser.parse_args_with_demo(argv, data=Path("data/demo"), model="mini")
+    args = parser.parse_args_with_demo(argv, data=DEMO_DATA, model="mini")
     if bool(args.images) != bool(args.masks):
         parser.error("--images and --masks go together")
     if sum(map(bool, (args.images, args.archive, args.demo))) > 1:
@@ -235,10 +267,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.demo:
-        draw_demo(args.data, args.force)
-    else:
-        prepare_dataset(args)
+    prepare_dataset(args)
     for split, count in count_pairs(args.data).items():
         print(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
     if not args.skip_checkpoint:

@@ -10,12 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from command_line import UserError
+
 import cv2
 import numpy as np
 
-from command_line import UserError
-
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+DEMO_DATA = Path("data/demo")
+UNREADABLE_SUFFIXES = {".heic", ".heif"}  # of phones; OpenCV does not read them
 
 
 @contextlib.contextmanager
@@ -31,6 +36,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,6 +79,8 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
         raise UserError(f"no such folder: {folder}; check the path")
     for path in folder.iterdir():
         name = PurePath(path.name)
+        if name.suffix.lower() in UNREADABLE_SUFFIXES:
+            raise UserError(f"{path} is in a format that cannot be read; save it as JPEG or PNG")
         if name.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
         stem = unicodedata.normalize("NFC", name.stem)  # macOS decomposes 한글 in file names
@@ -91,7 +101,8 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
     image_dir, mask_dir = data / "images" / split, data / "masks" / split
     for folder in (image_dir, mask_dir):
         if not folder.is_dir():
-            raise UserError(f"no data in {folder}; run: python download_dataset.py --data {data}")
+            option = "--demo" if data == DEMO_DATA else f"--data {data}"
+            raise UserError(f"no data in {folder}; run: python download_dataset.py {option}")
     return find_pairs(image_dir, mask_dir)[:limit]
 
 
@@ -107,32 +118,56 @@ def read_image(path: Path) -> np.ndarray:
 def read_mask(path: Path) -> np.ndarray:
     """Read a mask: gray > 127, or gray == 1 where a lossless file holds only 0 and 1.
 
-    Returns an HxW bool array. Raises UserError when it cannot be read, is in colour, or is a
-    label map whose small values a threshold at 127 would silently drop.
+    Returns an HxW bool array. Raises UserError when it cannot be read, or is no binary mask: in
+    colour, in the alpha channel, or a label map, which a threshold would silently misread.
     """
     content = _read_bytes(path)
-    gray = _decode(path, content, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
-    if gray.ndim == 3:
-        spread = gray.max(axis=2).astype(np.int64) - gray.min(axis=2)
-        if spread.max() > 64:
-            raise UserError(f"{path} is a mask in colour; save it in black and white (0 and 255)")
-        gray = gray[..., 1]
-    if gray.dtype == np.uint16 and gray.max() > 255:
+    header = content[:16].tobytes()
+    is_jpeg = header.startswith(b"\xff\xd8")
+    is_lossy = is_jpeg or header.endswith(b"WEBPVP8 ")
+    # UNCHANGED keeps an alpha channel in sight, but turns no JPEG upright.
+    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if is_jpeg else cv2.IMREAD_UNCHANGED
+    gray = _single_channel(path, _decode(path, content, flags), is_lossy)
+
+    if gray.dtype.kind == "f":
+        gray = gray * 255 if gray.max() <= 1 else gray
+    elif not is_lossy and gray.max() <= 1:
+        return gray == 1
+    elif gray.dtype == np.uint16 and gray.max() > 255:
         gray = gray >> 8
-    is_jpeg = content[:2].tobytes() == b"\xff\xd8"
-    if is_jpeg:
-        dark = int(gray.max()) in range(33, 128)  # up to 32: compression noise around nothing
-    else:
-        if gray.max() <= 1:
-            return gray == 1
-        dark = np.count_nonzero(gray) > 2 * np.count_nonzero(gray > 127)
-    if dark:
+    gray = gray.clip(0, 255).astype(np.uint8)
+    if gray.any() and not _is_binary(gray, is_lossy):
         values = ", ".join(map(str, np.unique(gray)[:5]))
         raise UserError(
             f"{path} is not black and white (its values start {values}: a label map?); "
             "save one binary mask, 0 for background and 255 for the object"
         )
     return gray > 127
+
+
+def _single_channel(path: Path, mask: np.ndarray, is_lossy: bool) -> np.ndarray:
+    """Return the HxW values of a mask that may have been saved with 3 or 4 equal channels."""
+    if mask.ndim == 2:
+        return mask
+    if mask.shape[2] == 4 and mask[..., 3].min() < mask[..., 3].max():
+        raise UserError(f"{path} has a transparent part; save the mask in black and white")
+    colors = mask[..., :3].astype(np.float64)
+    if (colors.max(axis=2) - colors.min(axis=2)).max() > (64 if is_lossy else 8):
+        raise UserError(f"{path} is a mask in colour; save it in black and white (0 and 255)")
+    return mask[..., 1]
+
+
+def _is_binary(gray: np.ndarray, is_lossy: bool) -> bool:
+    """Say whether an HxW uint8 mask has no even areas but background and one bright value.
+
+    The soft edges of smoothed masks and the noise of lossy ones are no even areas.
+    """
+    noise, brightest = 32 if is_lossy else 0, int(gray.max())
+    kernel = np.ones((3, 3), np.uint8)
+    is_even = cv2.erode(gray, kernel) == cv2.dilate(gray, kernel)
+    is_between = (gray > noise) & (gray < brightest - noise)
+    between = np.count_nonzero(is_even & is_between)
+    return brightest > 127 and between <= max(16, 0.01 * np.count_nonzero(gray))
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
+import http.client
 import pickle
 import socket
+import ssl
 import urllib.error
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Operators that MPS lacks run on the CPU; torch reads this when it is first imported.
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+from command_line import UserError
+from image_files import atomic_write
 
 import cv2
 import numpy as np
@@ -22,14 +23,19 @@ import torch
 from sam2.build_sam import build_sam2
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from command_line import UserError
-from image_files import atomic_write
-
 # SAM 2 scripts its image transform, which newer versions of torch advise against.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 DOWNLOAD_TIMEOUT_SECONDS = 30.0
+NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+    ValueError,  # an answer that makes no sense, of a proxy perhaps
+)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -71,7 +77,9 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     if device.type == "mps" and name != "float32":
         raise UserError(f"--precision {name} is not supported on MPS; use --precision float32")
     if device.type == "cpu" and name == "float16":
@@ -187,8 +195,8 @@ def download_file(url: str, destination: Path, sha256: str, by_hand: str) -> Non
             f"the download of {url} was cut off or is not the published file; "
             f"try again, or {by_hand}"
         ) from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
+    except NETWORK_ERRORS as error:
+        reason = getattr(error, "reason", error) or type(error).__name__
         raise UserError(f"{url} cannot be reached ({reason}); {by_hand}") from error
     finally:
         socket.setdefaulttimeout(previous_timeout)
@@ -210,7 +218,7 @@ def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Pa
     if path.is_file():
         return path
     if spec.sha256 is None:
-        raise UserError(f"{path} is missing and is not for download; name one with --checkpoint")
+        raise UserError(f"{path} is missing; it comes with this project: run from its folder")
     download_file(spec.url, path, spec.sha256, by_hand=f"put that file at {path} by hand")
     return path
 
@@ -253,13 +261,15 @@ def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:
 
 def load_predictor(
     model_name: str | None, checkpoint: Path, device: torch.device
-) -> tuple[SAM2ImagePredictor, str]:
+) -> tuple[SAM2ImagePredictor, dict[str, Any]]:
     """Build SAM 2.1 `model_name` with the weights of a checkpoint file, in eval mode on `device`.
 
-    Without a name, the weights tell which model it is. Returns the predictor and the name.
+    Without a name, the weights tell which model it is. Returns the predictor, and the model_name
+    with whatever else save_checkpoint kept beside the weights.
     Raises UserError when the file is not a checkpoint of that model.
     """
-    state_dict = load_checkpoint(checkpoint)["model"]
+    facts = load_checkpoint(checkpoint)
+    state_dict = facts.pop("model")
     found = identify_model(state_dict)
     if found is None:
         raise UserError(f"{checkpoint} is not a SAM 2.1 checkpoint; use one of {', '.join(MODELS)}")
@@ -277,7 +287,7 @@ def load_predictor(
             f"{checkpoint} does not fit SAM 2.1 {found} ({missing} weights missing, {unknown} "
             "unknown, or of another shape); use a SAM 2.1 checkpoint, not one of SAM 2.0"
         ) from error
-    return predictor, found
+    return predictor, {**facts, "model_name": found}
 
 
 def build_predictor(model_name: str, device: torch.device) -> SAM2ImagePredictor:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from image_files import write_image
+
+import numpy as np
 
 # ----------------------------------------------------------------------------------------------
 # Noise, colours, shapes

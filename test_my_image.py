@@ -13,12 +13,11 @@ and the mask are written to output/my_results/.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from command_line import ArgumentParser, UserError, run
 from image_files import read_image, read_mask, write_image
@@ -37,6 +36,8 @@ from sam2_utils import (
     select_precision,
 )
 
+import numpy as np
+
 DEMO_IMAGE, DEMO_MASK = (
     Path("data/demo", kind, "val/demo_000.png") for kind in ("images", "masks")
 )
@@ -50,6 +51,7 @@ class ClickWindow:
         """Show an HxWx3 uint8 RGB image in an empty matplotlib figure, and listen."""
         self.foreground: list[tuple[int, int]] = []
         self.background: list[tuple[int, int]] = []
+        self.size = image.shape[1], image.shape[0]
         self.axes = figure.subplots()
         self.axes.imshow(image)
         self.axes.set_title("left click: object   right click: background   close: segment")
@@ -63,6 +65,8 @@ class ClickWindow:
         if event.inaxes is not self.axes or (toolbar is not None and toolbar.mode):
             return  # outside the image, or zooming and panning
         point = (round(event.xdata), round(event.ydata))
+        if not all(0 <= value < size for value, size in zip(point, self.size, strict=True)):
+            return  # beside the image, which may have been moved or zoomed
         if event.button == LEFT_BUTTON:
             self.foreground.append(point)
             self.axes.plot(*point, "o", color="lime", markeredgecolor="white", markersize=9)
@@ -81,7 +85,7 @@ def ask_for_clicks(image: np.ndarray) -> Prompt:
 
     no_window = (
         'no window can be opened here; give the object\'s position with --point "x,y" '
-        "(or install a window system for matplotlib: python3-tk or pip install pyside6)"
+        "(on a Linux desktop, python3-tk may be missing: sudo apt install python3-tk)"
     )
     try:
         figure = plt.figure("SAM 2", figsize=(9, 7), layout="constrained")
@@ -121,9 +125,10 @@ def parse_box(text: str) -> tuple[float, ...]:
 
 
 def check_inside(prompt: Prompt, width: int, height: int) -> None:
-    """Raise UserError for a point outside the image."""
-    for x, y in prompt.point_coords:
-        if not (0 <= x < width and 0 <= y < height):
+    """Raise UserError for a point outside the image; a box may end at its very edge."""
+    for (x, y), label in zip(prompt.point_coords, prompt.point_labels, strict=True):
+        edge = 0 if label in (0, 1) else 1
+        if not (0 <= x < width + edge and 0 <= y < height + edge):
             raise UserError(
                 f"{x:g},{y:g} lies outside the image, which is {width} pixels wide and {height} "
                 f"high; x goes from 0 to {width - 1}, y from 0 to {height - 1}"
@@ -158,9 +163,10 @@ def choose_prompt(args: Namespace, image: np.ndarray) -> Prompt:
 
 def free_name(folder: Path, stem: str) -> str:
     """Return `stem` with the first number that no result in `folder` has yet."""
-    taken = {path.name for path in folder.glob("*.png")}
-    numbered = (f"{stem}_{number:03}" for number in range(1, len(taken) + 2))
-    return next(name for name in numbered if f"{name}_mask.png" not in taken)
+    for number in itertools.count(1):
+        name = f"{stem}_{number:03}"
+        if not any((folder / f"{name}_{kind}.png").exists() for kind in ("mask", "overlay")):
+            return name
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -215,10 +221,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = select_device(args.device)
+    if args.image == DEMO_IMAGE and not args.image.is_file():
+        raise UserError(f"no {DEMO_IMAGE} yet; run: python train_sam2_proper.py --demo")
     image = read_image(args.image)
     height, width = image.shape[:2]
     checkpoint = choose_checkpoint(args)
-    predictor, name = load_predictor(args.model, checkpoint, device)
+    predictor, facts = load_predictor(args.model, checkpoint, device)
     prompt = choose_prompt(args, image)
     check_inside(prompt, width, height)
 
@@ -231,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     mask_path = args.output / f"{stem}_mask.png"
     write_image(overlay_path, draw_overlay(image, mask, prompt))
     write_image(mask_path, mask.astype(np.uint8) * 255)
-    print(f"model:   {checkpoint} (SAM 2.1 {name})")
+    print(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
     print(f"score:   {score:.3f} (the model's own estimate of its IoU)")
     print(f"area:    {mask.sum()} pixels, {mask.mean():.1%} of the image")
     print(f"overlay: {overlay_path}")

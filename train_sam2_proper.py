@@ -15,22 +15,14 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from sam2.sam2_image_predictor import SAM2ImagePredictor
-from tqdm import tqdm
-
-from command_line import ArgumentParser, UserError, number, run
-from download_dataset import draw_demo
-from image_files import Pair, atomic_write, read_pair, split_pairs
+from command_line import ArgumentParser, UserError, number, run, seed
+from download_dataset import draw_demo, is_filled
+from image_files import DEMO_DATA, Pair, atomic_write, read_pair, split_pairs
 from sam2_utils import (
     MODELS,
     autocast,
@@ -48,11 +40,38 @@ from sam2_utils import (
     upscale_masks,
 )
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+
+STATE_FILE = "train_state.pt"
 # What a resumed run must have in common with the run that it goes on with.
 RESUME_SETTINGS = (
     "data", "model", "checkpoint", "batch_size", "lr", "weight_decay", "score_weight", "precision",
     "seed", "limit",
 )  # fmt: skip
+
+
+class Learner(NamedTuple):
+    """What learns, and how; all of it is saved to go on after an interruption."""
+
+    weights: torch.nn.ModuleDict  # the prompt encoder and the mask decoder
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of float16 gradients; else it does nothing
+
+
+def make_learner(predictor: SAM2ImagePredictor, args: Namespace) -> Learner:
+    """Freeze the whole model but its prompt encoder and its mask decoder; these learn."""
+    model = predictor.model.eval().requires_grad_(False)
+    weights = torch.nn.ModuleDict(
+        {"prompt_encoder": model.sam_prompt_encoder, "mask_decoder": model.sam_mask_decoder}
+    ).requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == torch.float16)
+    return Learner(weights, optimizer, scaler)
 
 
 def guide_loss(
@@ -88,8 +107,7 @@ def guide_loss(
 def train_one_epoch(
     predictor: SAM2ImagePredictor,
     pairs: list[Pair],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    learner: Learner,
     epoch: int,
     args: Namespace,
 ) -> dict[str, float]:
@@ -137,10 +155,10 @@ def train_one_epoch(
             )
 
         # Step
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        learner.optimizer.zero_grad()
+        learner.scaler.scale(loss).backward()
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
         recent = mean_of(reports[-50:])
         progress.set_postfix(loss=f"{recent['loss']:.4f}", IoU=f"{recent['train_iou']:.3f}")
 
@@ -177,24 +195,30 @@ def evaluate(predictor: SAM2ImagePredictor, pairs: list[Pair], args: Namespace) 
     return float(np.mean(ious))
 
 
-def trainable_parts(predictor: SAM2ImagePredictor) -> dict[str, torch.nn.Module]:
-    """Freeze the whole model but its prompt encoder and its mask decoder; return these two."""
-    model = predictor.model.eval().requires_grad_(False)
-    parts = {"prompt_encoder": model.sam_prompt_encoder, "mask_decoder": model.sam_mask_decoder}
-    for part in parts.values():
-        part.requires_grad_(True)
-    return parts
-
-
 def write_log(output: Path, log: list[dict[str, float]], original_iou: float) -> None:
-    """Write train_log.csv and learning_curve.png, a row and a point an epoch."""
+    """Write train_log.csv and learning_curve.png, a row and a point an epoch.
+
+    They are written whole after each epoch, so that one that is open elsewhere only has to wait.
+    """
+    try:
+        write_csv(output / "train_log.csv", log)
+        draw_learning_curve(output / "learning_curve.png", log, original_iou)
+    except PermissionError as error:
+        print(f"warning: {error.filename} cannot be written; is it open in another program?")
+
+
+def write_csv(path: Path, log: list[dict[str, float]]) -> None:
+    """Write the log as a table, a row an epoch."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(log[-1]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(log)
-    with atomic_write(output / "train_log.csv") as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
+
+def draw_learning_curve(path: Path, log: list[dict[str, float]], original_iou: float) -> None:
+    """Draw the loss and the mean IoU over the epochs."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in log]
     loss_axes, iou_axes = figure.subplots(1, 2)
@@ -207,7 +231,7 @@ def write_log(output: Path, log: list[dict[str, float]], original_iou: float) ->
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    with atomic_write(output / "learning_curve.png") as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -220,80 +244,96 @@ def resume_settings(args: Namespace) -> dict[str, Any]:
     }
 
 
-def load_state(path: Path, args: Namespace) -> dict[str, Any]:
-    """Read the training state to go on from; raise UserError if it is of another kind of run."""
+def save_state(
+    learner: Learner, log: list[dict[str, float]], original_iou: float, args: Namespace
+) -> None:
+    """Save what load_state needs to go on after this epoch."""
+    save_checkpoint(
+        args.output / STATE_FILE,
+        learner.weights,
+        optimizer=learner.optimizer.state_dict(),
+        scaler=learner.scaler.state_dict(),
+        log=log,
+        original_iou=original_iou,
+        settings=resume_settings(args),
+    )
+
+
+def load_state(learner: Learner, args: Namespace) -> tuple[list[dict[str, float]], float]:
+    """Put the learner back to where an interrupted run was; return its log and original_iou.
+
+    Raises UserError if there is no such run, or its settings differ.
+    """
+    path = args.output / STATE_FILE
     if not path.is_file():
         raise UserError(f"nothing to resume in {args.output}; run without --resume")
     state = load_checkpoint(path)
     for name, value in resume_settings(args).items():
         before = state["settings"].get(name)
         if before != value:
-            option = name.replace("_", "-")
             raise UserError(
-                f"the run in {args.output} had --{option} {before}, not {value}; "
+                f"the run in {args.output} had --{name.replace('_', '-')} {before}, not {value}; "
                 f"resume with the same, or use another --output"
             )
-    return state
+    learner.weights.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scaler.load_state_dict(state["scaler"])
+    return state["log"], state["original_iou"]
 
 
 def train(predictor: SAM2ImagePredictor, args: Namespace) -> None:
     """Fine-tune for args.epochs epochs, or for those that are left, and write the results."""
     train_pairs = split_pairs(args.data, "train", args.limit)
     val_pairs = split_pairs(args.data, "val", args.limit)
-    parts = trainable_parts(predictor)
-    weights = torch.nn.ModuleDict(parts)
-    optimizer = torch.optim.AdamW(weights.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == torch.float16)
-    state_path = args.output / "train_state.pt"
     settings = resume_settings(args)
     print(f"{len(train_pairs)} training and {len(val_pairs)} validation images from {args.data}")
     print(f"SAM 2.1 {args.model} on {args.device} in {settings['precision']}")
 
+    learner = make_learner(predictor, args)
     if args.resume:
-        state = load_state(state_path, args)
-        weights.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        log, best_iou, original_iou = state["log"], state["best_iou"], state["original_iou"]
-        print(f"going on after epoch {len(log)}; best val IoU so far {best_iou:.4f}")
+        log, original_iou = load_state(learner, args)
+        print(f"going on after epoch {len(log)}")
         if len(log) >= args.epochs:
             print(f"all {len(log)} epochs are done; for more, raise --epochs")
     else:
-        log, best_iou = [], -math.inf
-        original_iou = evaluate(predictor, val_pairs, args)
+        log, original_iou = [], evaluate(predictor, val_pairs, args)
         print(f"before training: val IoU {original_iou:.4f}")
+        save_state(learner, log, original_iou, args)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         start = time.perf_counter()
-        report = train_one_epoch(predictor, train_pairs, optimizer, scaler, epoch, args)
+        report = train_one_epoch(predictor, train_pairs, learner, epoch, args)
         val_iou = evaluate(predictor, val_pairs, args)
         seconds = time.perf_counter() - start
+        is_best = all(val_iou > row["val_iou"] for row in log)
         log.append(
             {"epoch": epoch, **report, "val_iou": val_iou, "lr": args.lr, "seconds": seconds}
         )
-        facts = {"model_name": args.model, "epoch": epoch, "val_iou": val_iou, "settings": settings}
-        is_best = val_iou > best_iou
         if is_best:
-            best_iou = val_iou
-            save_checkpoint(args.output / "sam2_best.pt", predictor.model, **facts)
-        if epoch == args.epochs:
-            save_checkpoint(args.output / "sam2_final.pt", predictor.model, **facts)
+            save_model(args.output / "sam2_best.pt", predictor, log, settings)
+        save_state(learner, log, original_iou, args)
         write_log(args.output, log, original_iou)
-        save_checkpoint(
-            state_path,
-            weights,
-            optimizer=optimizer.state_dict(),
-            scaler=scaler.state_dict(),
-            log=log,
-            best_iou=best_iou,
-            original_iou=original_iou,
-            settings=settings,
-        )
         print(
             f"epoch {epoch:3}  loss {report['loss']:.4f}  train IoU {report['train_iou']:.4f}  "
             f"val IoU {val_iou:.4f}  {seconds:.1f} s{'  best' if is_best else ''}"
         )
+    save_model(args.output / "sam2_final.pt", predictor, log, settings)
+    best_iou = max(row["val_iou"] for row in log)
     print(f"val IoU {original_iou:.4f} before training, {best_iou:.4f} at best")
+
+
+def save_model(
+    path: Path, predictor: SAM2ImagePredictor, log: list[dict[str, float]], settings: dict[str, Any]
+) -> None:
+    """Save the whole model, with what it is and where it comes from beside its weights."""
+    save_checkpoint(
+        path,
+        predictor.model,
+        model_name=settings["model"],
+        epoch=len(log),
+        val_iou=log[-1]["val_iou"],
+        settings=settings,
+    )
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -326,7 +366,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="weight of the score loss beside the mask loss",
     )
     recipe.add_argument(
-        "--seed", type=number(int, at_least=0), default=42, help="of the order and the prompts"
+        "--seed",
+        type=seed,
+        default=42,
+        help="of the order and the prompts",
     )
 
     machine = parser.add_argument_group("the machine")
@@ -339,7 +382,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     return parser.parse_args_with_demo(
         argv,
-        data=Path("data/demo"),
+        data=DEMO_DATA,
         output=Path("output/demo"),
         model="mini",
         epochs=8,
@@ -348,23 +391,33 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
 
 
+def next_command(args: Namespace) -> str:
+    """Return the command that compares what this run has trained."""
+    if args.demo:
+        return "python compare_models.py --demo"
+    command = f"python compare_models.py --finetuned {args.output / 'sam2_best.pt'}"
+    return command + (f" --data {args.data}" if args.data != Path("data") else "")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.device = select_device(args.device)
     args.precision = select_precision(args.precision, args.device)
     torch.manual_seed(args.seed)
-    if args.demo and not args.data.is_dir():
+    if args.demo and not is_filled(args.data):
         draw_demo(args.data)
-    split_pairs(args.data, "train")  # missing data is said before anything is downloaded
+    for split in ("train", "val"):  # missing data is said before anything is downloaded
+        split_pairs(args.data, split)
     args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
     predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
     try:
         train(predictor, args)
     except KeyboardInterrupt:
-        print("\nstopped; finished epochs are kept: run the same command with --resume")
+        if (args.output / STATE_FILE).is_file():
+            print("\nstopped; to go on after the last finished epoch, add --resume")
         raise
     print(f"wrote sam2_best.pt, sam2_final.pt, train_log.csv, learning_curve.png to {args.output}")
-    print(f"next: python compare_models.py{' --demo' if args.demo else ''}")
+    print(f"next: {next_command(args)}")
 
 
 if __name__ == "__main__":

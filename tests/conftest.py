@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import command_line
+from image_files import write_image
+from sam2_utils import build_predictor, save_checkpoint
+
 import cv2
 import numpy as np
 import pytest
 import torch
-
-import command_line
-from image_files import write_image
-from sam2_utils import build_predictor, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def write_data(folder: Path, train: int = 4, val: int = 2) -> Path:
 
 def zip_folder(folder: Path, archive: Path, inside: str = "Kvasir-SEG") -> Path:
     """Zip a folder's files, below a folder of the archive called `inside`."""
-    with zipfile.ZipFile(archive, "w") as file:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 file.write(path, f"{inside}/{path.relative_to(folder).as_posix()}")

@@ -6,16 +6,16 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from conftest import CPU, snapshot, write_data
-
 import compare_models
 import train_sam2_proper
 from compare_models import Result, choose_figures, format_table, main, share_features
 from image_files import Pair, read_image, write_image
 from sam2_utils import load_checkpoint, load_predictor, make_prompt, save_checkpoint
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, snapshot, write_data
 
 
 @pytest.fixture
@@ -73,6 +73,18 @@ def test_the_numbers_are_those_that_training_printed(run_script, trained, random
     assert f"4: {better} better" in outcome.out
 
 
+def test_without_options_original_and_precision_are_those_of_the_training(
+    run_script, tmp_path, random_mini
+):
+    write_data(tmp_path / "data", train=2, val=2)
+    options = ("--model", "mini", "--checkpoint", random_mini, "--precision", "bfloat16")
+    trained = run_script(train_sam2_proper.main, *options, "--epochs", 1, "--lr", 1e-3).out
+    before, best = re.search(r"val IoU (\S+) before training, (\S+) at best", trained).groups()
+    outcome = run_script(main, "--figures", 0)
+    assert f"mean IoU   {before} -> {best}" in outcome.out
+    assert str(random_mini) in outcome.out
+
+
 def test_a_model_compared_with_itself_gains_nothing(run_script, trained):
     outcome = run_script(main, "--original", "output/sam2_best.pt", "--figures", 0)
     assert "improvement:       +0.0%p" in outcome.out
@@ -102,6 +114,9 @@ def test_pictures_show_the_biggest_gains_and_losses_only(run_script, trained, ra
     assert len(second) == 2  # the earlier pictures would pass for this comparison's
     image = read_image(Path("output/comparison") / min(second))
     height, width = image.shape[:2]
+    Path("output/comparison/comparison_of_mine.png").write_bytes(b"the user's own")
+    run_script(main, "--original", random_mini, "--figures", 1)
+    assert Path("output/comparison/comparison_of_mine.png").read_bytes() == b"the user's own"
     assert width > 2.5 * height  # three panels side by side
     assert image.std() > 20
 

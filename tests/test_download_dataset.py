@@ -7,16 +7,16 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import cv2
-import numpy as np
-import pytest
-from conftest import snapshot, write_pairs, zip_folder
-
 import download_dataset
 import sam2_utils
 from command_line import UserError
 from download_dataset import main, split_names
 from image_files import split_pairs, write_image
+
+import cv2
+import numpy as np
+import pytest
+from conftest import snapshot, write_pairs, zip_folder
 
 # Splitting
 
@@ -84,7 +84,10 @@ def test_folder_and_archive_with_the_same_seed_give_the_same_data(run_script, tm
     options = ("--images", source / "images", "--masks", source / "masks", "--seed", 3)
     prepare(run_script, "--data", "one", *options)
     prepare(run_script, "--data", "two", "--archive", archive, "--seed", 3)
-    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+    one, two = snapshot(tmp_path / "one"), snapshot(tmp_path / "two")
+    facts, other_facts = json.loads(one.pop("split.json")), json.loads(two.pop("split.json"))
+    assert one == two
+    assert facts["val"] == other_facts["val"] and facts["source"] != other_facts["source"]
 
 
 def test_run_again_it_changes_nothing_and_force_makes_it_anew(run_script, tmp_path):
@@ -109,17 +112,61 @@ def test_a_users_own_data_folder_is_kept_even_with_force(run_script, tmp_path):
             for path in (tmp_path / "source" / kind).iterdir():
                 (tmp_path / "data" / kind / split / path.name).write_bytes(path.read_bytes())
     before = snapshot(tmp_path / "data")
-    options = ("--images", "source/images", "--masks", "source/masks")
-    assert "nothing to do" in prepare(run_script, *options).out
-    outcome = prepare(run_script, *options, "--force")
-    assert outcome.status == 2 and "move them away" in outcome.err
+    assert "nothing to do" in prepare(run_script).out
+    for options in (
+        ("--images", "source/images", "--masks", "source/masks"),
+        ("--images", "source/images", "--masks", "source/masks", "--force"),
+        ("--force",),
+    ):
+        outcome = prepare(run_script, *options)
+        assert outcome.status == 2 and "move them away" in outcome.err
+        assert snapshot(tmp_path / "data") == before
+
+
+def test_another_source_is_not_taken_for_the_one_that_is_there(run_script, tmp_path):
+    for name in ("first", "second"):
+        write_pairs(tmp_path / name, 4)
+    prepare(run_script, "--images", "first/images", "--masks", "first/masks")
+    before = snapshot(tmp_path / "data")
+    options = ("--images", "second/images", "--masks", "second/masks")
+    outcome = prepare(run_script, *options)
+    assert outcome.status == 2 and "--data" in outcome.err and "first" in outcome.err
     assert snapshot(tmp_path / "data") == before
+    assert "nothing to do" in prepare(run_script).out  # without a source: what is there will do
+    assert prepare(run_script, *options, "--force").status == 0
+
+
+def test_a_failure_while_moving_into_place_leaves_the_old_data_as_it_was(
+    run_script, tmp_path, monkeypatch
+):
+    source = write_pairs(tmp_path / "source", 6)
+    options = ("--images", source / "images", "--masks", source / "masks")
+    prepare(run_script, *options)
+    before = snapshot(tmp_path / "data")
+    replace = Path.replace
+    for failing in ("old/images", "old/masks", "new/split.json", "new/images", "new/masks"):
+
+        def refuse(self, target, failing=failing):  # as Windows does for a file in use
+            if (target if failing.startswith("old") else self).as_posix().endswith(failing):
+                raise PermissionError(13, "Permission denied", str(self))
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", refuse)
+        outcome = prepare(run_script, *options, "--force", "--seed", 1)
+        monkeypatch.setattr(Path, "replace", replace)
+        assert outcome.status == 2 and "Permission denied" in outcome.err
+        assert snapshot(tmp_path / "data") == before, failing
 
 
 def test_folders_inside_the_data_folder_are_refused(run_script, tmp_path):
     write_pairs(tmp_path / "data" / "raw", 4)
-    outcome = prepare(run_script, "--images", "data/raw/images", "--masks", "data/raw/masks")
-    assert outcome.status == 2 and "lies inside" in outcome.err
+    outside = write_pairs(tmp_path / "outside", 4)
+    for images, masks in (
+        ("data/raw/images", "data/raw/masks"),
+        (outside / "images", "data/raw/masks"),
+    ):
+        outcome = prepare(run_script, "--images", images, "--masks", masks)
+        assert outcome.status == 2 and "lies inside" in outcome.err
 
 
 def bad_archives(folder: Path) -> dict[str, Path]:
@@ -129,7 +176,7 @@ def bad_archives(folder: Path) -> dict[str, Path]:
     archives = {
         "no such archive": b"",
         "not a whole zip archive": whole[: len(whole) // 2],
-        "damaged at": whole[:500] + bytes(100) + whole[600:],
+        "is damaged": whole[:500] + bytes(100) + whole[600:],
     }
     paths = {}
     for number, (message, content) in enumerate(archives.items()):

@@ -2,10 +2,6 @@
 
 from pathlib import Path
 
-import cv2
-import numpy as np
-import pytest
-
 from command_line import UserError
 from image_files import (
     Pair,
@@ -17,6 +13,10 @@ from image_files import (
     split_pairs,
     write_image,
 )
+
+import cv2
+import numpy as np
+import pytest
 
 
 def write_raw(path: Path, array: np.ndarray, *parameters: int) -> Path:
@@ -121,26 +121,67 @@ def test_an_empty_mask_is_empty_not_an_error(tmp_path):
         assert not read_mask(write_raw(tmp_path / f"empty{suffix}", half_mask(0))).any()
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [
-        np.repeat(np.arange(4, dtype=np.uint8), 30).reshape(10, 12),
-        half_mask(38),
-        half_mask(3, np.uint16),
-        np.where(np.arange(30) < 3, 255, half_mask(7)).astype(np.uint8),
-    ],
-    ids=["0-1-2-3", "one-dark-value", "16-bit", "with-255-for-ignore"],
-)
-def test_a_label_map_is_refused_instead_of_read_as_empty(tmp_path, labels):
-    path = write_raw(tmp_path / "labels.png", labels)
+LABEL_MAPS = {
+    "0-1-2-3": np.repeat(np.arange(4, dtype=np.uint8), 30).reshape(10, 12),
+    "one dark value": half_mask(38),
+    "16-bit": half_mask(3, np.uint16),
+    "16-bit ids": (np.arange(600, dtype=np.uint16) // 2).reshape(20, 30),
+    "255 to ignore, smaller": np.where(np.arange(30) < 3, 255, half_mask(7)).astype(np.uint8),
+    "255 to ignore, larger": np.where(np.arange(30) < 20, 255, 7 + half_mask(0)).astype(np.uint8),
+    "instances": np.repeat(np.arange(0, 251, 50, dtype=np.uint8), 100).reshape(20, 30),
+}
+
+
+@pytest.mark.parametrize("kind", LABEL_MAPS)
+def test_a_label_map_is_refused_instead_of_misread(tmp_path, kind):
+    path = write_raw(tmp_path / "labels.png", LABEL_MAPS[kind])
     with pytest.raises(UserError, match=r"labels\.png is not black and white.*binary"):
         read_mask(path)
 
 
-def test_a_coloured_mask_is_refused(tmp_path):
-    path = write_raw(tmp_path / "red.png", cv2.merge([half_mask(0), half_mask(0), half_mask(255)]))
+@pytest.mark.parametrize("value", [1, 20, 100])
+def test_a_dark_jpeg_mask_is_refused_instead_of_read_as_empty(tmp_path, value):
+    path = write_raw(tmp_path / "dark.jpg", half_mask(value), cv2.IMWRITE_JPEG_QUALITY, 95)
+    with pytest.raises(UserError, match="not black and white"):
+        read_mask(path)
+
+
+def test_a_small_object_survives_lossy_compression(tmp_path):
+    disc = cv2.circle(np.zeros((200, 200), np.uint8), (99, 99), 6, 255, -1)
+    for name, quality in (
+        ("a.webp", cv2.IMWRITE_WEBP_QUALITY),
+        ("a.jpg", cv2.IMWRITE_JPEG_QUALITY),
+    ):
+        mask = read_mask(write_raw(tmp_path / name, disc, quality, 50))
+        assert np.count_nonzero(mask != (disc > 0)) < 0.15 * np.count_nonzero(disc)
+
+
+def test_a_float_mask_is_cut_in_the_middle(tmp_path):
+    soft = cv2.GaussianBlur(half_mask(1).astype(np.float32), (5, 5), 0)
+    path = write_raw(tmp_path / "mask.tif", soft)
+    assert np.array_equal(read_mask(path), soft * 255 > 127.99)
+
+
+def test_a_mask_in_the_alpha_channel_is_refused(tmp_path):
+    for color in (0, 255):
+        path = write_raw(
+            tmp_path / "alpha.png", cv2.merge([half_mask(color) | color] * 3 + [half_mask(255)])
+        )
+        with pytest.raises(UserError, match="transparent"):
+            read_mask(path)
+
+
+@pytest.mark.parametrize("red", [64, 128, 255])
+def test_a_coloured_mask_is_refused(tmp_path, red):
+    path = write_raw(tmp_path / "red.png", cv2.merge([half_mask(0), half_mask(0), half_mask(red)]))
     with pytest.raises(UserError, match="colour"):
         read_mask(path)
+
+
+def test_a_format_that_cannot_be_read_is_said_not_skipped(tmp_path):
+    images = touch(tmp_path / "images", "a.jpg", "b.HEIC")
+    with pytest.raises(UserError, match=r"b\.HEIC is in a format that cannot be read"):
+        find_pairs(images, touch(tmp_path / "masks", "a.png", "b.png"))
 
 
 def test_a_mask_must_have_the_size_of_its_image(tmp_path):

@@ -65,3 +65,33 @@ def test_a_mistake_in_a_real_process_is_one_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stdout == b""
     assert done.stderr.startswith(b"error: ") and done.stderr.strip().count(b"\n") == 0
+
+
+PROBE = """
+import os, runpy, sys
+class Probe:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"))
+            sys.meta_path.remove(self)
+sys.meta_path.insert(0, Probe())
+sys.argv = [sys.argv[1], "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_operators_that_mps_lacks_fall_back_to_the_cpu(script):
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, script], cwd=ROOT, capture_output=True, timeout=120,
+        env={k: v for k, v in os.environ.items() if k != "PYTORCH_ENABLE_MPS_FALLBACK"},
+    )  # fmt: skip
+    assert done.stdout.startswith(b"1"), done.stderr  # set before torch is first imported
+
+
+def test_a_notebooks_drawing_backend_does_not_stop_a_script(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "compare_models.py", "--help"], capture_output=True, timeout=120,
+        env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.not_there"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -1,12 +1,8 @@
 """Devices, models, prompts, and masks that equal SAM2ImagePredictor's own."""
 
+import contextlib
 import pickle
 from pathlib import Path
-
-import numpy as np
-import pytest
-import torch
-from conftest import CPU, draw_pair
 
 import sam2_utils
 from command_line import UserError
@@ -30,6 +26,11 @@ from sam2_utils import (
     select_precision,
     upscale_masks,
 )
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, draw_pair
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,13 @@ def test_an_absent_or_unknown_device_is_a_clear_error(monkeypatch):
 
 def test_precision_follows_the_device(monkeypatch):
     cuda, mps = torch.device("cuda"), torch.device("mps")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert select_precision("auto", cuda) == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    # An older card, which can only emulate it, slowly
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     assert select_precision("auto", cuda) == torch.float16
     assert select_precision("auto", mps) == select_precision("auto", CPU) == torch.float32
     assert select_precision("bfloat16", CPU) == torch.bfloat16
@@ -161,7 +166,7 @@ def test_code_inside_a_checkpoint_is_never_run(tmp_path, monkeypatch):
 
 
 def test_a_missing_mini_is_not_looked_for_on_the_network(tmp_path):
-    with pytest.raises(UserError, match="--checkpoint"):
+    with pytest.raises(UserError, match="comes with this project"):
         ensure_checkpoint("mini", tmp_path)
 
 

@@ -4,16 +4,16 @@ import re
 import shutil
 from pathlib import Path
 
+import test_my_image
+from image_files import read_image, read_mask, write_image
+from sam2_utils import encode_images, load_predictor, make_prompt, segment
+from test_my_image import main
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import CPU, draw_pair
 from matplotlib.backend_bases import CloseEvent, MouseEvent, NavigationToolbar2
-
-import test_my_image
-from image_files import read_image, read_mask, write_image
-from sam2_utils import encode_images, load_predictor, make_prompt, segment
-from test_my_image import main
 
 
 @pytest.fixture
@@ -57,6 +57,10 @@ def test_a_second_run_does_not_overwrite_the_first(run_script, image_path):
     first = {path.name: path.read_bytes() for path in results.iterdir()}
     run_script(main, "--image", image_path, "--point", "5,5")
     assert len(list(results.iterdir())) == 4
+    (results / "내 사진_001_mask.png").unlink()
+    first.pop("내 사진_001_mask.png")
+    run_script(main, "--image", image_path, "--box", "0,0,128,96")  # to the very edge
+    assert len(list(results.iterdir())) == 5
     assert all((results / name).read_bytes() == content for name, content in first.items())
 
 
@@ -110,6 +114,17 @@ def test_a_window_closed_without_a_click_says_so(run_script, image_path, monkeyp
     assert outcome.status == 2 and "nothing was clicked" in outcome.err
 
 
+def test_clicks_beside_a_moved_image_are_not_points():
+    plt.switch_backend("agg")
+    figure = plt.figure()
+    window = test_my_image.ClickWindow(figure, np.zeros((50, 50, 3), np.uint8))
+    window.axes.set_xlim(-60, 40)
+    click(figure, 1, -30, 25)
+    click(figure, 3, -30, 25)
+    click(figure, 1, 30, 25)
+    assert window.foreground == [(30, 25)] and window.background == []
+
+
 def test_clicks_while_zooming_are_not_points():
     plt.switch_backend("agg")
     figure = plt.figure()
@@ -155,6 +170,7 @@ def test_mistakes_end_with_one_clear_line(run_script, image_path):
         (("--point=-1,10",), "-1,10 lies outside the image"),
         (("--point", "128,0"), "x goes from 0 to 127"),
         (("--negative-point", "0,96"), "outside"),
+        (("--box", "0,0,129,96"), "outside"),
         (("--box", "1,2,3"), "40,30,600,460"),
         (("--box", "50,50,20,80"), "turned round"),
         (("--box", "50,50,50,80"), "empty"),

@@ -5,17 +5,17 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import train_sam2_proper
+from image_files import split_pairs, write_image
+from sam2_utils import MODELS, load_predictor
+from train_sam2_proper import guide_loss, main, make_learner, train_one_epoch
+
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, write_data
 from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.build_sam import build_sam2, build_sam2_video_predictor
-
-import train_sam2_proper
-from image_files import split_pairs, write_image
-from sam2_utils import MODELS, load_predictor
-from train_sam2_proper import guide_loss, main, train_one_epoch, trainable_parts
 
 # A foreground point reaches all of the prompt encoder and mask decoder but these: other kinds of
 # prompt, the convolutions that set_image applies without gradients, the object score that images
@@ -93,12 +93,10 @@ def test_the_loss_is_the_guides_literal_formula():
 def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(data, random_mini):
     predictor, _ = load_predictor("mini", random_mini, CPU)
     before = {name: weight.clone() for name, weight in predictor.model.state_dict().items()}
-    parts = trainable_parts(predictor)
-    parameters = [parameter for part in parts.values() for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=4e-5)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    pairs = split_pairs(data, "train", 1)
-    train_one_epoch(predictor, pairs, optimizer, scaler, 1, settings())
+    # At this rate and decay, what gets a zero gradient decays by less than float32 can hold.
+    args = settings(lr=1e-5, weight_decay=4e-5)
+    learner = make_learner(predictor, args)
+    train_one_epoch(predictor, split_pairs(data, "train", 1), learner, 1, args)
 
     assert not predictor.model.training
     for name, weight in predictor.model.state_dict().items():
@@ -188,16 +186,17 @@ def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one(
     evaluate = train_sam2_proper.evaluate
     calls = []
 
-    def pull_the_plug(*arguments):
+    def interrupt(*arguments):
         calls.append(arguments)
         if len(calls) == 3:  # after the second epoch's training, before it is saved
             raise KeyboardInterrupt
         return evaluate(*arguments)
 
-    monkeypatch.setattr(train_sam2_proper, "evaluate", pull_the_plug)
+    monkeypatch.setattr(train_sam2_proper, "evaluate", interrupt)
     outcome = run_training(run_script, random_mini, *options, "--epochs", 3)
-    assert outcome.status == 130 and "--resume" in outcome.out
+    assert outcome.status == 130 and "add --resume" in outcome.out
     assert len(read_log()) == 1
+    assert not Path("output/sam2_final.pt").exists()
     monkeypatch.setattr(train_sam2_proper, "evaluate", evaluate)
     outcome = run_training(run_script, random_mini, *options, "--epochs", 3, "--resume")
     assert outcome.status == 0 and "going on after epoch 1" in outcome.out
@@ -210,6 +209,40 @@ def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one(
         for output in ("whole", "output")
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_a_run_stopped_in_its_first_epoch_can_be_resumed(
+    run_script, data, random_mini, monkeypatch
+):
+    run_training(run_script, random_mini, "--epochs", 1, "--lr", 1e-3)  # an older run
+    monkeypatch.setattr(
+        train_sam2_proper, "train_one_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    outcome = run_training(run_script, random_mini, "--epochs", 1)
+    assert outcome.status == 130 and "add --resume" in outcome.out
+    monkeypatch.undo()
+    monkeypatch.chdir(data.parent)
+    outcome = run_training(run_script, random_mini, "--epochs", 1, "--resume")
+    assert outcome.status == 0 and "going on after epoch 0" in outcome.out
+    assert len(read_log()) == 1
+
+
+def test_a_log_that_is_open_elsewhere_does_not_stop_the_training(
+    run_script, data, random_mini, monkeypatch
+):
+    def locked(path, *_):  # as Excel does on Windows
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(train_sam2_proper, "write_csv", locked)
+    outcome = run_training(run_script, random_mini, "--epochs", 1)
+    assert outcome.status == 0 and "train_log.csv cannot be written" in outcome.out
+    assert Path("output/sam2_final.pt").is_file()
+
+
+def test_the_command_to_go_on_with_names_this_runs_files(run_script, data, random_mini):
+    outcome = run_training(run_script, random_mini, "--epochs", 1, "--output", "runs/a")
+    expected = f"python compare_models.py --finetuned {Path('runs/a/sam2_best.pt')}"
+    assert f"next: {expected}" in outcome.out
 
 
 def test_resuming_another_kind_of_run_is_refused_with_the_difference(run_script, data, random_mini):
@@ -242,6 +275,7 @@ def test_mistakes_end_with_one_clear_line(run_script, data, random_mini, tmp_pat
         (("--epochs", 0), "--epochs"),
         (("--lr", -1), "--lr"),
         (("--lr", "nan"), "--lr"),
+        (("--seed", 10**30), "--seed"),
         (("--batch-size", "two"), "--batch-size"),
         (("--weight-decay", -1), "--weight-decay"),
         (("--model", "huge"), "--model"),
