@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     print(format_details(results))
     write_results(args.output / "results.csv", results)
     drawn = draw_comparisons(models, results, args)
-    print(f"wrote results.csv and {drawn} pictures to {args.output}")
+    print(f"wrote results.csv and {drawn} picture(s) to {args.output}")
 
 
 def print_anywhere(table: str) -> None:
