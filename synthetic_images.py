@@ -98,12 +98,11 @@ def draw_blob(
     radius: float,
     elongation: float = 1.0,
     wobble: float = 0.3,
-    axis: np.ndarray | None = None,
 ) -> Blob:
-    """Draw an ellipse along `axis` with an uneven outline, about `center` (X,Y)."""
+    """Draw an ellipse of any direction with an uneven outline, about `center` (X,Y)."""
     x, y = coordinates(size)
     x, y = (x - center[0]) / radius, (y - center[1]) / radius
-    axis = direction(rng) if axis is None else axis
+    axis = direction(rng)
     stretch = np.sqrt(elongation)
     along, across = (x * axis[0] + y * axis[1]) / stretch, (y * axis[0] - x * axis[1]) * stretch
     cells = max(2, round(1 / radius))
@@ -127,8 +126,8 @@ def draw_pretraining_image(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw blobs of any colour on a textured background.
 
-    `hardness` (0 to 1) is the share of images with small blobs, and of blobs in the background's
-    colour.
+    `hardness` (0 to 1) is the share of images with small blobs, and of those with folds, vessels
+    and reflections; it also sets how many blobs have nearly the background's colour.
 
     Returns:
       image: SxSx3 uint8 RGB.
@@ -220,7 +219,7 @@ def _paint_sparkle(rng: np.random.Generator, canvas: np.ndarray) -> None:
     grains = smooth_noise(rng, size, fine) + 0.6 * smooth_noise(rng, size, fine // 2)
     clusters = smooth_noise(rng, size, 5) - rng.uniform(0, 0.4)
     strength = np.clip(6 * (grains - 0.9), 0, 1) * np.clip(5 * clusters, 0, 1)
-    paint(canvas, np.array(0.97), strength)
+    paint(canvas, np.full(3, 0.97), strength)
 
 
 def _color_apart(
@@ -251,12 +250,10 @@ def _paint_highlights(rng: np.random.Generator, canvas: np.ndarray, where: np.nd
     size = len(canvas)
     if chance(rng, 0.5):
         return
-    spots = np.flatnonzero(where)
+    inside = np.flatnonzero(where)
     for _ in range(rng.integers(1, 7)):
-        y, x = divmod(
-            int(rng.choice(spots)) if chance(rng, 0.7) else int(rng.integers(size**2)), size
-        )
-        center = np.array([x, y]) / size
+        pixel = rng.choice(inside) if chance(rng, 0.7) else rng.integers(size**2)
+        center = np.array([pixel % size, pixel // size]) / size
         spot = draw_blob(rng, size, center, rng.uniform(0.008, 0.035), rng.uniform(1, 3))
         paint(canvas, rng.uniform(0.85, 1, 3), spot.alpha(2.0) * rng.uniform(0.5, 1))
 
@@ -347,7 +344,10 @@ def _draw_stalk(
 
 
 def _paint_flesh(canvas: np.ndarray, blob: Blob, color: np.ndarray, grain: np.ndarray) -> None:
-    """Paint a rounded, unevenly coloured blob, lit from above, darker at its rim."""
+    """Paint a rounded, unevenly coloured blob, lit from above, darker at its rim.
+
+    color: 3; grain: SxS, added to it.
+    """
     rim = np.sqrt(np.clip(blob.height, 0, 1)) - 0.7
     light = 0.25 * rim - 0.06 * blob.slope[1] + grain
     paint(canvas, color + light[..., None], blob.alpha(2.0))
@@ -356,7 +356,10 @@ def _paint_flesh(canvas: np.ndarray, blob: Blob, color: np.ndarray, grain: np.nd
 def write_demo_dataset(
     data: Path, seed: int = 42, train: int = 120, val: int = 40, size: int = 256
 ) -> None:
-    """Draw the demo's pairs into data/images/{train,val} and data/masks/{train,val}."""
+    """Draw the demo's pairs into data/images/{train,val} and data/masks/{train,val}.
+
+    They are size x size pixels, and every pair has a random generator of its own.
+    """
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
             rng = np.random.default_rng([seed, split == "val", index])

@@ -387,7 +387,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         model="mini",
         epochs=8,
         batch_size=4,
-        lr=1e-3,
+        lr=5e-4,
     )
 
 

@@ -1,0 +1,114 @@
+"""The demo runs with what the repository ships, and its model is right where it should be."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import compare_models
+import download_dataset
+import test_my_image
+import train_sam2_proper
+from image_files import read_image, read_mask, split_pairs
+from sam2_utils import (
+    calculate_iou,
+    encode_images,
+    load_predictor,
+    make_prompt,
+    prompt_from_mask,
+    segment,
+)
+from synthetic_images import draw_demo_pair, draw_pretraining_image, write_demo_dataset
+
+import numpy as np
+import pytest
+from conftest import CPU, snapshot
+
+MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load_predictor("mini", MINI, CPU)[0]
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """Draw images as those of the pretraining, which it has not seen: image and masks."""
+    return [draw_pretraining_image(np.random.default_rng([77, i]), 256, 0.0) for i in range(12)]
+
+
+def mean_iou(predictor, drawings, make) -> float:
+    """Return the mean IoU over all objects, prompted by make(mask)."""
+    ious = []
+    for image, masks in drawings:
+        features = encode_images(predictor, [image])
+        for mask in masks:
+            predicted, _ = segment(predictor, features, make(mask), mask.shape)
+            ious.append(calculate_iou(predicted, mask))
+    return float(np.mean(ious))
+
+
+def test_the_pretrained_model_is_small_and_segments_what_is_clicked(mini, drawings):
+    assert MINI.stat().st_size < 12_000_000
+    clicked = mean_iou(mini, drawings, lambda mask: prompt_from_mask(mask, "center"))
+    beside = mean_iou(mini, drawings, lambda mask: prompt_from_mask(~mask, "center"))
+    boxed = mean_iou(mini, drawings, lambda mask: prompt_from_mask(mask, "box"))
+    assert clicked > 0.7
+    assert beside < 0.3
+    assert boxed > clicked
+
+
+def test_a_right_click_scores_higher_than_a_wrong_one(mini, drawings):
+    right, wrong = [], []
+    for image, masks in drawings:
+        features = encode_images(mini, [image])
+        background = ~masks.any(axis=0)
+        for mask in masks:
+            inside = prompt_from_mask(mask, "center")
+            contradiction = make_prompt(
+                [tuple(prompt_from_mask(background, "center").point_coords[0])],
+                [tuple(inside.point_coords[0])],
+            )
+            right.append(segment(mini, features, inside, mask.shape)[1])
+            wrong.append(segment(mini, features, contradiction, mask.shape)[1])
+    assert np.mean(right) > np.mean(wrong) + 0.1
+
+
+def test_the_same_seed_draws_the_same_bytes_on_every_platform(tmp_path):
+    digest = hashlib.sha256()
+    for draw in (draw_demo_pair, lambda rng, size: draw_pretraining_image(rng, size, 0.5)):
+        image, masks = draw(np.random.default_rng(3), 64)
+        digest.update(image.tobytes())
+        digest.update(masks.tobytes())
+    assert digest.hexdigest()[:16] == "82c124ac117a643d"
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_demo_dataset(tmp_path / name, seed=seed, train=2, val=1, size=32)
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b") != snapshot(tmp_path / "c")
+    files = list(snapshot(tmp_path / "a").values())
+    assert len(files) == len(set(files)) == 6  # no two alike: train and val never share one
+
+
+def test_the_demo_learns_what_the_original_does_not_know(run_script, monkeypatch):
+    monkeypatch.setattr(train_sam2_proper, "ensure_checkpoint", lambda _: MINI)
+    early = run_script(compare_models.main, "--demo")
+    assert early.status == 2 and "python download_dataset.py --demo" in early.err
+    early = run_script(test_my_image.main, "--demo")
+    assert early.status == 2 and "python train_sam2_proper.py --demo" in early.err
+
+    outcome = run_script(train_sam2_proper.main, "--demo", "--limit", 24, "--epochs", 4)
+    assert outcome.status == 0, outcome.err
+    assert len(split_pairs(Path("data/demo"), "train")) == 120
+    assert len(split_pairs(Path("data/demo"), "val")) == 40
+    assert "nothing to do" in run_script(download_dataset.main, "--demo", "--skip-checkpoint").out
+    before, best = re.search(r"val IoU (\S+) before training, (\S+) at best", outcome.out).groups()
+    assert float(best) > float(before) + 0.1
+
+    outcome = run_script(compare_models.main, "--demo", "--limit", 24, "--figures", 1)
+    assert f"mean IoU   {before} -> {best}" in outcome.out, outcome.err
+    outcome = run_script(test_my_image.main, "--demo")
+    assert outcome.status == 0, outcome.err
+    mask = read_mask(Path("output/demo/my_results/demo_000_001_mask.png"))
+    assert calculate_iou(mask, read_mask(Path("data/demo/masks/val/demo_000.png"))) > 0.5
+    assert (
+        read_image(Path("output/demo/my_results/demo_000_001_overlay.png")).shape[:2] == mask.shape
+    )
