@@ -26,6 +26,8 @@ from image_files import DEMO_DATA, Pair, atomic_write, read_pair, split_pairs
 from sam2_utils import (
     MODELS,
     Prompt,
+    add_device_option,
+    add_precision_option,
     autocast,
     calculate_dice,
     calculate_iou,
@@ -240,7 +242,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--finetuned", type=Path, default=Path("output/sam2_best.pt"), help="the fine-tuned file"
     )
     models.add_argument(
-        "--original", type=Path, help="the original file (default: SAM 2.1's, downloaded)"
+        "--original", type=Path, help="the original (default: what training started from)"
     )
     models.add_argument(
         "--model", choices=MODELS, help="their size (default: what the fine-tuned file says)"
@@ -267,13 +269,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="how many pictures: the biggest gains and the biggest losses",
     )
     machine = parser.add_argument_group("the machine")
-    machine.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
-    machine.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto: that of the training",
-    )
+    add_device_option(machine)
+    add_precision_option(machine, "auto: that of the training")
     return parser.parse_args_with_demo(
         argv,
         data=DEMO_DATA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -41,6 +42,17 @@ NETWORK_ERRORS = (
 # ----------------------------------------------------------------------------------------------
 # Devices
 # ----------------------------------------------------------------------------------------------
+
+
+def add_device_option(parser: argparse._ActionsContainer) -> None:
+    """Add --device, for select_device."""
+    parser.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
+
+
+def add_precision_option(parser: argparse._ActionsContainer, auto: str) -> None:
+    """Add --precision, for select_precision; `auto` says what its default means."""
+    choices = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--precision", choices=choices, default="auto", help=auto)
 
 
 def select_device(name: str = "auto") -> torch.device:

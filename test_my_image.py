@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from command_line import ArgumentParser, UserError, run
-from image_files import read_image, read_mask, write_image
+from image_files import DEMO_DATA, read_image, read_mask, write_image
 from sam2_utils import (
     MODELS,
     Prompt,
+    add_device_option,
     autocast,
     draw_overlay,
     encode_images,
@@ -38,9 +39,7 @@ from sam2_utils import (
 
 import numpy as np
 
-DEMO_IMAGE, DEMO_MASK = (
-    Path("data/demo", kind, "val/demo_000.png") for kind in ("images", "masks")
-)
+DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))
 LEFT_BUTTON, RIGHT_BUTTON = 1, 3
 
 
@@ -202,7 +201,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("output/my_results"), help="where results go"
     )
-    parser.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
+    add_device_option(parser)
     parser.set_defaults(finetuned=Path("output/sam2_best.pt"))
     args = parser.parse_args_with_demo(
         argv,

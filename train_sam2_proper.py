@@ -25,6 +25,8 @@ from download_dataset import draw_demo, is_filled
 from image_files import DEMO_DATA, Pair, atomic_write, read_pair, split_pairs
 from sam2_utils import (
     MODELS,
+    add_device_option,
+    add_precision_option,
     autocast,
     calculate_iou,
     encode_images,
@@ -373,13 +375,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
 
     machine = parser.add_argument_group("the machine")
-    machine.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
-    machine.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto: bfloat16 (else float16) on CUDA, float32 elsewhere",
-    )
+    add_device_option(machine)
+    add_precision_option(machine, "auto: bfloat16 (else float16) on CUDA, float32 elsewhere")
     return parser.parse_args_with_demo(
         argv,
         data=DEMO_DATA,
