@@ -176,6 +176,15 @@ def is_filled(data: Path) -> bool:
     )
 
 
+def holds_files(data: Path) -> bool:
+    """Say whether images/ or masks/ of a data folder hold any files but hidden ones."""
+    return any(
+        path.is_file() and not path.name.startswith(".")
+        for kind in ("images", "masks")
+        for path in (data / kind).rglob("*")
+    )
+
+
 def is_kept(args: Namespace) -> bool:
     """Say whether args.data already holds what is asked for.
 
@@ -185,7 +194,7 @@ def is_kept(args: Namespace) -> bool:
     if not split_file.is_file():
         if is_filled(args.data) and not (args.force or args.demo or has_source(args)):
             return True  # put there by hand, as the layout asks
-        if (args.data / "images").exists() or (args.data / "masks").exists():
+        if holds_files(args.data):
             raise UserError(
                 f"{args.data} holds images or masks that this script did not put there; "
                 "move them away, or use another --data folder"
@@ -193,7 +202,10 @@ def is_kept(args: Namespace) -> bool:
         return False
     if args.force or not is_filled(args.data):
         return False
-    made_from = json.loads(split_file.read_text(encoding="utf-8"))["source"]
+    try:
+        made_from = json.loads(split_file.read_text(encoding="utf-8"))["source"]
+    except (ValueError, LookupError):  # edited by hand
+        made_from = "an unknown source"
     if (has_source(args) or args.demo) and made_from != source_name(args):
         raise UserError(
             f"{args.data} already holds the data set made from {made_from}; "
@@ -205,7 +217,7 @@ def is_kept(args: Namespace) -> bool:
 def prepare_dataset(args: Namespace) -> None:
     """Fill args.data from the source that the options name, unless it is already filled."""
     if is_kept(args):
-        print(f"{args.data} already holds this data set: nothing to do (--force makes it anew).")
+        print(f"{args.data} already holds this data set: nothing to do (--force splits it anew).")
         return
     if args.demo:
         draw_demo(args.data)

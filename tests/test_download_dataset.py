@@ -123,6 +123,19 @@ def test_a_users_own_data_folder_is_kept_even_with_force(run_script, tmp_path):
         assert snapshot(tmp_path / "data") == before
 
 
+def test_empty_folders_and_a_split_file_edited_by_hand_are_no_obstacle(run_script, tmp_path):
+    write_pairs(tmp_path / "source", 4)
+    (tmp_path / "data/images/train").mkdir(parents=True)
+    (tmp_path / "data/images/train/.DS_Store").write_bytes(b"x")
+    options = ("--images", "source/images", "--masks", "source/masks")
+    assert prepare(run_script, *options).status == 0
+    (tmp_path / "data/split.json").write_text("{", encoding="utf-8")
+    assert "nothing to do" in prepare(run_script).out
+    outcome = prepare(run_script, *options)
+    assert outcome.status == 2 and "an unknown source" in outcome.err
+    assert prepare(run_script, *options, "--force").status == 0
+
+
 def test_another_source_is_not_taken_for_the_one_that_is_there(run_script, tmp_path):
     for name in ("first", "second"):
         write_pairs(tmp_path / name, 4)
