@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import re
 import sys
 from argparse import Namespace
@@ -153,17 +152,15 @@ def format_details(results: list[Result]) -> str:
 
 def write_results(path: Path, results: list[Result]) -> None:
     """Write a row an image; with a byte-order mark, so that Excel reads non-ASCII names."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    measures = Result._fields[2:]
-    writer.writerow(["image", "prompt", *measures])
-    for result in results:
-        points = zip(result.prompt.point_coords, result.prompt.point_labels, strict=True)
-        prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
-        numbers = [f"{value:.6f}" for value in result[2:]]
-        writer.writerow([result.pair.image.name, prompt, *numbers])
-    with atomic_write(path) as temporary:  # names of other systems may not be valid UTF-8
-        temporary.write_text(text.getvalue(), encoding="utf-8-sig", errors="backslashreplace")
+    encoding = {"encoding": "utf-8-sig", "errors": "backslashreplace"}  # names may be no UTF-8
+    with atomic_write(path) as temporary, temporary.open("w", newline="", **encoding) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "prompt", *Result._fields[2:]])
+        for result in results:
+            points = zip(result.prompt.point_coords, result.prompt.point_labels, strict=True)
+            prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
+            numbers = [f"{value:.6f}" for value in result[2:]]
+            writer.writerow([result.pair.image.name, prompt, *numbers])
 
 
 def choose_figures(results: list[Result], count: int) -> list[Result]:
@@ -210,20 +207,24 @@ def draw_comparisons(models: Models, results: list[Result], args: Namespace) -> 
     return len(chosen)
 
 
-def load_models(args: Namespace) -> Models:
-    """Load the original and the fine-tuned model, which must be of the same size."""
+def load_models(args: Namespace) -> tuple[Models, dict[str, Any]]:
+    """Load the original and the fine-tuned model, which must be of the same size.
+
+    The original is what training started from, if it is there. Returns both, and the settings of
+    the training.
+    """
     if not args.finetuned.is_file():
         command = "python train_sam2_proper.py" + " --demo" * args.demo
         raise UserError(f"no fine-tuned model at {args.finetuned}; run: {command}")
     finetuned, facts = load_predictor(args.model, args.finetuned, args.device)
     name, settings = facts["model_name"], facts.get("settings", {})
-    checkpoint = args.original or Path(settings.get("checkpoint", ""))
-    if not args.original and not checkpoint.is_file():  # where training started, if it is there
-        checkpoint = ensure_checkpoint(name)
+    started_from = Path(settings.get("checkpoint", ""))
+    checkpoint = args.original or (
+        started_from if started_from.is_file() else ensure_checkpoint(name)
+    )
     original, _ = load_predictor(name, checkpoint, args.device)
     print(f"original:   {checkpoint}\nfine-tuned: {args.finetuned} (SAM 2.1 {name})")
-    args.precision = choose_precision(args, settings)
-    return Models(original, finetuned, share_features(original, finetuned))
+    return Models(original, finetuned, share_features(original, finetuned)), settings
 
 
 def choose_precision(args: Namespace, settings: dict[str, Any]) -> torch.dtype:
@@ -283,7 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.device = select_device(args.device)
     pairs = split_pairs(args.data, args.split, args.limit)
-    models = load_models(args)
+    models, settings = load_models(args)
+    args.precision = choose_precision(args, settings)
 
     results = compare(models, pairs, args)
     print_anywhere(format_table(results, args.split))

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 import torch
 from sam2.build_sam import build_sam2
+from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 # SAM 2 scripts its image transform, which newer versions of torch advise against.
@@ -306,8 +307,12 @@ def build_predictor(model_name: str, device: torch.device) -> SAM2ImagePredictor
     """Build SAM 2.1 `model_name` with random weights, in eval mode on `device`."""
     spec = MODELS[model_name]
     model = build_sam2(spec.config, None, device=device, hydra_overrides_extra=list(spec.overrides))
+    return make_predictor(model)
+
+
+def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
+    """Make a predictor for a model of any image_size; SAM 2 hard-codes the sizes of 1024 pixels."""
     predictor = SAM2ImagePredictor(model)
-    # SAM 2 hard-codes the feature sizes of a 1024-pixel input; these hold for every size.
     predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
     return predictor
 

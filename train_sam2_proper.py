@@ -4,7 +4,7 @@
     python train_sam2_proper.py --model tiny --epochs 5    # a smaller model, a shorter run
     python train_sam2_proper.py --limit 20 --epochs 1      # a quick look
     python train_sam2_proper.py --resume                   # go on after an interruption
-    python train_sam2_proper.py --demo                     # see it work in two minutes
+    python train_sam2_proper.py --demo                     # see it work in a minute
 
 The image encoder stays frozen. Each step shows SAM 2 one random point inside the mask and
 corrects the mask and the scores that it answers with. What is written to output/:
@@ -14,7 +14,6 @@ sam2_best.pt (best on val), sam2_final.pt, train_log.csv, learning_curve.png.
 from __future__ import annotations
 
 import csv
-import io
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -211,12 +210,10 @@ def write_log(output: Path, log: list[dict[str, float]], original_iou: float) ->
 
 def write_csv(path: Path, log: list[dict[str, float]]) -> None:
     """Write the log as a table, a row an epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(log[-1]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(log)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(log[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
 
 
 def draw_learning_curve(path: Path, log: list[dict[str, float]], original_iou: float) -> None:
@@ -283,10 +280,10 @@ def load_state(learner: Learner, args: Namespace) -> tuple[list[dict[str, float]
     return state["log"], state["original_iou"]
 
 
-def train(predictor: SAM2ImagePredictor, args: Namespace) -> None:
+def train(
+    predictor: SAM2ImagePredictor, train_pairs: list[Pair], val_pairs: list[Pair], args: Namespace
+) -> None:
     """Fine-tune for args.epochs epochs, or for those that are left, and write the results."""
-    train_pairs = split_pairs(args.data, "train", args.limit)
-    val_pairs = split_pairs(args.data, "val", args.limit)
     settings = resume_settings(args)
     print(f"{len(train_pairs)} training and {len(val_pairs)} validation images from {args.data}")
     print(f"SAM 2.1 {args.model} on {args.device} in {settings['precision']}")
@@ -367,12 +364,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default=0.05,
         help="weight of the score loss beside the mask loss",
     )
-    recipe.add_argument(
-        "--seed",
-        type=seed,
-        default=42,
-        help="of the order and the prompts",
-    )
+    recipe.add_argument("--seed", type=seed, default=42, help="of the order and the prompts")
 
     machine = parser.add_argument_group("the machine")
     add_device_option(machine)
@@ -403,12 +395,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     if args.demo and not is_filled(args.data):
         draw_demo(args.data)
-    for split in ("train", "val"):  # missing data is said before anything is downloaded
-        split_pairs(args.data, split)
+    train_pairs = split_pairs(args.data, "train", args.limit)
+    val_pairs = split_pairs(args.data, "val", args.limit)
     args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
     predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
     try:
-        train(predictor, args)
+        train(predictor, train_pairs, val_pairs, args)
     except KeyboardInterrupt:
         if (args.output / STATE_FILE).is_file():
             print("\nstopped; to go on after the last finished epoch, add --resume")

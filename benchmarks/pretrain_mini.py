@@ -31,7 +31,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line import ArgumentParser, number, run
+from command_line import ArgumentParser, number, run, seed
 from image_files import atomic_write
 from sam2_utils import (
     Features,
@@ -39,6 +39,7 @@ from sam2_utils import (
     calculate_iou,
     encode_images,
     load_predictor,
+    make_predictor,
     make_prompt,
     mask_box,
     predict_masks,
@@ -123,9 +124,7 @@ def predictor_of_size(model: SAM2Base, image_size: int) -> SAM2ImagePredictor:
     prompt_encoder.input_image_size = (image_size, image_size)
     prompt_encoder.image_embedding_size = (embedding_size, embedding_size)
     prompt_encoder.mask_input_size = (4 * embedding_size, 4 * embedding_size)
-    predictor = SAM2ImagePredictor(model)
-    predictor._bb_feat_sizes = [(image_size // stride,) * 2 for stride in (4, 8, 16)]
-    return predictor
+    return make_predictor(model)
 
 
 def encode_with_gradients(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
@@ -330,9 +329,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument(
         "--weight-decay", type=number(float, at_least=0), default=0.05, help="of AdamW"
     )
-    parser.add_argument(
-        "--seed", type=number(int, at_least=0), default=42, help="of weights, images and prompts"
-    )
+    parser.add_argument("--seed", type=seed, default=42, help="of weights, images and prompts")
     return parser.parse_args(argv)
 
 

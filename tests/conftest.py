@@ -68,12 +68,17 @@ def draw_pair(index: int, size: tuple[int, int] = (96, 128)) -> tuple[np.ndarray
     return image, mask == 1
 
 
-def write_pairs(folder: Path, count: int, **options) -> Path:
-    """Write images/ (JPEG) and masks/ (PNG) of drawn pairs into a folder."""
+def write_pair(index: int, image_dir: Path, mask_dir: Path) -> None:
+    """Write one drawn pair, the image as JPEG and the mask as PNG."""
+    image, mask = draw_pair(index)
+    write_image(image_dir / f"pair_{index:03}.jpg", image)
+    write_image(mask_dir / f"pair_{index:03}.png", mask.astype(np.uint8) * 255)
+
+
+def write_pairs(folder: Path, count: int) -> Path:
+    """Write images/ and masks/ of drawn pairs into a folder."""
     for index in range(count):
-        image, mask = draw_pair(index, **options)
-        write_image(folder / "images" / f"pair_{index:03}.jpg", image)
-        write_image(folder / "masks" / f"pair_{index:03}.png", mask.astype(np.uint8) * 255)
+        write_pair(index, folder / "images", folder / "masks")
     return folder
 
 
@@ -81,11 +86,7 @@ def write_data(folder: Path, train: int = 4, val: int = 2) -> Path:
     """Write a data folder of drawn pairs, as download_dataset.py leaves it."""
     for split, indices in (("train", range(train)), ("val", range(train, train + val))):
         for index in indices:
-            image, mask = draw_pair(index)
-            write_image(folder / "images" / split / f"pair_{index:03}.jpg", image)
-            write_image(
-                folder / "masks" / split / f"pair_{index:03}.png", mask.astype(np.uint8) * 255
-            )
+            write_pair(index, folder / "images" / split, folder / "masks" / split)
     return folder
 
 
