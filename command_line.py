@@ -14,6 +14,9 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 # Notebooks name a drawing backend of their own, which matplotlib may not find from here.
 if os.environ.get("MPLBACKEND", "").startswith("module://"):
     del os.environ["MPLBACKEND"]
+# Of the processes that torchrun starts, only the first shows progress.
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"
 
 # What the errors of torch say when memory runs out, on GPUs and on CPUs.
 MEMORY_ERRORS = ("out of memory", "allocate memory", "not enough memory")

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from command_line import ArgumentParser, UserError, number, run, seed
-from image_files import DEMO_DATA, Pair, atomic_write, read_pair, split_pairs
+from feature_cache import FeatureCache, hash_encoder, load_features
+from image_files import DEMO_DATA, Pair, atomic_write, read_mask, read_pair, split_pairs
 from sam2_utils import (
     MODELS,
     Prompt,
@@ -31,7 +32,6 @@ from sam2_utils import (
     calculate_dice,
     calculate_iou,
     draw_overlay,
-    encode_images,
     ensure_checkpoint,
     load_predictor,
     prompt_from_mask,
@@ -54,6 +54,7 @@ ASCII_BOX = str.maketrans("┌┐└┘├┤─│", "++++++-|")
 class Result(NamedTuple):
     """What both models made of one image."""
 
+    index: int  # among the images compared
     pair: Pair
     prompt: Prompt
     original_iou: float
@@ -72,33 +73,19 @@ class Models(NamedTuple):
     original: SAM2ImagePredictor
     finetuned: SAM2ImagePredictor
     share_encoder: bool
-
-
-def share_features(first: SAM2ImagePredictor, second: SAM2ImagePredictor) -> bool:
-    """Say whether two models compute the same features, because these weights are bit-equal.
-
-    set_image uses the image encoder, the mask decoder's two convolutions on high-resolution
-    features, and no_mem_embed.
-    """
-    used = ("image_encoder.", "sam_mask_decoder.conv_s", "no_mem_embed")
-    others = second.model.state_dict()
-    return all(
-        torch.equal(weight, others[name])
-        for name, weight in first.model.state_dict().items()
-        if name.startswith(used)
-    )
+    cache: FeatureCache | None  # what training has kept, of a shared encoder
 
 
 def segment_with_both(
-    models: Models, image: np.ndarray, prompt: Prompt, args: Namespace
+    models: Models, index: int, pair: Pair, prompt: Prompt, size: tuple[int, int], args: Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the HxW bool masks of the original and of the fine-tuned model for one prompt."""
-    size = image.shape[:2]
+    features = load_features(models.original, models.cache, index, pair, args.precision)
     with autocast(args.device, args.precision):
-        features = encode_images(models.original, [image])
         original_mask, _ = segment(models.original, features, prompt, size)
-        if not models.share_encoder:
-            features = encode_images(models.finetuned, [image])
+    if not models.share_encoder:
+        features = load_features(models.finetuned, None, index, pair, args.precision)
+    with autocast(args.device, args.precision):
         finetuned_mask, _ = segment(models.finetuned, features, prompt, size)
     return original_mask, finetuned_mask
 
@@ -107,14 +94,14 @@ def compare(models: Models, pairs: list[Pair], args: Namespace) -> list[Result]:
     """Measure both models on the same prompts; pairs with an empty mask are left out."""
     results = []
     for index, pair in enumerate(tqdm(pairs, desc="Comparing", unit="image")):
-        image, true_mask = read_pair(pair)
+        true_mask = read_mask(pair.mask)
         if not true_mask.any():
             continue
         prompt = prompt_from_mask(true_mask, args.prompt, np.random.default_rng([args.seed, index]))
-        masks = segment_with_both(models, image, prompt, args)
+        masks = segment_with_both(models, index, pair, prompt, true_mask.shape, args)
         ious = [float(calculate_iou(mask, true_mask)) for mask in masks]
         dices = [float(calculate_dice(mask, true_mask)) for mask in masks]
-        results.append(Result(pair, prompt, *ious, *dices))
+        results.append(Result(index, pair, prompt, *ious, *dices))
     if not results:
         raise UserError("every mask is empty; check that objects are white (255)")
     return results
@@ -139,7 +126,7 @@ def format_table(results: list[Result], split: str) -> str:
 
 def format_details(results: list[Result]) -> str:
     """Return what is printed below the box."""
-    means = np.mean([result[2:] for result in results], axis=0)
+    means = np.mean([result[3:] for result in results], axis=0)
     gains = np.array([result.gain for result in results])
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     return (
@@ -155,11 +142,11 @@ def write_results(path: Path, results: list[Result]) -> None:
     encoding = {"encoding": "utf-8-sig", "errors": "backslashreplace"}  # names may be no UTF-8
     with atomic_write(path) as temporary, temporary.open("w", newline="", **encoding) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "prompt", *Result._fields[2:]])
+        writer.writerow(["image", "prompt", *Result._fields[3:]])
         for result in results:
             points = zip(result.prompt.point_coords, result.prompt.point_labels, strict=True)
             prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
-            numbers = [f"{value:.6f}" for value in result[2:]]
+            numbers = [f"{value:.6f}" for value in result[3:]]
             writer.writerow([result.pair.image.name, prompt, *numbers])
 
 
@@ -174,7 +161,9 @@ def choose_figures(results: list[Result], count: int) -> list[Result]:
 def draw_comparison(path: Path, models: Models, result: Result, args: Namespace) -> None:
     """Draw one image three times, the true outline in yellow: the prompt, and each model's mask."""
     image, true_mask = read_pair(result.pair)
-    original_mask, finetuned_mask = segment_with_both(models, image, result.prompt, args)
+    original_mask, finetuned_mask = segment_with_both(
+        models, result.index, result.pair, result.prompt, true_mask.shape, args
+    )
     prompted = draw_overlay(image, prompt=result.prompt, true_mask=true_mask)
     panels = {
         "prompt and true outline": prompted,
@@ -207,11 +196,11 @@ def draw_comparisons(models: Models, results: list[Result], args: Namespace) -> 
     return len(chosen)
 
 
-def load_models(args: Namespace) -> tuple[Models, dict[str, Any]]:
+def load_models(pairs: list[Pair], args: Namespace) -> Models:
     """Load the original and the fine-tuned model, which must be of the same size.
 
-    The original is what training started from, if it is there. Returns both, and the settings of
-    the training.
+    The original is what training started from, if it is there. args.precision becomes a dtype:
+    that of the training, unless another is asked for.
     """
     if not args.finetuned.is_file():
         command = "python train_sam2_proper.py" + " --demo" * args.demo
@@ -224,7 +213,13 @@ def load_models(args: Namespace) -> tuple[Models, dict[str, Any]]:
     )
     original, _ = load_predictor(name, checkpoint, args.device)
     print(f"original:   {checkpoint}\nfine-tuned: {args.finetuned} (SAM 2.1 {name})")
-    return Models(original, finetuned, share_features(original, finetuned)), settings
+    args.precision = choose_precision(args, settings)
+    share_encoder = hash_encoder(original.model) == hash_encoder(finetuned.model)
+    folder, cache = args.cache or settings.get("cache"), None
+    if share_encoder and folder:
+        path = Path(folder) / f"{args.split}.features"
+        cache = FeatureCache(path, original, pairs, args.precision)
+    return Models(original, finetuned, share_encoder, cache)
 
 
 def choose_precision(args: Namespace, settings: dict[str, Any]) -> torch.dtype:
@@ -259,6 +254,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="the point deepest inside the mask, a random point in it, or its box",
     )
     data.add_argument("--seed", type=seed, default=42, help="of random points")
+    data.add_argument(
+        "--cache",
+        type=Path,
+        help="where features are read from (default: where training kept them)",
+    )
     results = parser.add_argument_group("results")
     results.add_argument(
         "--output", type=Path, default=Path("output/comparison"), help="where they go"
@@ -284,8 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.device = select_device(args.device)
     pairs = split_pairs(args.data, args.split, args.limit)
-    models, settings = load_models(args)
-    args.precision = choose_precision(args, settings)
+    models = load_models(pairs, args)
 
     results = compare(models, pairs, args)
     print_anywhere(format_table(results, args.split))

@@ -24,6 +24,7 @@ import torch
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # SAM 2 scripts its image transform, which newer versions of torch advise against.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
@@ -84,10 +85,12 @@ def select_device(name: str = "auto") -> torch.device:
 def select_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in: `name` is auto, float32, bfloat16 or float16.
 
-    auto is bfloat16 on CUDA where supported, else float16 there, and float32 on MPS and CPU.
-    Raises UserError for a precision that the device cannot train in.
+    auto is bfloat16 where the hardware multiplies it (GPUs and CPUs), else float16 on CUDA, and
+    float32 on MPS and on other CPUs. Raises UserError for one that the device cannot train in.
     """
     if name == "auto":
+        if device.type == "cpu" and cpu_has_bfloat16():
+            return torch.bfloat16
         if device.type != "cuda":
             return torch.float32
         with torch.cuda.device(device):
@@ -98,6 +101,12 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and name == "float16":
         raise UserError("--precision float16 needs CUDA; use float32 or bfloat16 on a CPU")
     return getattr(torch, name)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every PyTorch
+    return any(getattr(torch.cpu, question, bool)() for question in questions)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
@@ -405,6 +414,42 @@ class Features(NamedTuple):
     image_embed: torch.Tensor
     high_res_feats: list[torch.Tensor]
 
+    def to(self, *target: torch.device | torch.dtype) -> Features:
+        """Move to a device and a dtype, like torch.Tensor.to."""
+        maps = (self.image_embed, *self.high_res_feats)
+        moved = [feature_map.to(*target, non_blocking=True) for feature_map in maps]
+        return Features(moved[0], moved[1:])
+
+
+class PromptedDecoder(torch.nn.Module):
+    """The parts of SAM 2 that learn: the prompt encoder and the mask decoder."""
+
+    def __init__(self, model: SAM2Base) -> None:
+        super().__init__()
+        self.prompt_encoder = model.sam_prompt_encoder
+        self.mask_decoder = model.sam_mask_decoder
+
+    def forward(
+        self, features: Features, point_coords: torch.Tensor, point_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what predict_masks does, with BxNx2 points in pixels of the input and BxN labels."""
+        # On a CPU, plain attention between few tokens and many is faster than the flash kernel.
+        on_cpu = features.image_embed.device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
+            sparse_embeddings, dense_embeddings = self.prompt_encoder(
+                points=(point_coords, point_labels), boxes=None, masks=None
+            )
+            mask_logits, iou_scores, _, _ = self.mask_decoder(
+                image_embeddings=features.image_embed,
+                image_pe=self.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse_embeddings,
+                dense_prompt_embeddings=dense_embeddings,
+                multimask_output=True,
+                repeat_image=False,
+                high_res_features=features.high_res_feats,
+            )
+        return mask_logits.float(), iou_scores.float()
+
 
 def encode_images(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
     """Run the frozen image encoder, without gradients, on HxWx3 uint8 RGB images of any sizes."""
@@ -417,6 +462,7 @@ def predict_masks(
     features: Features,
     prompts: list[Prompt],
     image_sizes: list[tuple[int, int]],
+    decoder: torch.nn.Module | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn features and prompts into masks and scores; gradients flow, unlike in predict().
 
@@ -424,6 +470,7 @@ def predict_masks(
       features: of B images.
       prompts: one an image, all with the same number N of points.
       image_sizes: (H,W) of the original images, in whose pixels the prompts are given.
+      decoder: the predictor's PromptedDecoder, where it is wrapped to be faster or distributed.
 
     Returns:
       mask_logits: Bx3x(S/4)x(S/4) float32, for upscale_masks.
@@ -440,19 +487,7 @@ def predict_masks(
     points = torch.stack(coords).to(model.device), torch.stack(labels).to(model.device)
 
     # Prompt encoder and mask decoder
-    sparse_embeddings, dense_embeddings = model.sam_prompt_encoder(
-        points=points, boxes=None, masks=None
-    )
-    mask_logits, iou_scores, _, _ = model.sam_mask_decoder(
-        image_embeddings=features.image_embed,
-        image_pe=model.sam_prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse_embeddings,
-        dense_prompt_embeddings=dense_embeddings,
-        multimask_output=True,
-        repeat_image=False,
-        high_res_features=features.high_res_feats,
-    )
-    return mask_logits.float(), iou_scores.float()
+    return (decoder or PromptedDecoder(model))(features, *points)
 
 
 def upscale_masks(

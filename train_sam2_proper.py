@@ -5,10 +5,12 @@
     python train_sam2_proper.py --limit 20 --epochs 1      # a quick look
     python train_sam2_proper.py --resume                   # go on after an interruption
     python train_sam2_proper.py --demo                     # see it work in a minute
+    torchrun --nproc_per_node=2 train_sam2_proper.py --batch-size 8    # on two GPUs
 
-The image encoder stays frozen. Each step shows SAM 2 one random point inside the mask and
-corrects the mask and the scores that it answers with. What is written to output/:
-sam2_best.pt (best on val), sam2_final.pt, train_log.csv, learning_curve.png.
+The image encoder stays frozen, so it sees each image once; what it says is kept in output/cache/.
+Each step shows SAM 2 one random point inside the mask and corrects the mask and the scores that it
+answers with. What is written to output/: sam2_best.pt (best on val), sam2_final.pt,
+train_log.csv, learning_curve.png.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import distributed
 from command_line import ArgumentParser, UserError, number, run, seed
 from download_dataset import draw_demo, is_filled
-from image_files import DEMO_DATA, Pair, atomic_write, read_pair, split_pairs
+from feature_cache import FeatureCache, load_features, pairs_with_objects
+from image_files import DEMO_DATA, Pair, atomic_write, read_mask, split_pairs
 from sam2_utils import (
     MODELS,
+    Features,
+    PromptedDecoder,
     add_device_option,
     add_precision_option,
     autocast,
@@ -40,39 +46,105 @@ from sam2_utils import (
     select_precision,
     upscale_masks,
 )
+from training_set import EpochSampler, TrainingSet, make_loader
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 STATE_FILE = "train_state.pt"
 # What a resumed run must have in common with the run that it goes on with.
 RESUME_SETTINGS = (
     "data", "model", "checkpoint", "batch_size", "lr", "weight_decay", "score_weight", "precision",
-    "seed", "limit",
+    "seed", "limit", "no_cache",
 )  # fmt: skip
+# Compiling the decoder takes about a minute, which so many images of a full-size model win back.
+COMPILE_FROM_IMAGES = 3000
 
 
 class Learner(NamedTuple):
     """What learns, and how; all of it is saved to go on after an interruption."""
 
-    weights: torch.nn.ModuleDict  # the prompt encoder and the mask decoder
+    weights: PromptedDecoder  # of the prompt encoder and the mask decoder
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of float16 gradients; else it does nothing
+    decoder: torch.nn.Module  # computes with these weights, perhaps compiled or distributed
 
 
-def make_learner(predictor: SAM2ImagePredictor, args: Namespace) -> Learner:
-    """Freeze the whole model but its prompt encoder and its mask decoder; these learn."""
-    model = predictor.model.eval().requires_grad_(False)
-    weights = torch.nn.ModuleDict(
-        {"prompt_encoder": model.sam_prompt_encoder, "mask_decoder": model.sam_mask_decoder}
-    ).requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+def make_learner(predictor: SAM2ImagePredictor, image_count: int, args: Namespace) -> Learner:
+    """Freeze the whole model but its prompt encoder and its mask decoder; these learn.
+
+    image_count: how many images the run will show, which decides whether to compile.
+    """
+    predictor.model.eval().requires_grad_(False)
+    weights = PromptedDecoder(predictor.model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        weights.parameters(),
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        fused=args.device.type in ("cpu", "cuda"),  # one kernel for all weights
+    )
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == torch.float16)
-    return Learner(weights, optimizer, scaler)
+    decoder = weights
+    if args.compile == "on" or (args.compile == "auto" and compiling_pays(predictor, image_count)):
+        decoder = compile_decoder(weights, predictor, args)
+    if distributed.world_size() > 1:
+        decoder = torch.nn.parallel.DistributedDataParallel(decoder, find_unused_parameters=True)
+    return Learner(weights, optimizer, scaler, decoder)
+
+
+def compiling_pays(predictor: SAM2ImagePredictor, image_count: int) -> bool:
+    """Say whether a faster decoder will have won back the time of compiling; measured on CPUs."""
+    is_full_size = predictor.model.image_size >= 1024
+    return predictor.device.type == "cpu" and is_full_size and image_count >= COMPILE_FROM_IMAGES
+
+
+class CompiledDecoder(torch.nn.Module):
+    """A decoder compiled for full batches; others, like the last of an epoch, go uncompiled."""
+
+    def __init__(self, decoder: PromptedDecoder, batch_size: int) -> None:
+        super().__init__()
+        self.decoder, self.batch_size = decoder, batch_size
+        self.compiled = torch.compile(decoder.forward, dynamic=False)
+
+    def forward(
+        self, features: Features, point_coords: torch.Tensor, point_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        is_full = len(point_coords) == self.batch_size
+        return (self.compiled if is_full else self.decoder)(features, point_coords, point_labels)
+
+
+def compile_decoder(
+    decoder: PromptedDecoder, predictor: SAM2ImagePredictor, args: Namespace
+) -> torch.nn.Module:
+    """Return the decoder compiled, or as it is where that does not work here."""
+    print("compiling the decoder (a minute or so; --compile off does without)")
+    batch_size = len(distributed.share(list(range(args.batch_size))))
+    compiled = CompiledDecoder(decoder, batch_size)
+    size, channels = predictor.model.image_size, predictor.model.sam_prompt_embed_dim
+    shapes = ((16, channels), (4, channels // 8), (8, channels // 4))
+    maps = [
+        torch.zeros(batch_size, size // stride, size // stride, depth, device=args.device)
+        for stride, depth in shapes
+    ]
+    maps = [feature_map.permute(0, 3, 1, 2) for feature_map in maps]
+    points = torch.zeros(batch_size, 1, 2, device=args.device)
+    labels = torch.ones(batch_size, 1, dtype=torch.int32, device=args.device)
+    try:
+        with autocast(args.device, args.precision):
+            mask_logits, iou_scores = compiled(Features(maps[0], maps[1:]), points, labels)
+        (mask_logits.mean() + iou_scores.mean()).backward()
+    except Exception as error:  # whatever compilers raise: the run can go on without one
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"torch.compile does not work here ({reason}); going on without it, only slower")
+        return decoder
+    finally:
+        decoder.zero_grad()
+    return compiled
 
 
 def guide_loss(
@@ -80,95 +152,120 @@ def guide_loss(
     iou_scores: torch.Tensor,
     true_mask: torch.Tensor,
     score_weight: float,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return the guide's loss for one image, and what to report of it.
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the guide's loss of each image, and what to report of each.
 
     seg_loss: binary cross-entropy between sigmoid(logits) and the true mask, for the first of
     the three masks, mean over pixels. score_loss: mean |predicted score - actual IoU of the
     thresholded mask|, over all three, so that choosing by score stays honest.
 
     Arguments:
-      mask_logits: 3xHxW, at the image's resolution.
-      iou_scores: 3.
-      true_mask: HxW bool.
+      mask_logits: ...x3xHxW, at the true mask's resolution.
+      iou_scores: ...x3.
+      true_mask: ...xHxW float in [0, 1]; where cells are larger than pixels, the part covered.
     """
-    seg_loss = F.binary_cross_entropy_with_logits(mask_logits[0], true_mask.float())
-    actual_iou = calculate_iou(mask_logits > 0, true_mask)
-    score_loss = (iou_scores - actual_iou).abs().mean()
+    first_logits = mask_logits[..., 0, :, :]
+    bce = F.binary_cross_entropy_with_logits(first_logits, true_mask, reduction="none")
+    seg_loss = bce.mean((-2, -1))
+    actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5)
+    score_loss = (iou_scores - actual_iou).abs().mean(-1)
     loss = seg_loss + score_weight * score_loss
+    chosen = iou_scores.argmax(-1, keepdim=True)
     report = {
-        "loss": loss.item(),
-        "seg_loss": seg_loss.item(),
-        "score_loss": score_loss.item(),
-        "train_iou": actual_iou[iou_scores.argmax()].item(),
+        "loss": loss.detach(),
+        "seg_loss": seg_loss.detach(),
+        "score_loss": score_loss.detach(),
+        "train_iou": actual_iou.gather(-1, chosen).squeeze(-1),
     }
     return loss, report
 
 
+def batch_loss(
+    predictor: SAM2ImagePredictor,
+    mask_logits: torch.Tensor,
+    iou_scores: torch.Tensor,
+    true_masks: list[torch.Tensor],
+    score_weight: float,
+) -> tuple[torch.Tensor, list[dict[str, float]]]:
+    """Return the mean of B images' losses, each at its true mask's resolution, and B reports."""
+    if len({mask.shape for mask in true_masks}) == 1:  # all at once
+        groups = [(mask_logits, iou_scores, torch.stack(true_masks))]
+    else:
+        groups = [
+            (mask_logits[i : i + 1], iou_scores[i : i + 1], mask[None])
+            for i, mask in enumerate(true_masks)
+        ]
+    losses, reports = [], []
+    for logits, scores, masks in groups:
+        masks = masks.to(logits.device, non_blocking=True)
+        if logits.shape[-2:] != masks.shape[-2:]:
+            logits = upscale_masks(predictor, logits, masks.shape[-2:])
+        loss, report = guide_loss(logits, scores, masks, score_weight)
+        losses.append(loss)
+        columns = [values.tolist() for values in report.values()]
+        reports += [dict(zip(report, row, strict=True)) for row in zip(*columns, strict=True)]
+    return torch.cat(losses).mean(), reports
+
+
 def train_one_epoch(
     predictor: SAM2ImagePredictor,
-    pairs: list[Pair],
+    loader: DataLoader,
     learner: Learner,
     epoch: int,
     args: Namespace,
 ) -> dict[str, float]:
-    """Go once through the training pairs in random order; return the means of what it reports.
+    """Go once through the training images in random order; return the means of what is reported.
 
     The order and the prompts follow from the seed and the epoch alone. Raises UserError when
-    the loss is not finite, or every mask is empty.
+    the loss is not finite.
     """
-    rng = np.random.default_rng([args.seed, epoch])
-    order = rng.permutation(len(pairs))
-    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    loader.sampler.epoch = epoch
+    input_size = (predictor.model.image_size,) * 2
     reports: list[dict[str, float]] = []
-    progress = tqdm(batches, desc=f"Epoch {epoch}/{args.epochs}", unit="step", leave=False)
+    progress = tqdm(loader, desc=f"Epoch {epoch}/{args.epochs}", unit="step", leave=False)
     for batch in progress:
-        examples = [read_pair(pairs[index]) for index in batch]
-        examples = [(image, mask) for image, mask in examples if mask.any()]
-        if not examples:  # no object, nothing to point at
-            continue
-        images, masks = zip(*examples, strict=True)
-        sizes = [mask.shape for mask in masks]
-
         with autocast(args.device, args.precision):
-            # Encode the images (frozen, without gradients)
-            features = encode_images(predictor, list(images))
-
-            # One foreground point an image, drawn anew each step
-            prompts = [prompt_from_mask(mask, "random", rng) for mask in masks]
+            # Features of the frozen image encoder: from the cache, or computed now
+            features = batch.features or encode_images(predictor, batch.images)
 
             # Prompt encoder and mask decoder, with gradients
-            mask_logits, iou_scores = predict_masks(predictor, features, prompts, sizes)
+            mask_logits, iou_scores = predict_masks(
+                predictor,
+                features.to(args.device, torch.float32),
+                batch.prompts,
+                [input_size] * len(batch.prompts),
+                learner.decoder,
+            )
 
-        # The loss at each image's own resolution, mean over the batch
-        losses = []
-        for i, mask in enumerate(masks):
-            logits = upscale_masks(predictor, mask_logits[i : i + 1], sizes[i])[0]
-            true_mask = torch.from_numpy(mask).to(args.device)
-            loss, report = guide_loss(logits, iou_scores[i], true_mask, args.score_weight)
-            losses.append(loss)
-            reports.append(report)
-        loss = torch.stack(losses).mean()
+        # The loss, mean over the batch
+        loss, batch_reports = batch_loss(
+            predictor, mask_logits, iou_scores, batch.true_masks, args.score_weight
+        )
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss became {loss.item()} in epoch {epoch}; the files of the epochs before "
                 f"it are kept in {args.output}; use a smaller --lr, or --precision float32"
             )
 
-        # Step
+        # Step; the mean over processes is that over the images of all
         learner.optimizer.zero_grad()
-        learner.scaler.scale(loss).backward()
+        share = batch.fraction * distributed.world_size()
+        learner.scaler.scale(loss * share).backward()
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
-        recent = mean_of(reports[-50:])
-        progress.set_postfix(loss=f"{recent['loss']:.4f}", IoU=f"{recent['train_iou']:.3f}")
+        reports += batch_reports if batch.fraction else []
+        if reports:
+            recent = mean_of(reports[-50:])
+            progress.set_postfix(loss=f"{recent['loss']:.4f}", IoU=f"{recent['train_iou']:.3f}")
+    return mean_over_all(reports, args.device)
 
-    skipped = len(pairs) - len(reports)
-    if not reports:
-        raise UserError("every training mask is empty; check that objects are white (255)")
-    if skipped and epoch == 1:
-        print(f"skipped {skipped} of {len(pairs)} training images: their masks are empty")
-    return mean_of(reports)
+
+def mean_over_all(reports: list[dict[str, float]], device: torch.device) -> dict[str, float]:
+    """Return the mean of each value over the reports of all processes."""
+    names = ("loss", "seg_loss", "score_loss", "train_iou")
+    sums = [float(sum(report[name] for report in reports)) for name in names]
+    *sums, count = distributed.sum_over_all([*sums, float(len(reports))], device)
+    return {name: total / count for name, total in zip(names, sums, strict=True)}
 
 
 def mean_of(reports: list[dict[str, float]]) -> dict[str, float]:
@@ -176,19 +273,21 @@ def mean_of(reports: list[dict[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([report[key] for report in reports])) for key in reports[0]}
 
 
-def evaluate(predictor: SAM2ImagePredictor, pairs: list[Pair], args: Namespace) -> float:
+def evaluate(
+    predictor: SAM2ImagePredictor, pairs: list[Pair], cache: FeatureCache | None, args: Namespace
+) -> float:
     """Return the mean IoU over pairs, each prompted with the point deepest inside its mask.
 
     compare_models.py measures in the same way. Pairs with an empty mask are left out.
     """
     ious = []
-    for pair in tqdm(pairs, desc="Validating", unit="image", leave=False):
-        image, true_mask = read_pair(pair)
+    for index, pair in enumerate(tqdm(pairs, desc="Validating", unit="image", leave=False)):
+        true_mask = read_mask(pair.mask)
         if not true_mask.any():
             continue
         prompt = prompt_from_mask(true_mask, "center")
+        features = load_features(predictor, cache, index, pair, args.precision)
         with autocast(args.device, args.precision):
-            features = encode_images(predictor, [image])
             mask, _ = segment(predictor, features, prompt, true_mask.shape)
         ious.append(calculate_iou(mask, true_mask))
     if not ious:
@@ -258,8 +357,8 @@ def save_state(
     )
 
 
-def load_state(learner: Learner, args: Namespace) -> tuple[list[dict[str, float]], float]:
-    """Put the learner back to where an interrupted run was; return its log and original_iou.
+def load_state(args: Namespace) -> dict[str, Any]:
+    """Read what save_state saved.
 
     Raises UserError if there is no such run, or its settings differ.
     """
@@ -274,51 +373,90 @@ def load_state(learner: Learner, args: Namespace) -> tuple[list[dict[str, float]
                 f"the run in {args.output} had --{name.replace('_', '-')} {before}, not {value}; "
                 f"resume with the same, or use another --output"
             )
+    return state
+
+
+def restore(learner: Learner, state: dict[str, Any]) -> None:
+    """Put the learner back to where an interrupted run was."""
     learner.weights.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
-    return state["log"], state["original_iou"]
 
 
 def train(
     predictor: SAM2ImagePredictor, train_pairs: list[Pair], val_pairs: list[Pair], args: Namespace
 ) -> None:
     """Fine-tune for args.epochs epochs, or for those that are left, and write the results."""
+    is_first = distributed.rank() == 0
     settings = resume_settings(args)
+    kept = {**settings, "cache": None if args.no_cache else str(args.cache)}  # with the model
+    state = load_state(args) if args.resume else None  # refused before anything slow is done
     print(f"{len(train_pairs)} training and {len(val_pairs)} validation images from {args.data}")
     print(f"SAM 2.1 {args.model} on {args.device} in {settings['precision']}")
 
-    learner = make_learner(predictor, args)
-    if args.resume:
-        log, original_iou = load_state(learner, args)
+    train_cache, val_cache = open_caches(predictor, train_pairs, val_pairs, args)
+    indices = pairs_with_objects(train_pairs, train_cache)
+    if not indices:
+        raise UserError("every training mask is empty; check that objects are white (255)")
+    if len(indices) < len(train_pairs):
+        skipped = len(train_pairs) - len(indices)
+        print(f"skipped {skipped} of {len(train_pairs)} training images: their masks are empty")
+    training_set = TrainingSet(train_pairs, train_cache, predictor.model.image_size, args.seed)
+    loader = make_loader(
+        training_set, EpochSampler(indices, args.batch_size, args.seed), args.device
+    )
+
+    learner = make_learner(predictor, len(indices) * args.epochs, args)
+    if state:
+        restore(learner, state)
+        log, original_iou = state["log"], state["original_iou"]
         print(f"going on after epoch {len(log)}")
         if len(log) >= args.epochs:
             print(f"all {len(log)} epochs are done; for more, raise --epochs")
     else:
-        log, original_iou = [], evaluate(predictor, val_pairs, args)
+        log, original_iou = [], evaluate(predictor, val_pairs, val_cache, args) if is_first else 0.0
         print(f"before training: val IoU {original_iou:.4f}")
-        save_state(learner, log, original_iou, args)
+        if is_first:
+            save_state(learner, log, original_iou, args)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         start = time.perf_counter()
-        report = train_one_epoch(predictor, train_pairs, learner, epoch, args)
-        val_iou = evaluate(predictor, val_pairs, args)
+        report = train_one_epoch(predictor, loader, learner, epoch, args)
+        if not is_first:
+            continue
+        val_iou = evaluate(predictor, val_pairs, val_cache, args)
         seconds = time.perf_counter() - start
         is_best = all(val_iou > row["val_iou"] for row in log)
         log.append(
             {"epoch": epoch, **report, "val_iou": val_iou, "lr": args.lr, "seconds": seconds}
         )
         if is_best:
-            save_model(args.output / "sam2_best.pt", predictor, log, settings)
+            save_model(args.output / "sam2_best.pt", predictor, log, kept)
         save_state(learner, log, original_iou, args)
         write_log(args.output, log, original_iou)
         print(
             f"epoch {epoch:3}  loss {report['loss']:.4f}  train IoU {report['train_iou']:.4f}  "
             f"val IoU {val_iou:.4f}  {seconds:.1f} s{'  best' if is_best else ''}"
         )
-    save_model(args.output / "sam2_final.pt", predictor, log, settings)
-    best_iou = max(row["val_iou"] for row in log)
-    print(f"val IoU {original_iou:.4f} before training, {best_iou:.4f} at best")
+    if is_first:
+        save_model(args.output / "sam2_final.pt", predictor, log, kept)
+        best_iou = max(row["val_iou"] for row in log)
+        print(f"val IoU {original_iou:.4f} before training, {best_iou:.4f} at best")
+
+
+def open_caches(
+    predictor: SAM2ImagePredictor, train_pairs: list[Pair], val_pairs: list[Pair], args: Namespace
+) -> tuple[FeatureCache, FeatureCache] | tuple[None, None]:
+    """Return the features of both splits, encoding what is not yet there; or none of them."""
+    if args.no_cache:
+        return None, None
+    caches = [
+        FeatureCache(args.cache / f"{split}.features", predictor, pairs, args.precision)
+        for split, pairs in (("train", train_pairs), ("val", val_pairs))
+    ]
+    for cache in caches:
+        cache.fill(predictor, args.precision)
+    return tuple(caches)
 
 
 def save_model(
@@ -345,6 +483,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
     files.add_argument("--limit", type=number(int, at_least=1), help="use the first N images only")
     files.add_argument("--output", type=Path, default=Path("output"), help="where results go")
     files.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    cache = files.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache", type=Path, help="where the images' features are kept (default: OUTPUT/cache)"
+    )
+    cache.add_argument(
+        "--no-cache", action="store_true", help="encode each image anew in each epoch (slow)"
+    )
 
     model = parser.add_argument_group("the model to start from")
     model.add_argument("--model", choices=MODELS, default="small", help="its size")
@@ -368,8 +513,17 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
     machine = parser.add_argument_group("the machine")
     add_device_option(machine)
-    add_precision_option(machine, "auto: bfloat16 (else float16) on CUDA, float32 elsewhere")
-    return parser.parse_args_with_demo(
+    add_precision_option(
+        machine,
+        "auto: bfloat16 on GPUs and CPUs that multiply it, else float16 on CUDA, float32 elsewhere",
+    )
+    machine.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the decoder; auto: where the run is long enough to win the time back",
+    )
+    args = parser.parse_args_with_demo(
         argv,
         data=DEMO_DATA,
         output=Path("output/demo"),
@@ -378,6 +532,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         batch_size=4,
         lr=5e-4,
     )
+    args.cache = args.cache or args.output / "cache"
+    return args
 
 
 def next_command(args: Namespace) -> str:
@@ -390,23 +546,37 @@ def next_command(args: Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.device = select_device(args.device)
+    args.device = distributed.local_device(select_device(args.device))
     args.precision = select_precision(args.precision, args.device)
     torch.manual_seed(args.seed)
+    with distributed.process_group(args.device):
+        if distributed.rank() == 0:
+            fetch(args)
+        distributed.wait_for_all()
+        train_pairs = split_pairs(args.data, "train", args.limit)
+        val_pairs = split_pairs(args.data, "val", args.limit)
+        args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
+        predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
+        try:
+            train(predictor, train_pairs, val_pairs, args)
+        except KeyboardInterrupt:
+            if (args.output / STATE_FILE).is_file():
+                print("\nstopped; to go on after the last finished epoch, add --resume")
+            raise
+        written = "sam2_best.pt, sam2_final.pt, train_log.csv, learning_curve.png"
+        print(f"wrote {written} to {args.output}")
+        if not args.no_cache:
+            print(f"the features in {args.cache} may be deleted; another run would need them again")
+        print(f"next: {next_command(args)}")
+
+
+def fetch(args: Namespace) -> None:
+    """Make the demo's data and download the checkpoint, where they are missing."""
     if args.demo and not is_filled(args.data):
         draw_demo(args.data)
-    train_pairs = split_pairs(args.data, "train", args.limit)
-    val_pairs = split_pairs(args.data, "val", args.limit)
-    args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
-    predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
-    try:
-        train(predictor, train_pairs, val_pairs, args)
-    except KeyboardInterrupt:
-        if (args.output / STATE_FILE).is_file():
-            print("\nstopped; to go on after the last finished epoch, add --resume")
-        raise
-    print(f"wrote sam2_best.pt, sam2_final.pt, train_log.csv, learning_curve.png to {args.output}")
-    print(f"next: {next_command(args)}")
+    split_pairs(args.data, "train", args.limit)  # without data, no download is needed
+    if args.checkpoint is None:
+        ensure_checkpoint(args.model)
 
 
 if __name__ == "__main__":

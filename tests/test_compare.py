@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import compare_models
+import feature_cache
 import train_sam2_proper
-from compare_models import Result, choose_figures, format_table, main, share_features
+from compare_models import Result, choose_figures, format_table, main
 from image_files import Pair, read_image, write_image
-from sam2_utils import load_checkpoint, load_predictor, make_prompt, save_checkpoint
+from sam2_utils import make_prompt, save_checkpoint
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, snapshot, write_data
+from conftest import snapshot, write_data
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def read_results() -> list[dict[str, str]]:
 def made_up_results(original: list[float], finetuned: list[float]) -> list[Result]:
     prompt = make_prompt([(1, 2)])
     return [
-        Result(Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")), prompt, a, b, a, b)
+        Result(i, Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")), prompt, a, b, a, b)
         for i, (a, b) in enumerate(zip(original, finetuned, strict=True))
     ]
 
@@ -133,32 +134,29 @@ def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
     run_script, trained, random_mini, tmp_path, monkeypatch
 ):
     encoded = []
-    encode_images = compare_models.encode_images
+    encode_images = feature_cache.encode_images
 
     def count(*arguments):
         encoded.append(arguments)
         return encode_images(*arguments)
 
-    monkeypatch.setattr(compare_models, "encode_images", count)
+    monkeypatch.setattr(feature_cache, "encode_images", count)
     options = ("--original", random_mini, "--figures", 0)
-    separate = run_script(main, *options).out
+    from_cache = run_script(main, *options).out
+    assert len(encoded) == 0
+    (tmp_path / "output/cache/val.features").unlink()
+    together = run_script(main, *options).out
     assert len(encoded) == 4
-    monkeypatch.setattr(compare_models, "share_features", lambda *_: False)
-    assert run_script(main, *options).out == separate
+    assert printed_ious(together) == pytest.approx(printed_ious(from_cache), abs=0.002)
+
+    hashes = iter(["one", "another"])  # as if the encoders were different
+    monkeypatch.setattr(compare_models, "hash_encoder", lambda _: next(hashes))
+    assert run_script(main, *options).out == together
     assert len(encoded) == 4 + 8
 
-    original, _ = load_predictor("mini", random_mini, CPU)
-    for name in (
-        "image_encoder.trunk.patch_embed.proj.weight",
-        "sam_mask_decoder.conv_s0.bias",
-        "no_mem_embed",
-    ):
-        state = load_checkpoint(random_mini)["model"]
-        state[name].view(-1)[0] += 1e-3
-        torch.save({"model": state}, tmp_path / "changed.pt")
-        changed, _ = load_predictor("mini", tmp_path / "changed.pt", CPU)
-        assert not share_features(original, changed)
-    assert share_features(original, load_predictor("mini", random_mini, CPU)[0])
+
+def printed_ious(out: str) -> list[float]:
+    return list(map(float, re.search(r"mean IoU   (\S+) -> (\S+)", out).groups()))
 
 
 def test_a_console_without_box_characters_gets_a_box_all_the_same(monkeypatch):

@@ -76,7 +76,10 @@ def test_precision_follows_the_device(monkeypatch):
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
     assert select_precision("auto", cuda) == torch.float16
-    assert select_precision("auto", mps) == select_precision("auto", CPU) == torch.float32
+    assert select_precision("auto", mps) == torch.float32
+    for in_hardware, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(sam2_utils, "cpu_has_bfloat16", lambda answer=in_hardware: answer)
+        assert select_precision("auto", CPU) == expected
     assert select_precision("bfloat16", CPU) == torch.bfloat16
     for name, device in (("bfloat16", mps), ("float16", mps), ("float16", CPU)):
         with pytest.raises(UserError, match="precision"):

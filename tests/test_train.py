@@ -9,6 +9,7 @@ import train_sam2_proper
 from image_files import split_pairs, write_image
 from sam2_utils import MODELS, load_predictor
 from train_sam2_proper import guide_loss, main, make_learner, train_one_epoch
+from training_set import EpochSampler, TrainingSet, make_loader
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def settings(**changes) -> Namespace:
     """Return the settings of a short run on the CPU."""
     defaults = {
         "device": CPU, "precision": torch.float32, "seed": 0, "batch_size": 1, "epochs": 1,
-        "score_weight": 0.05, "output": Path("output"),
+        "score_weight": 0.05, "output": Path("output"), "compile": "off",
     }  # fmt: skip
     return Namespace(**{**defaults, **changes})
 
@@ -69,7 +70,7 @@ def test_the_loss_is_the_guides_literal_formula():
     logits = torch.randn(3, 40, 30, generator=generator, requires_grad=True)
     scores = torch.rand(3, generator=generator, requires_grad=True)
     true = torch.rand(40, 30, generator=generator) > 0.5
-    loss, report = guide_loss(logits, scores, true, 0.05)
+    loss, report = guide_loss(logits, scores, true.float(), 0.05)
 
     probability, truth = torch.sigmoid(logits[0]), true.float()
     seg_loss = -(truth * probability.log() + (1 - truth) * (1 - probability).log()).mean()
@@ -80,9 +81,9 @@ def test_the_loss_is_the_guides_literal_formula():
     score_loss = (scores - iou).abs().mean()
     expected = seg_loss + 0.05 * score_loss
     assert torch.allclose(loss, expected, atol=1e-6)
-    assert report["seg_loss"] == pytest.approx(seg_loss.item(), abs=1e-6)
-    assert report["score_loss"] == pytest.approx(score_loss.item(), abs=1e-6)
-    assert report["train_iou"] == pytest.approx(iou[scores.argmax()].item())
+    assert report["seg_loss"].item() == pytest.approx(seg_loss.item(), abs=1e-6)
+    assert report["score_loss"].item() == pytest.approx(score_loss.item(), abs=1e-6)
+    assert report["train_iou"].item() == pytest.approx(iou[scores.argmax()].item())
 
     gradients = torch.autograd.grad(loss, [logits, scores], retain_graph=True)
     literal_gradients = torch.autograd.grad(expected, [logits, scores])
@@ -95,8 +96,10 @@ def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(data, r
     before = {name: weight.clone() for name, weight in predictor.model.state_dict().items()}
     # At this rate and decay, what gets a zero gradient decays by less than float32 can hold.
     args = settings(lr=1e-5, weight_decay=4e-5)
-    learner = make_learner(predictor, args)
-    train_one_epoch(predictor, split_pairs(data, "train", 1), learner, 1, args)
+    learner = make_learner(predictor, 1, args)
+    training_set = TrainingSet(split_pairs(data, "train", 1), None, 256, seed=0)
+    loader = make_loader(training_set, EpochSampler([0], 1, seed=0), CPU)
+    train_one_epoch(predictor, loader, learner, 1, args)
 
     assert not predictor.model.training
     for name, weight in predictor.model.state_dict().items():
@@ -119,6 +122,7 @@ def test_results_are_written_and_load_in_sam2s_own_builders(run_script, data, ra
     assert outcome.status == 0, outcome.err
     assert {path.name for path in Path("output").iterdir()} == {
         "sam2_best.pt", "sam2_final.pt", "train_log.csv", "learning_curve.png", "train_state.pt",
+        "cache",
     }  # fmt: skip
     spec = MODELS["mini"]
     options = {"device": "cpu", "hydra_overrides_extra": list(spec.overrides)}
@@ -167,10 +171,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_file(
     assert run_training(run_script, random_mini, "--epochs", 1).status == 0
     best = Path("output/sam2_best.pt").read_bytes()
 
-    def broken_loss(mask_logits, *_):
-        return mask_logits.sum() * float("nan"), {"loss": 0.0, "train_iou": 0.0}
+    def broken_loss(_, mask_logits, *__):
+        return mask_logits.sum() * float("nan"), []
 
-    monkeypatch.setattr(train_sam2_proper, "guide_loss", broken_loss)
+    monkeypatch.setattr(train_sam2_proper, "batch_loss", broken_loss)
     outcome = run_training(run_script, random_mini, "--epochs", 2, "--resume")
     assert outcome.status == 2
     assert "the loss became nan in epoch 2" in outcome.err and "--lr" in outcome.err

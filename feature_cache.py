@@ -1,0 +1,280 @@
+"""What the frozen image encoder says of each image: computed once, kept on disk, read by index.
+
+A cache is one file a split, of records of equal size: a key, whether the mask has an object, the
+mask on the grid of the model's input, and what SAM2ImagePredictor.set_image computes, in half
+precision. A record counts only under the key of all that it was computed from, and the key is
+written after everything else has reached the disk: what is stale or half-written is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import distributed
+from command_line import UserError
+from image_files import Pair, read_mask, read_pair
+from sam2_utils import Features, autocast, encode_images
+
+import cv2
+import numpy as np
+import torch
+from sam2.modeling.sam2_base import SAM2Base
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+
+FORMAT = 1  # of the records; another one makes a cache stale
+KEY_BYTES = 64
+SECONDS_BETWEEN_COMMITS = 5.0  # what a pulled plug may cost
+FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
+
+
+def hash_encoder(model: SAM2Base) -> str:
+    """Return a SHA-256 of the weights that features depend on.
+
+    set_image uses the image encoder, the mask decoder's two convolutions on high-resolution
+    features, and no_mem_embed.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        if name.startswith(("image_encoder.", "sam_mask_decoder.conv_s", "no_mem_embed")):
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:
+    """Resize an HxW bool mask to size x size cells; the smallest object keeps a cell."""
+    covered = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+    grid = covered >= 0.5
+    if not grid.any():
+        y, x = np.nonzero(mask)
+        grid[y * size // mask.shape[0], x * size // mask.shape[1]] = True
+    return grid
+
+
+class FeatureCache:
+    """The features and masks of a list of pairs, as one model computes them, in one file."""
+
+    def __init__(
+        self,
+        path: Path,
+        predictor: SAM2ImagePredictor,
+        pairs: list[Pair],
+        precision: torch.dtype,
+    ) -> None:
+        """Look up which pairs the file at `path` has, if there is one; nothing is written."""
+        size, channels = predictor.model.image_size, predictor.model.sam_prompt_embed_dim
+        self.path, self.pairs, self.image_size = path, pairs, size
+        self.record = np.dtype(
+            [
+                ("key", f"S{KEY_BYTES}"),
+                ("has_object", np.bool_),
+                ("mask", np.uint8, (size * size // 8,)),
+                # Channels last, as set_image leaves them
+                (FEATURES[0], np.float16, (size // 16, size // 16, channels)),
+                (FEATURES[1], np.float16, (size // 4, size // 4, channels // 8)),
+                (FEATURES[2], np.float16, (size // 8, size // 8, channels // 4)),
+            ]
+        )
+        device = predictor.device.type
+        source = [FORMAT, torch.__version__, device, precision, size, hash_encoder(predictor.model)]
+        self.keys = [_key(source, pair) for pair in pairs]
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Find which records of the file are those of the pairs."""
+        wanted = {key: index for index, key in enumerate(self.keys)}
+        self._slots: dict[int, int] = {}  # where the records of the pairs are
+        self._used: set[int] = set()  # records with any key
+        self._has_object: dict[int, bool] = {}
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            for slot in range(os.fstat(file.fileno()).st_size // self.record.itemsize):
+                file.seek(slot * self.record.itemsize)
+                key, has_object = file.read(KEY_BYTES), file.read(1) == b"\x01"
+                if any(key):
+                    self._used.add(slot)
+                if key in wanted:
+                    self._slots[wanted[key]] = slot
+                    self._has_object[wanted[key]] = has_object
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._slots
+
+    def has_object(self, index: int) -> bool:
+        """Say whether the mask of a pair that the cache holds is not empty."""
+        return self._has_object[index]
+
+    def read(self, indices: list[int]) -> tuple[Features, list[np.ndarray]]:
+        """Return float16 features of B images on the CPU, and their B SxS bool masks.
+
+        The file is mapped for a moment only, so that memory does not grow with what was read.
+        """
+        records = [
+            np.memmap(self.path, self.record, "r", self._slots[index] * self.record.itemsize, 1)[0]
+            for index in indices
+        ]
+        maps = [
+            torch.from_numpy(np.stack([record[name] for record in records])).permute(0, 3, 1, 2)
+            for name in FEATURES
+        ]
+        shape = (self.image_size, self.image_size)
+        masks = [np.unpackbits(record["mask"]).reshape(shape).view(bool) for record in records]
+        return Features(maps[0], maps[1:]), masks
+
+    def fill(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> None:
+        """Encode the images that are missing, each process its share of them.
+
+        Raises UserError where the disk has no room for them, or an image or a mask is unreadable.
+        """
+        missing = [index for index in range(len(self.pairs)) if index not in self]
+        if not missing:
+            return
+        taken = set(self._slots.values())
+        free = (slot for slot in itertools.count() if slot not in taken)
+        places = list(zip(missing, free, strict=False))
+        if distributed.rank() == 0:
+            self._make_room(places)
+        distributed.wait_for_all()
+        with self.path.open("rb+") as file:
+            self._encode(file, distributed.share(places), predictor, precision)
+        distributed.wait_for_all()
+        self._look_up()
+        if len(self._slots) < len(self.pairs):
+            raise UserError(
+                f"{self.path} is not seen by all machines; put --cache on a shared disk"
+            )
+
+    def _make_room(self, places: list[tuple[int, int]]) -> None:
+        """Check the disk, take the key from each record to be replaced, and set the file's size."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._slots:  # all stale, perhaps of another model
+            self.path.unlink(missing_ok=True)
+            self._used = set()
+        new_slots = [slot for _, slot in places if slot not in self._used]
+        needed, free = (
+            len(new_slots) * self.record.itemsize,
+            shutil.disk_usage(self.path.parent).free,
+        )
+        print(
+            f"features of {len(places)} images: {needed / 1e9:.2f} GB more in {self.path} "
+            f"({free / 1e9:.1f} GB free)"
+        )
+        if needed > 0.98 * free:
+            raise UserError(
+                f"{self.path.parent} has room for {free / 1e9:.2f} GB of features, not for "
+                f"{needed / 1e9:.2f} GB; make room, name a folder on another disk with --cache, or "
+                "go on without them with --no-cache (slow)"
+            )
+        with self.path.open("ab"):  # makes the file, where it is missing
+            pass
+        with self.path.open("rb+") as file:
+            for _, slot in places:
+                if slot in self._used:
+                    file.seek(slot * self.record.itemsize)
+                    file.write(bytes(KEY_BYTES))
+            end = (max(slot for _, slot in places) + 1) * self.record.itemsize
+            file.truncate(max(end, os.fstat(file.fileno()).st_size))
+            _flush(file)
+
+    def _encode(
+        self,
+        file: BinaryIO,
+        places: list[tuple[int, int]],
+        predictor: SAM2ImagePredictor,
+        precision: torch.dtype,
+    ) -> None:
+        """Write the records of (index, slot), and every few seconds the keys of those written."""
+        written: list[tuple[int, int]] = []
+        last_commit = time.monotonic()
+        try:
+            for batch in tqdm(
+                list(_batches(places, 8 if predictor.device.type == "cuda" else 1)),
+                desc=f"Encoding {self.path.stem}",
+                unit="step",
+            ):
+                records = self._compute([index for index, _ in batch], predictor, precision)
+                for (_, slot), record in zip(batch, records, strict=True):
+                    file.seek(slot * self.record.itemsize + KEY_BYTES)
+                    file.write(record.tobytes()[KEY_BYTES:])
+                written += batch
+                if time.monotonic() - last_commit > SECONDS_BETWEEN_COMMITS:
+                    self._commit(file, written)
+                    written, last_commit = [], time.monotonic()
+        finally:  # also when interrupted
+            self._commit(file, written)
+
+    def _commit(self, file: BinaryIO, written: list[tuple[int, int]]) -> None:
+        """Make written records valid by their keys, once all else has reached the disk."""
+        _flush(file)
+        for index, slot in written:
+            file.seek(slot * self.record.itemsize)
+            file.write(self.keys[index])
+        _flush(file)
+
+    def _compute(
+        self, indices: list[int], predictor: SAM2ImagePredictor, precision: torch.dtype
+    ) -> np.ndarray:
+        """Return the records of some pairs, without their keys."""
+        images, masks = zip(*(read_pair(self.pairs[index]) for index in indices), strict=True)
+        with autocast(predictor.device, precision):
+            features = encode_images(predictor, list(images))
+        records = np.zeros(len(indices), self.record)
+        maps = (features.image_embed, *features.high_res_feats)
+        for name, feature_map in zip(FEATURES, maps, strict=True):
+            records[name] = feature_map.permute(0, 2, 3, 1).half().cpu().numpy()
+        for record, mask in zip(records, masks, strict=True):
+            record["has_object"] = mask.any()
+            record["mask"] = np.packbits(mask_on_grid(mask, self.image_size))
+        return records
+
+
+def load_features(
+    predictor: SAM2ImagePredictor,
+    cache: FeatureCache | None,
+    index: int,
+    pair: Pair,
+    precision: torch.dtype,
+) -> Features:
+    """Return float32 features of one pair's image: from the cache if they are there, else anew."""
+    if cache is not None and index in cache:
+        return cache.read([index])[0].to(predictor.device, torch.float32)
+    image, _ = read_pair(pair)
+    with autocast(predictor.device, precision):
+        features = encode_images(predictor, [image])
+    return features.to(torch.float32)
+
+
+def pairs_with_objects(pairs: list[Pair], cache: FeatureCache | None) -> list[int]:
+    """Return the indices of the pairs whose masks are not empty."""
+    if cache is not None:
+        return [index for index in range(len(pairs)) if cache.has_object(index)]
+    progress = tqdm(pairs, desc="Reading masks", unit="mask", leave=False)
+    return [index for index, pair in enumerate(progress) if read_mask(pair.mask).any()]
+
+
+def _key(source: list, pair: Pair) -> bytes:
+    """Return a hash of all that a record is computed from, in KEY_BYTES hexadecimal digits."""
+    files = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in (pair.image, pair.mask)
+    ]
+    return hashlib.sha256(repr([*source, *files]).encode()).hexdigest().encode()
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _batches(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
