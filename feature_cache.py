@@ -122,6 +122,8 @@ class FeatureCache:
             np.memmap(self.path, self.record, "r", self._slots[index] * self.record.itemsize, 1)[0]
             for index in indices
         ]
+        if any(record["key"] != self.keys[i] for i, record in zip(indices, records, strict=True)):
+            raise UserError(f"another run is writing to {self.path}; use another --cache folder")
         maps = [
             torch.from_numpy(np.stack([record[name] for record in records])).permute(0, 3, 1, 2)
             for name in FEATURES

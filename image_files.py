@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import unicodedata
 import uuid
 from collections.abc import Iterator
@@ -12,8 +13,14 @@ from typing import NamedTuple
 
 from command_line import UserError
 
+# Read by OpenCV when it is first imported. A file of a few bytes may claim any size; and these
+# scripts say themselves what is wrong with a file.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "250000000")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+
 import cv2
 import numpy as np
+from filelock import FileLock, Timeout
 
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
@@ -21,6 +28,8 @@ IMAGE_SUFFIXES = {
 }  # fmt: skip
 DEMO_DATA = Path("data/demo")
 UNREADABLE_SUFFIXES = {".heic", ".heif"}  # of phones; OpenCV does not read them
+# Two bytes that begin a segment of a JPEG, or end it; pixels and padding hold none such.
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
 
 @contextlib.contextmanager
@@ -41,6 +50,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing to a folder; what a killed one left half-written is removed.
+
+    The system takes the lock from a process that ends, however it ends. Raises UserError where
+    another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {folder}; wait for it to end, or use another folder"
+        ) from error
+    except NotImplementedError:  # some network drives have no locks
+        pass
+    try:
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 class Pair(NamedTuple):
@@ -109,9 +143,17 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
 def read_image(path: Path) -> np.ndarray:
     """Read any image that OpenCV knows, upright by its EXIF orientation.
 
-    Returns an HxWx3 uint8 array in RGB. Raises UserError when it cannot be read.
+    Returns an HxWx3 uint8 array in RGB. Raises UserError when it cannot be read, or has values
+    that would turn black when cut to 8 bits.
     """
-    image = _decode(path, _read_bytes(path), cv2.IMREAD_COLOR)
+    image = _decode(path, _read_bytes(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if image.dtype == np.uint16 and image.max() >= 1 << 12:
+        image = (image >> 8).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise UserError(
+            f"{path} holds {image.dtype} values up to {image.max():g}, not the 0 to 255 of a "
+            "picture; save it as 8-bit JPEG or PNG"
+        )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -122,9 +164,8 @@ def read_mask(path: Path) -> np.ndarray:
     colour, in the alpha channel, or a label map, which a threshold would silently misread.
     """
     content = _read_bytes(path)
-    header = content[:16].tobytes()
-    is_jpeg = header.startswith(b"\xff\xd8")
-    is_lossy = is_jpeg or header.endswith(b"WEBPVP8 ")
+    is_jpeg = content.startswith(b"\xff\xd8")
+    is_lossy = is_jpeg or content[:16].endswith(b"WEBPVP8 ")
     # UNCHANGED keeps an alpha channel in sight, but turns no JPEG upright.
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if is_jpeg else cv2.IMREAD_UNCHANGED
     gray = _single_channel(path, _decode(path, content, flags), is_lossy)
@@ -190,17 +231,39 @@ def write_image(path: Path, image: np.ndarray) -> None:
         temporary.write_bytes(encoded.tobytes())
 
 
-def _read_bytes(path: Path) -> np.ndarray:
+def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise UserError(f"no such file: {path}; check the path")
-    return np.frombuffer(path.read_bytes(), np.uint8)
+    return path.read_bytes()
 
 
-def _decode(path: Path, content: np.ndarray, flags: int) -> np.ndarray:
+def _decode(path: Path, content: bytes, flags: int) -> np.ndarray:
     try:
-        image = cv2.imdecode(content, flags) if content.size else None
-    except cv2.error:
+        buffer = np.frombuffer(content, np.uint8)
+        image = None if _is_cut_off(content) else cv2.imdecode(buffer, flags)
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in str(error):
+            raise UserError(f"{path} has more than 250 megapixels; make it smaller") from error
         image = None
     if image is None:
-        raise UserError(f"{path} is not a readable image; save it as JPEG or PNG")
+        raise UserError(
+            f"{path} is not a readable image (damaged, cut off, or another kind of file); "
+            "copy it again, or save it as JPEG or PNG"
+        )
     return image
+
+
+def _is_cut_off(content: bytes) -> bool:
+    """Say whether a file's end is missing, which some versions of OpenCV fill with gray."""
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" not in content
+    if not content.startswith(b"\xff\xd8"):
+        return not content
+    # From segment to segment, so that the end of a thumbnail inside one is not taken for the end
+    position = 2
+    while marker := JPEG_MARKER.search(content, position):
+        if marker[0] == b"\xff\xd9":
+            return False
+        length = content[marker.end() : marker.end() + 2]
+        position = marker.end() + int.from_bytes(length, "big")
+    return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
+import operator
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,12 @@ def ask_for_clicks(image: np.ndarray) -> Prompt:
 
 
 def parse_numbers(text: str, count: int, example: str) -> tuple[float, ...]:
-    """Parse `count` finite numbers, separated by commas."""
+    """Parse `count` numbers, separated by commas, that a picture's pixels may have."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+    if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):  # nor NaN
         raise argparse.ArgumentTypeError(f'"{text}" is not like "{example}" (pixels)')
     return numbers
 
@@ -126,8 +126,8 @@ def parse_box(text: str) -> tuple[float, ...]:
 def check_inside(prompt: Prompt, width: int, height: int) -> None:
     """Raise UserError for a point outside the image; a box may end at its very edge."""
     for (x, y), label in zip(prompt.point_coords, prompt.point_labels, strict=True):
-        edge = 0 if label in (0, 1) else 1
-        if not (0 <= x < width + edge and 0 <= y < height + edge):
+        is_beyond = operator.gt if label in (2, 3) else operator.ge
+        if min(x, y) < 0 or is_beyond(x, width) or is_beyond(y, height):
             raise UserError(
                 f"{x:g},{y:g} lies outside the image, which is {width} pixels wide and {height} "
                 f"high; x goes from 0 to {width - 1}, y from 0 to {height - 1}"

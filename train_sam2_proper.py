@@ -15,7 +15,9 @@ train_log.csv, learning_curve.png.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -25,7 +27,7 @@ import distributed
 from command_line import ArgumentParser, UserError, number, run, seed
 from download_dataset import draw_demo, is_filled
 from feature_cache import FeatureCache, load_features, pairs_with_objects
-from image_files import DEMO_DATA, Pair, atomic_write, read_mask, split_pairs
+from image_files import DEMO_DATA, Pair, atomic_write, only_run_in, read_mask, split_pairs
 from sam2_utils import (
     MODELS,
     Features,
@@ -36,6 +38,7 @@ from sam2_utils import (
     calculate_iou,
     encode_images,
     ensure_checkpoint,
+    file_sha256,
     load_checkpoint,
     load_predictor,
     predict_masks,
@@ -59,8 +62,8 @@ from tqdm import tqdm
 STATE_FILE = "train_state.pt"
 # What a resumed run must have in common with the run that it goes on with.
 RESUME_SETTINGS = (
-    "data", "model", "checkpoint", "batch_size", "lr", "weight_decay", "score_weight", "precision",
-    "seed", "limit", "no_cache",
+    "model", "batch_size", "lr", "weight_decay", "score_weight", "precision", "seed", "limit",
+    "no_cache",
 )  # fmt: skip
 # Compiling the decoder takes about a minute, which so many images of a full-size model win back.
 COMPILE_FROM_IMAGES = 3000
@@ -75,11 +78,8 @@ class Learner(NamedTuple):
     decoder: torch.nn.Module  # computes with these weights, perhaps compiled or distributed
 
 
-def make_learner(predictor: SAM2ImagePredictor, image_count: int, args: Namespace) -> Learner:
-    """Freeze the whole model but its prompt encoder and its mask decoder; these learn.
-
-    image_count: how many images the run will show, which decides whether to compile.
-    """
+def make_learner(predictor: SAM2ImagePredictor, args: Namespace) -> Learner:
+    """Freeze the whole model but its prompt encoder and its mask decoder; these learn."""
     predictor.model.eval().requires_grad_(False)
     weights = PromptedDecoder(predictor.model).requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -89,12 +89,19 @@ def make_learner(predictor: SAM2ImagePredictor, image_count: int, args: Namespac
         fused=args.device.type in ("cpu", "cuda"),  # one kernel for all weights
     )
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == torch.float16)
-    decoder = weights
+    return Learner(weights, optimizer, scaler, decoder=weights)
+
+
+def speed_up(
+    learner: Learner, predictor: SAM2ImagePredictor, image_count: int, args: Namespace
+) -> Learner:
+    """Compile the decoder if the image_count images to come are worth it, and distribute it."""
+    decoder = learner.decoder
     if args.compile == "on" or (args.compile == "auto" and compiling_pays(predictor, image_count)):
-        decoder = compile_decoder(weights, predictor, args)
+        decoder = compile_decoder(learner.weights, predictor, args)
     if distributed.world_size() > 1:
         decoder = torch.nn.parallel.DistributedDataParallel(decoder, find_unused_parameters=True)
-    return Learner(weights, optimizer, scaler, decoder)
+    return learner._replace(decoder=decoder)
 
 
 def compiling_pays(predictor: SAM2ImagePredictor, image_count: int) -> bool:
@@ -333,17 +340,26 @@ def draw_learning_curve(path: Path, log: list[dict[str, float]], original_iou: f
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def resume_settings(args: Namespace) -> dict[str, Any]:
-    """Return the settings that fix what a run computes, as plain values."""
+def run_settings(args: Namespace, pairs: list[Pair]) -> dict[str, Any]:
+    """Return what fixes the outcome of a run, as plain values; it is saved with the model."""
+    files = [path for pair in pairs for path in (pair.image, pair.mask)]
+    sizes = [(path.parent.name, path.name, path.stat().st_size) for path in files]
     return {name: vars(args)[name] for name in RESUME_SETTINGS} | {
         "precision": str(args.precision).removeprefix("torch."),
         "checkpoint": str(args.checkpoint),
+        "checkpoint_sha256": file_sha256(args.checkpoint),
         "data": str(args.data),
+        "data_sha256": hashlib.sha256(repr(sizes).encode()).hexdigest(),
+        "cache": None if args.no_cache else str(args.cache),
     }
 
 
 def save_state(
-    learner: Learner, log: list[dict[str, float]], original_iou: float, args: Namespace
+    learner: Learner,
+    log: list[dict[str, float]],
+    original_iou: float | None,
+    settings: dict[str, Any],
+    args: Namespace,
 ) -> None:
     """Save what load_state needs to go on after this epoch."""
     save_checkpoint(
@@ -353,26 +369,33 @@ def save_state(
         scaler=learner.scaler.state_dict(),
         log=log,
         original_iou=original_iou,
-        settings=resume_settings(args),
+        settings=settings,
     )
 
 
-def load_state(args: Namespace) -> dict[str, Any]:
+def load_state(settings: dict[str, Any], args: Namespace) -> dict[str, Any]:
     """Read what save_state saved.
 
-    Raises UserError if there is no such run, or its settings differ.
+    Raises UserError if there is no such run, or its settings, its data or its model differ.
     """
     path = args.output / STATE_FILE
     if not path.is_file():
         raise UserError(f"nothing to resume in {args.output}; run without --resume")
     state = load_checkpoint(path)
-    for name, value in resume_settings(args).items():
-        before = state["settings"].get(name)
-        if before != value:
+    before = state.get("settings", {})
+    for name in RESUME_SETTINGS:
+        if before.get(name) != settings[name]:
+            option = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"the run in {args.output} had --{name.replace('_', '-')} {before}, not {value}; "
-                f"resume with the same, or use another --output"
+                f"the run in {args.output} had {option} {before.get(name)}, not {settings[name]}; "
+                "resume with the same, or use another --output"
             )
+    for name, what in (
+        ("checkpoint_sha256", f"started from another --checkpoint than {args.checkpoint}"),
+        ("data_sha256", f"had other images or masks than {args.data} has now"),
+    ):
+        if before.get(name) != settings[name]:
+            raise UserError(f"the run in {args.output} {what}; resume with the same, or start anew")
     return state
 
 
@@ -388,9 +411,16 @@ def train(
 ) -> None:
     """Fine-tune for args.epochs epochs, or for those that are left, and write the results."""
     is_first = distributed.rank() == 0
-    settings = resume_settings(args)
-    kept = {**settings, "cache": None if args.no_cache else str(args.cache)}  # with the model
-    state = load_state(args) if args.resume else None  # refused before anything slow is done
+    settings = run_settings(args, train_pairs + val_pairs)
+    learner = make_learner(predictor, args)
+    log, original_iou = [], None
+    if args.resume:
+        state = load_state(settings, args)
+        log, original_iou = state["log"], state["original_iou"]
+        restore(learner, state)
+        print(f"going on after epoch {len(log)}")
+    elif is_first:
+        save_state(learner, log, original_iou, settings, args)  # from here on it can be resumed
     print(f"{len(train_pairs)} training and {len(val_pairs)} validation images from {args.data}")
     print(f"SAM 2.1 {args.model} on {args.device} in {settings['precision']}")
 
@@ -402,22 +432,16 @@ def train(
         skipped = len(train_pairs) - len(indices)
         print(f"skipped {skipped} of {len(train_pairs)} training images: their masks are empty")
     training_set = TrainingSet(train_pairs, train_cache, predictor.model.image_size, args.seed)
-    loader = make_loader(
-        training_set, EpochSampler(indices, args.batch_size, args.seed), args.device
-    )
+    sampler = EpochSampler(indices, args.batch_size, args.seed)
+    loader = make_loader(training_set, sampler, args.device)
 
-    learner = make_learner(predictor, len(indices) * args.epochs, args)
-    if state:
-        restore(learner, state)
-        log, original_iou = state["log"], state["original_iou"]
-        print(f"going on after epoch {len(log)}")
-        if len(log) >= args.epochs:
-            print(f"all {len(log)} epochs are done; for more, raise --epochs")
-    else:
-        log, original_iou = [], evaluate(predictor, val_pairs, val_cache, args) if is_first else 0.0
+    if original_iou is None and is_first:
+        original_iou = evaluate(predictor, val_pairs, val_cache, args)
         print(f"before training: val IoU {original_iou:.4f}")
-        if is_first:
-            save_state(learner, log, original_iou, args)
+    if len(log) < args.epochs:
+        learner = speed_up(learner, predictor, len(indices) * args.epochs, args)
+    elif args.resume:
+        print(f"all {len(log)} epochs are done; for more, raise --epochs")
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -431,15 +455,16 @@ def train(
             {"epoch": epoch, **report, "val_iou": val_iou, "lr": args.lr, "seconds": seconds}
         )
         if is_best:
-            save_model(args.output / "sam2_best.pt", predictor, log, kept)
-        save_state(learner, log, original_iou, args)
+            save_model(args.output / "sam2_best.pt", predictor, log, settings)
+        save_state(learner, log, original_iou, settings, args)
         write_log(args.output, log, original_iou)
         print(
             f"epoch {epoch:3}  loss {report['loss']:.4f}  train IoU {report['train_iou']:.4f}  "
             f"val IoU {val_iou:.4f}  {seconds:.1f} s{'  best' if is_best else ''}"
         )
     if is_first:
-        save_model(args.output / "sam2_final.pt", predictor, log, kept)
+        write_log(args.output, log, original_iou)  # a killed run may not have come to it
+        save_model(args.output / "sam2_final.pt", predictor, log, settings)
         best_iou = max(row["val_iou"] for row in log)
         print(f"val IoU {original_iou:.4f} before training, {best_iou:.4f} at best")
 
@@ -550,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
     args.device = distributed.local_device(select_device(args.device))
     args.precision = select_precision(args.precision, args.device)
     torch.manual_seed(args.seed)
-    with distributed.process_group(args.device):
+    with distributed.process_group(args.device), contextlib.ExitStack() as locks:
         if distributed.rank() == 0:
             fetch(args)
         distributed.wait_for_all()
@@ -558,11 +583,13 @@ def main(argv: list[str] | None = None) -> None:
         val_pairs = split_pairs(args.data, "val", args.limit)
         args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
         predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
+        if distributed.rank() == 0:
+            for folder in [args.output] if args.no_cache else [args.output, args.cache]:
+                locks.enter_context(only_run_in(folder))
         try:
             train(predictor, train_pairs, val_pairs, args)
         except KeyboardInterrupt:
-            if (args.output / STATE_FILE).is_file():
-                print("\nstopped; to go on after the last finished epoch, add --resume")
+            print("\nstopped; to go on after the last finished epoch, add --resume")
             raise
         written = "sam2_best.pt, sam2_final.pt, train_log.csv, learning_curve.png"
         print(f"wrote {written} to {args.output}")

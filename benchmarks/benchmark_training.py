@@ -146,7 +146,8 @@ def measure_project(args: Namespace, compiling: str, fill: bool) -> dict[str, An
     training_set = TrainingSet(pairs, cache, predictor.model.image_size, args.seed)
     loader = make_loader(training_set, sampler, args.device)
     start = clock(args.device)
-    learner = train_sam2_proper.make_learner(predictor, len(indices), settings)
+    learner = train_sam2_proper.make_learner(predictor, settings)
+    learner = train_sam2_proper.speed_up(learner, predictor, len(indices), settings)
     compiled = clock(args.device)
     for epoch in range(1, args.epochs + 1):
         train_sam2_proper.train_one_epoch(predictor, loader, learner, epoch, settings)
@@ -165,7 +166,8 @@ def measure_project(args: Namespace, compiling: str, fill: bool) -> dict[str, An
 def measure_floor(args: Namespace, compiling: str) -> float:
     """Return the bare decoder's seconds an image: forward and backward, on tensors in memory."""
     predictor, pairs, settings = prepare(args, precision="auto", compiling=compiling)
-    learner = train_sam2_proper.make_learner(predictor, 1, settings)
+    learner = train_sam2_proper.make_learner(predictor, settings)
+    learner = train_sam2_proper.speed_up(learner, predictor, 1, settings)
     batch = pairs[: settings.batch_size]
     images, masks = zip(*map(read_pair, batch), strict=True)
     with autocast(args.device, settings.precision):

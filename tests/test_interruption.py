@@ -1,0 +1,170 @@
+"""A run that is killed, at any moment, loses at most the epoch in progress."""
+
+import csv
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import feature_cache
+import train_sam2_proper
+from image_files import only_run_in
+from train_sam2_proper import main
+
+import pytest
+import torch
+from conftest import write_data
+
+PROJECT = Path(__file__).resolve().parents[1]
+OPTIONS = ("--model", "mini", "--device", "cpu", "--epochs", "3", "--lr", "1e-3")
+OPTIONS += ("--batch-size", "2", "--precision", "float32")
+
+# Each is a function of the scripts, and which of its calls the process does not survive.
+MOMENTS = {
+    "while features are written": ("feature_cache.FeatureCache._commit", 1),
+    "in the middle of the first epoch": ("train_sam2_proper.batch_loss", 2),
+    "between the best file and the state": ("train_sam2_proper.save_state", 3),
+    "between the state and the log": ("train_sam2_proper.write_log", 2),
+    "while a file takes its name": ("pathlib.Path.replace", 6),
+}
+
+KILLED_RUN = """
+    import os, pathlib, sys
+    import command_line, feature_cache, train_sam2_proper
+
+    owner, _, name = {function!r}.rpartition(".")
+    owner = eval(owner)
+    survived, calls = getattr(owner, name), []
+
+    def kill(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == {call}:
+            os.kill(os.getpid(), 9) if hasattr(os, "fork") else os._exit(9)
+        return survived(*arguments, **options)
+
+    if __name__ == "__main__":
+        setattr(owner, name, kill)
+        command_line.run(train_sam2_proper.main, sys.argv[1:])
+"""
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def read_log(output: Path) -> list[dict[str, str]]:
+    with (output / "train_log.csv").open(encoding="utf-8", newline="") as file:
+        return [
+            {name: value for name, value in row.items() if name != "seconds"}
+            for row in csv.DictReader(file)
+        ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.fixture(scope="module")
+def options(folder, random_mini) -> list[str]:
+    write_data(folder / "data", train=4, val=2)
+    return [*OPTIONS, "--checkpoint", str(random_mini), "--data", str(folder / "data")]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, options) -> Path:
+    """Return the output of a run that nothing disturbed."""
+    main([*options, "--output", str(folder / "whole")])
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_to_the_same_bits(moment, folder, options, whole):
+    function, call = MOMENTS[moment]
+    output = folder / str(call) / function
+    script = folder / "killed_run.py"
+    script.write_text(
+        textwrap.dedent(KILLED_RUN.format(function=function, call=call)), encoding="utf-8"
+    )
+    command = [sys.executable, script, *options, "--output", output]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    killed = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert killed.returncode not in (0, 1, 2), killed.stderr
+    assert not (output / "sam2_final.pt").exists()
+
+    main([*options, "--output", str(output), "--resume"])
+    for name in ("sam2_best.pt", "sam2_final.pt"):
+        resumed = weights_of(output / name)
+        for key, weight in weights_of(whole / name).items():
+            assert torch.equal(weight, resumed[key]), (name, key)
+    assert read_log(output) == read_log(whole)
+    assert not list(output.rglob("*.partial"))
+
+
+def test_a_second_run_in_the_same_output_is_refused_and_harms_nothing(
+    run_script, tmp_path, random_mini
+):
+    write_data(tmp_path / "data", train=2, val=1)
+    options = (*OPTIONS[:4], "--checkpoint", random_mini, "--epochs", 1)
+    assert run_script(main, *options).status == 0
+    best = Path("output/sam2_best.pt").read_bytes()
+    with only_run_in(Path("output")):
+        outcome = run_script(main, *options)
+    assert outcome.status == 2
+    assert "error: another run is writing to output" in outcome.err
+    with only_run_in(Path("shared")):
+        outcome = run_script(main, *options, "--cache", "shared")
+    assert outcome.status == 2 and "another run is writing to shared" in outcome.err
+    assert Path("output/sam2_best.pt").read_bytes() == best
+    assert run_script(main, *options).status == 0  # the lock ended with its holder
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
+    leftover, own = tmp_path / ".0123.partial", tmp_path / "mine.partial"
+    leftover.write_bytes(b"half")
+    own.write_bytes(b"the user's own")
+    with only_run_in(tmp_path):
+        assert not leftover.exists()
+    assert own.exists()
+
+
+def test_ctrl_c_while_images_are_encoded_keeps_those_that_are(
+    run_script, tmp_path, random_mini, monkeypatch
+):
+    write_data(tmp_path / "data", train=4, val=1)
+    options = (*OPTIONS[:4], "--checkpoint", random_mini, "--epochs", 1)
+    encode_images, encoded = feature_cache.encode_images, []
+
+    def interrupt(*arguments):
+        encoded.append(arguments)
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return encode_images(*arguments)
+
+    monkeypatch.setattr(feature_cache, "encode_images", interrupt)
+    outcome = run_script(main, *options)
+    assert outcome.status == 130 and "add --resume" in outcome.out
+    outcome = run_script(main, *options, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert len(encoded) == 3 + 3  # two of five were kept
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(
+    run_script, tmp_path, random_mini, monkeypatch
+):
+    write_data(tmp_path / "data", train=2, val=1)
+    options = (*OPTIONS[:4], "--checkpoint", random_mini, "--epochs", 1)
+    assert run_script(main, *options).status == 0
+    before = {path: path.read_bytes() for path in Path("output").glob("sam2_*.pt")}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_sam2_proper.torch, "save", full)
+    outcome = run_script(main, *options)
+    assert outcome.status == 2
+    last_line = outcome.err.splitlines()[-1]
+    assert last_line.startswith("error: No space left on device") and "output" in last_line
+    assert {path: path.read_bytes() for path in Path("output").glob("sam2_*.pt")} == before
+    assert not list(Path("output").glob(".*.partial"))
