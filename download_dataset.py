@@ -14,7 +14,11 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import tempfile
+import re
+import shutil
+import stat
+import unicodedata
+import uuid
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
@@ -22,7 +26,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from command_line import ArgumentParser, UserError, number, run, seed
-from image_files import DEMO_DATA, IMAGE_SUFFIXES, Pair, find_pairs, read_pair
+from image_files import DEMO_DATA, IMAGE_SUFFIXES, Pair, find_pairs, only_run_in, read_pair
 from sam2_utils import MODELS, download_file, ensure_checkpoint, file_sha256
 from synthetic_images import write_demo_dataset
 
@@ -32,6 +36,20 @@ DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
 DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
 SPLITS = ("train", "val")
 SPLIT_FILE = "split.json"  # in every data folder that this script has filled
+PARTIAL = ".partial-"  # how the names of its temporary folders in there start
+
+# What an archive may hold. Images are checked one at a time, each as a whole in memory.
+MAX_UNPACKED_BYTES = 50 * 10**9
+MAX_MEMBER_BYTES = 2 * 10**9
+MAX_DEPTH = 20  # folders within folders
+MAX_PATH_LENGTH = 1000  # characters
+MAX_NAME_BYTES = 255  # of a file or folder, on Linux
+WINDOWS_REFUSES = re.compile(
+    r"""[<>:"|?*\\\x00-\x1f] | [. ]$
+    | ^(con|prn|aux|nul|con(in|out)\$|(com|lpt)[1-9¹²³]) \ * (\.|$)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+BY_HAND = "unpack it, then use --images and --masks"
 
 
 def split_names(names: list[str], val_fraction: float, seed: int) -> dict[str, list[str]]:
@@ -51,8 +69,8 @@ def split_names(names: list[str], val_fraction: float, seed: int) -> dict[str, l
 def open_archive(path: Path) -> Iterator[list[Pair]]:
     """Yield the pairs inside a zip archive, wherever in it images/ and masks/ lie side by side.
 
-    Raises UserError, before anything is written, when the archive is damaged, has a member
-    outside its folder, or does not pair up.
+    Raises UserError, before anything is written, when the archive is damaged, has a member that
+    check_member refuses, or does not pair up.
     """
     if not path.is_file():
         raise UserError(f"no such archive: {path}; check the path")
@@ -61,26 +79,94 @@ def open_archive(path: Path) -> Iterator[list[Pair]]:
             check_archive(path, archive)
             root = find_dataset_root(path, archive)
             yield find_pairs(root / "images", root / "masks")
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is not a whole zip archive ({error}); download it again"
         ) from error
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raise UserError for a damaged or encrypted member, or one that would leave its folder."""
+    """Raise UserError for an archive that is damaged, too large, or has an unfit member."""
+    names = set()
     for member in archive.infolist():
-        name = PurePosixPath(member.filename.replace("\\", "/"))
-        if name.is_absolute() or ".." in name.parts or ":" in member.filename:
-            raise UserError(f"{path} has a member outside its folder: {name}; do not trust it")
-        if member.flag_bits & 1:
-            raise UserError(f"{path} is encrypted; unpack it, then use --images and --masks")
+        check_member(path, member)
+        if member.filename in names:
+            raise UserError(f"{path} has two members called {quoted(member.filename)}; {BY_HAND}")
+        names.add(member.filename)
+
+    # Read by parts, as here and in copy_pairs, no member unpacks to more than its stated size.
+    size = sum(member.file_size for member in archive.infolist())
+    if size > MAX_UNPACKED_BYTES:
+        raise UserError(
+            f"{path} unpacks to {size / 1e9:.3g} GB, more than {MAX_UNPACKED_BYTES / 1e9:.3g} GB; "
+            f"if you trust it, {BY_HAND}"
+        )
     try:
         damaged = archive.testzip()
-    except Exception as error:  # damaged data raise errors of zlib, bz2 or lzma
+    except Exception as error:  # damaged data raise errors of zlib and others
         raise UserError(f"{path} is damaged ({error}); download it again") from error
     if damaged:
-        raise UserError(f"{path} is damaged at {damaged}; download it again")
+        raise UserError(f"{path} is damaged at {quoted(damaged)}; download it again")
+
+
+def check_member(path: Path, member: zipfile.ZipInfo) -> None:
+    """Raise UserError for a member that no data set needs, or that not every computer can hold.
+
+    Only members in images/ or masks/ become files, so only their names must do on Windows.
+    """
+    name = member.orig_filename  # as it stands in the archive, on Windows too
+    shown = quoted(name)
+    plain = PurePosixPath(name.replace("\\", "/"))
+    is_used = not {"images", "masks"}.isdisjoint(plain.parts[:-1])
+    file_type = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive does not say
+    # Of LZMA and bzip2, zipfile unpacks more than the stated size before it stops.
+    methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    size = member.file_size / 1e9
+    for is_unfit, what in (
+        (member.flag_bits & 1, f"is encrypted; {BY_HAND}"),
+        (
+            len(plain.parts) > MAX_DEPTH or len(name) > MAX_PATH_LENGTH,
+            f"has folders nested too deep: {shown}; {BY_HAND}",
+        ),
+        (
+            plain.is_absolute() or ".." in plain.parts or re.match("[A-Za-z]:", name),
+            f"has a member outside its folder: {shown}; do not trust it",
+        ),
+        (
+            name.rstrip("/") != str(plain) or "\0" in name,
+            f"has a path that is not like folder/file: {shown}; {BY_HAND}",
+        ),
+        (
+            file_type not in (0, stat.S_IFREG, stat.S_IFDIR),
+            f"has a link or special file in it: {shown}; {BY_HAND}",
+        ),
+        (
+            is_used and not all(map(is_portable, plain.parts)),
+            f"has a name that not every computer can store: {shown}; "
+            "unpack it, rename that, then use --images and --masks",
+        ),
+        (
+            member.compress_type not in methods,
+            f"is compressed in another way than zip's usual one; {BY_HAND}",
+        ),
+        (
+            member.file_size > MAX_MEMBER_BYTES,
+            f"has a member of {size:.3g} GB, more than {MAX_MEMBER_BYTES / 1e9:.3g} GB: {shown}; "
+            f"if you trust it, {BY_HAND}",
+        ),
+    ):
+        if is_unfit:
+            raise UserError(f"{path} {what}")
+
+
+def is_portable(name: str) -> bool:
+    """Say whether Windows, macOS and Linux all allow this name of a file or folder."""
+    return not WINDOWS_REFUSES.search(name) and len(name.encode()) <= MAX_NAME_BYTES
+
+
+def quoted(name: str) -> str:
+    """Return a member's name fit for one line of an error."""
+    return repr(name if len(name) <= 100 else name[:100] + "...")
 
 
 def find_dataset_root(path: Path, archive: zipfile.ZipFile) -> zipfile.Path:
@@ -92,8 +178,7 @@ def find_dataset_root(path: Path, archive: zipfile.ZipFile) -> zipfile.Path:
     roots = [f.parent for f in folders if f.name == "images" and f.parent / "masks" in folders]
     if len(roots) != 1:
         raise UserError(
-            f"{path} has {len(roots)} folders with images/ and masks/ in them, not one; "
-            "unpack it, then use --images and --masks"
+            f"{path} has {len(roots)} folders with images/ and masks/ in them, not one; {BY_HAND}"
         )
     prefix = "" if roots[0] == PurePosixPath(".") else f"{roots[0]}/"
     return zipfile.Path(archive, prefix)
@@ -103,28 +188,77 @@ def find_dataset_root(path: Path, archive: zipfile.ZipFile) -> zipfile.Path:
 def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
     """Yield an empty folder; the images/ and masks/ put there become those of `data`.
 
-    They are moved into place when complete, with `facts` about them in SPLIT_FILE; on any error
-    `data` stays as it was.
+    They are moved into place when complete, with `facts` about them in SPLIT_FILE, which goes
+    first and comes last: where it is, the data set is whole. On any error `data` is again as it
+    was; after a kill, once the next run has called `recover`.
     """
-    data.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=data) as folder:
-        new, old = Path(folder, "new"), Path(folder, "old")
-        new.mkdir()
-        old.mkdir()
-        yield new
-        (new / SPLIT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        names = (SPLIT_FILE, "images", "masks")
-        moves = [(data / name, old / name) for name in names if (data / name).exists()]
-        moves += [(new / name, data / name) for name in names]
-        with contextlib.ExitStack() as undo:
-            for source, target in moves:
-                source.replace(target)
-                undo.callback(target.replace, source)
-            undo.pop_all()  # all moved: nothing to undo
+    with only_run_in(data):
+        recover(data)
+        folder = data / (PARTIAL + uuid.uuid4().hex[:8])
+        new, old = folder / "new", folder / "old"
+        try:
+            new.mkdir(parents=True)
+            old.mkdir()
+            yield new
+            (new / SPLIT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            for name in (SPLIT_FILE, "images", "masks"):
+                if (data / name).exists():
+                    (data / name).replace(old / name)
+            for name in ("images", "masks", SPLIT_FILE):
+                (new / name).replace(data / name)
+        finally:
+            settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Move everything back unless all has been moved into place; remove the temporary folder.
+
+    Stopped at any point, it can be run again. Raises UserError, and removes nothing, where
+    something cannot be moved back.
+    """
+    data, new, old = folder.parent, folder / "new", folder / "old"
+    if (new / SPLIT_FILE).exists():  # written before the first move, moved by the last
+        try:
+            for name in ("images", "masks"):
+                if (data / name).exists() and not (new / name).exists():
+                    (data / name).replace(new / name)
+            for name in ("images", "masks", SPLIT_FILE):
+                if (old / name).exists():
+                    (old / name).replace(data / name)
+            (new / SPLIT_FILE).unlink()  # from here on, there is nothing to move back
+        except OSError as error:
+            raise UserError(
+                f"{data} is half changed, and what it held may be in {old} ({error.strerror}: "
+                f"{error.filename}); close the programs that use these files, then run this again"
+            ) from error
+    shutil.rmtree(folder, ignore_errors=True)  # the next run removes what is in use
+
+
+def recover(data: Path) -> None:
+    """Undo what killed runs have left half done in `data`, where no other run is writing."""
+    for folder in list(data.glob(PARTIAL + "*")):
+        was_moving = (folder / "new" / SPLIT_FILE).exists()
+        settle(folder)
+        if was_moving:
+            print(f"an earlier run was killed while it filled {data}: all is back as it was before")
+
+
+def check_cases(pairs: list[Pair]) -> None:
+    """Raise UserError for names that Windows and macOS take for one and the same."""
+    seen: dict[str, Pair] = {}
+    for pair in pairs:
+        key = unicodedata.normalize("NFC", pair.name.casefold())
+        if key in seen:
+            raise UserError(
+                f"{seen[key].image} and {pair.image} differ in upper and lower case only, which is "
+                "one name on Windows and macOS; rename one of them, and its mask"
+            )
+        seen[key] = pair
 
 
 def copy_pairs(pairs: list[Pair], args: Namespace) -> None:
     """Check every pair and copy it into images/ and masks/ of args.data, in train/ and val/."""
+    check_cases(pairs)
     splits = split_names([pair.name for pair in pairs], args.val_fraction, args.seed)
     split_of = {name: split for split, names in splits.items() for name in names}
     facts = {"source": source_name(args), "seed": args.seed, "val_fraction": args.val_fraction}
@@ -135,7 +269,8 @@ def copy_pairs(pairs: list[Pair], args: Namespace) -> None:
                 suffix = PurePath(source.name).suffix
                 copy = folder / kind / split_of[pair.name] / (pair.name + suffix)
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(source.read_bytes())
+                with source.open("rb") as original, copy.open("wb") as file:
+                    shutil.copyfileobj(original, file)  # by parts: see check_archive
                 copies.append(copy)
             check_pair(pair, *copies)
 
@@ -216,6 +351,9 @@ def is_kept(args: Namespace) -> bool:
 
 def prepare_dataset(args: Namespace) -> None:
     """Fill args.data from the source that the options name, unless it is already filled."""
+    if any(args.data.glob(PARTIAL + "*")):
+        with only_run_in(args.data):
+            recover(args.data)
     if is_kept(args):
         print(f"{args.data} already holds this data set: nothing to do (--force splits it anew).")
         return
