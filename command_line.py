@@ -66,9 +66,10 @@ def number(
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value >= at_least and above < value < below):
+            is_finite = math.isfinite(value)  # an OverflowError where it is beyond all floats
+        except (ValueError, OverflowError):
+            is_finite = False
+        if not (is_finite and value >= at_least and above < value < below):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
         return value
 

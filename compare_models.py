@@ -206,7 +206,8 @@ def load_models(pairs: list[Pair], args: Namespace) -> Models:
         command = "python train_sam2_proper.py" + " --demo" * args.demo
         raise UserError(f"no fine-tuned model at {args.finetuned}; run: {command}")
     finetuned, facts = load_predictor(args.model, args.finetuned, args.device)
-    name, settings = facts["model_name"], facts.get("settings", {})
+    name, settings = facts["model_name"], facts.get("settings")
+    settings = settings if isinstance(settings, dict) else {}  # of another program
     started_from = Path(settings.get("checkpoint", ""))
     checkpoint = args.original or (
         started_from if started_from.is_file() else ensure_checkpoint(name)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import command_line  # noqa: F401, which sets what torch and tqdm read when first imported
+
 import torch
 import torch.distributed as dist
 

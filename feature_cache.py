@@ -51,8 +51,10 @@ def hash_encoder(model: SAM2Base) -> str:
 
 def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:
     """Resize an HxW bool mask to size x size cells; the smallest object keeps a cell."""
-    covered = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
-    grid = covered >= 0.5
+    # Sides that shrink first: OpenCV takes the mean over areas only where none grows.
+    shrunk = tuple(min(side, size) for side in mask.shape[::-1])
+    covered = cv2.resize(mask.astype(np.float32), shrunk, interpolation=cv2.INTER_AREA)
+    grid = cv2.resize(covered, (size, size), interpolation=cv2.INTER_AREA) >= 0.5
     if not grid.any():
         y, x = np.nonzero(mask)
         grid[y * size // mask.shape[0], x * size // mask.shape[1]] = True
@@ -132,10 +134,15 @@ class FeatureCache:
         masks = [np.unpackbits(record["mask"]).reshape(shape).view(bool) for record in records]
         return Features(maps[0], maps[1:]), masks
 
+    def bytes_to_come(self) -> int:
+        """Return by how much the file will grow when it is filled."""
+        missing, stale = len(self.pairs) - len(self._slots), len(self._used) - len(self._slots)
+        return max(0, missing - stale) * self.record.itemsize
+
     def fill(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> None:
         """Encode the images that are missing, each process its share of them.
 
-        Raises UserError where the disk has no room for them, or an image or a mask is unreadable.
+        Raises UserError for an image or a mask that is unreadable.
         """
         missing = [index for index in range(len(self.pairs)) if index not in self]
         if not missing:
@@ -146,45 +153,30 @@ class FeatureCache:
         if distributed.rank() == 0:
             self._make_room(places)
         distributed.wait_for_all()
-        with self.path.open("rb+") as file:
-            self._encode(file, distributed.share(places), predictor, precision)
+        if self.path.is_file():
+            with self.path.open("rb+") as file:
+                self._encode(file, distributed.share(places), predictor, precision)
         distributed.wait_for_all()
         self._look_up()
         if len(self._slots) < len(self.pairs):
-            raise UserError(
-                f"{self.path} is not seen by all machines; put --cache on a shared disk"
-            )
+            raise UserError(f"not all machines see {self.path}; name a shared folder with --cache")
 
     def _make_room(self, places: list[tuple[int, int]]) -> None:
-        """Check the disk, take the key from each record to be replaced, and set the file's size."""
+        """Take the key from each record to be replaced, and set the file's size."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self._slots:  # all stale, perhaps of another model
             self.path.unlink(missing_ok=True)
             self._used = set()
-        new_slots = [slot for _, slot in places if slot not in self._used]
-        needed, free = (
-            len(new_slots) * self.record.itemsize,
-            shutil.disk_usage(self.path.parent).free,
-        )
-        print(
-            f"features of {len(places)} images: {needed / 1e9:.2f} GB more in {self.path} "
-            f"({free / 1e9:.1f} GB free)"
-        )
-        if needed > 0.98 * free:
-            raise UserError(
-                f"{self.path.parent} has room for {free / 1e9:.2f} GB of features, not for "
-                f"{needed / 1e9:.2f} GB; make room, name a folder on another disk with --cache, or "
-                "go on without them with --no-cache (slow)"
-            )
-        with self.path.open("ab"):  # makes the file, where it is missing
-            pass
+        self.path.touch()
         with self.path.open("rb+") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.truncate(size - size % self.record.itemsize)  # a record cut off may have its key
             for _, slot in places:
                 if slot in self._used:
                     file.seek(slot * self.record.itemsize)
                     file.write(bytes(KEY_BYTES))
             end = (max(slot for _, slot in places) + 1) * self.record.itemsize
-            file.truncate(max(end, os.fstat(file.fileno()).st_size))
+            file.truncate(max(end, size - size % self.record.itemsize))
             _flush(file)
 
     def _encode(
@@ -237,6 +229,20 @@ class FeatureCache:
             record["has_object"] = mask.any()
             record["mask"] = np.packbits(mask_on_grid(mask, self.image_size))
         return records
+
+
+def check_room(caches: list[FeatureCache], folder: Path) -> None:
+    """Say how much the caches will write to a folder; raise UserError if it has no room for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(cache.bytes_to_come() for cache in caches), shutil.disk_usage(folder).free
+    if needed:
+        print(f"features: {needed / 1e9:.2f} GB to write to {folder} ({free / 1e9:.1f} GB free)")
+    if needed > 0.98 * free:
+        raise UserError(
+            f"{folder} has room for {free / 1e9:.2f} GB of features, not for "
+            f"{needed / 1e9:.2f} GB; make room, name a folder on another disk with --cache, or "
+            "go on without them with --no-cache (slow)"
+        )
 
 
 def load_features(

@@ -168,7 +168,10 @@ def read_mask(path: Path) -> np.ndarray:
     is_lossy = is_jpeg or content[:16].endswith(b"WEBPVP8 ")
     # UNCHANGED keeps an alpha channel in sight, but turns no JPEG upright.
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if is_jpeg else cv2.IMREAD_UNCHANGED
-    gray = _single_channel(path, _decode(path, content, flags), is_lossy)
+    mask = _decode(path, content, flags)
+    if not (mask.min() >= 0 and mask.max() <= (65535 if mask.dtype == np.uint16 else 255)):
+        raise UserError(f"{path} holds values that are not 0 to 255; save it in black and white")
+    gray = _single_channel(path, mask, is_lossy)
 
     if gray.dtype.kind == "f":
         gray = gray * 255 if gray.max() <= 1 else gray
@@ -176,7 +179,7 @@ def read_mask(path: Path) -> np.ndarray:
         return gray == 1
     elif gray.dtype == np.uint16 and gray.max() > 255:
         gray = gray >> 8
-    gray = gray.clip(0, 255).astype(np.uint8)
+    gray = gray.astype(np.uint8)
     if gray.any() and not _is_binary(gray, is_lossy):
         values = ", ".join(map(str, np.unique(gray)[:5]))
         raise UserError(

@@ -7,11 +7,11 @@ import contextlib
 import functools
 import hashlib
 import http.client
-import pickle
 import socket
 import ssl
 import urllib.error
 import warnings
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,18 +253,28 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}; check the path")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other kinds of pickles and archives
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # damaged files raise errors of pickle, zip, struct and torch
         raise UserError(
             f"{path} is not a readable checkpoint (damaged, cut off, or another kind of file); "
             "download or train it again"
         ) from error
     state_dict = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
+    if not isinstance(state_dict, dict) or not all(starmap(_is_weight, state_dict.items())):
         raise UserError(f'{path} holds no "model" weights; use a SAM 2.1 checkpoint')
-    if not all(torch.isfinite(weight).all() for weight in state_dict.values()):
+    if not all(torch.isfinite(weight.float()).all() for weight in state_dict.values()):
         raise UserError(f"{path} holds weights that are not finite (NaN); train or download again")
     return checkpoint
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    """Say whether an entry of a state_dict is one of a model that computes with real numbers."""
+    is_real = torch.is_tensor(value) and value.is_floating_point() and value.ndim > 0
+    return is_real and value.layout == torch.strided and isinstance(name, str)
 
 
 def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:

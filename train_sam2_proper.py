@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import distributed
 from command_line import ArgumentParser, UserError, number, run, seed
 from download_dataset import draw_demo, is_filled
-from feature_cache import FeatureCache, load_features, pairs_with_objects
+from feature_cache import FeatureCache, check_room, load_features, pairs_with_objects
 from image_files import DEMO_DATA, Pair, atomic_write, only_run_in, read_mask, split_pairs
 from sam2_utils import (
     MODELS,
@@ -357,7 +357,7 @@ def run_settings(args: Namespace, pairs: list[Pair]) -> dict[str, Any]:
 def save_state(
     learner: Learner,
     log: list[dict[str, float]],
-    original_iou: float | None,
+    original_iou: float,
     settings: dict[str, Any],
     args: Namespace,
 ) -> None:
@@ -419,49 +419,32 @@ def train(
         log, original_iou = state["log"], state["original_iou"]
         restore(learner, state)
         print(f"going on after epoch {len(log)}")
-    elif is_first:
-        save_state(learner, log, original_iou, settings, args)  # from here on it can be resumed
     print(f"{len(train_pairs)} training and {len(val_pairs)} validation images from {args.data}")
     print(f"SAM 2.1 {args.model} on {args.device} in {settings['precision']}")
-
     train_cache, val_cache = open_caches(predictor, train_pairs, val_pairs, args)
-    indices = pairs_with_objects(train_pairs, train_cache)
-    if not indices:
-        raise UserError("every training mask is empty; check that objects are white (255)")
-    if len(indices) < len(train_pairs):
-        skipped = len(train_pairs) - len(indices)
-        print(f"skipped {skipped} of {len(train_pairs)} training images: their masks are empty")
-    training_set = TrainingSet(train_pairs, train_cache, predictor.model.image_size, args.seed)
-    sampler = EpochSampler(indices, args.batch_size, args.seed)
-    loader = make_loader(training_set, sampler, args.device)
-
-    if original_iou is None and is_first:
+    loader = load_training_set(predictor, train_pairs, train_cache, args)
+    image_count = len(loader.sampler.indices)
+    if not args.resume and is_first:
         original_iou = evaluate(predictor, val_pairs, val_cache, args)
         print(f"before training: val IoU {original_iou:.4f}")
+        save_state(learner, log, original_iou, settings, args)  # from here on it can be resumed
     if len(log) < args.epochs:
-        learner = speed_up(learner, predictor, len(indices) * args.epochs, args)
+        learner = speed_up(learner, predictor, image_count * args.epochs, args)
     elif args.resume:
         print(f"all {len(log)} epochs are done; for more, raise --epochs")
 
-    for epoch in range(len(log) + 1, args.epochs + 1):
-        start = time.perf_counter()
-        report = train_one_epoch(predictor, loader, learner, epoch, args)
-        if not is_first:
-            continue
-        val_iou = evaluate(predictor, val_pairs, val_cache, args)
-        seconds = time.perf_counter() - start
-        is_best = all(val_iou > row["val_iou"] for row in log)
-        log.append(
-            {"epoch": epoch, **report, "val_iou": val_iou, "lr": args.lr, "seconds": seconds}
-        )
-        if is_best:
-            save_model(args.output / "sam2_best.pt", predictor, log, settings)
-        save_state(learner, log, original_iou, settings, args)
-        write_log(args.output, log, original_iou)
-        print(
-            f"epoch {epoch:3}  loss {report['loss']:.4f}  train IoU {report['train_iou']:.4f}  "
-            f"val IoU {val_iou:.4f}  {seconds:.1f} s{'  best' if is_best else ''}"
-        )
+    try:
+        for epoch in range(len(log) + 1, args.epochs + 1):
+            start = time.perf_counter()
+            report = train_one_epoch(predictor, loader, learner, epoch, args)
+            if is_first:
+                val_iou = evaluate(predictor, val_pairs, val_cache, args)
+                row = {"epoch": epoch, **report, "val_iou": val_iou, "lr": args.lr}
+                log.append({**row, "seconds": time.perf_counter() - start})
+                save_epoch(predictor, learner, log, original_iou, settings, args)
+    except KeyboardInterrupt:
+        print("\nstopped; to go on after the last finished epoch, add --resume")
+        raise
     if is_first:
         write_log(args.output, log, original_iou)  # a killed run may not have come to it
         save_model(args.output / "sam2_final.pt", predictor, log, settings)
@@ -469,19 +452,64 @@ def train(
         print(f"val IoU {original_iou:.4f} before training, {best_iou:.4f} at best")
 
 
+def save_epoch(
+    predictor: SAM2ImagePredictor,
+    learner: Learner,
+    log: list[dict[str, float]],
+    original_iou: float,
+    settings: dict[str, Any],
+    args: Namespace,
+) -> None:
+    """Save the model if it is the best so far, the state and the log; print the log's last row."""
+    row = log[-1]
+    is_best = all(row["val_iou"] > earlier["val_iou"] for earlier in log[:-1])
+    if is_best:
+        save_model(args.output / "sam2_best.pt", predictor, log, settings)
+    save_state(learner, log, original_iou, settings, args)
+    write_log(args.output, log, original_iou)
+    print(
+        f"epoch {row['epoch']:3}  loss {row['loss']:.4f}  train IoU {row['train_iou']:.4f}  "
+        f"val IoU {row['val_iou']:.4f}  {row['seconds']:.1f} s{'  best' if is_best else ''}"
+    )
+
+
 def open_caches(
     predictor: SAM2ImagePredictor, train_pairs: list[Pair], val_pairs: list[Pair], args: Namespace
 ) -> tuple[FeatureCache, FeatureCache] | tuple[None, None]:
-    """Return the features of both splits, encoding what is not yet there; or none of them."""
+    """Return the features of both splits, encoding what is not yet there; or none of them.
+
+    Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
+    """
     if args.no_cache:
         return None, None
     caches = [
         FeatureCache(args.cache / f"{split}.features", predictor, pairs, args.precision)
         for split, pairs in (("train", train_pairs), ("val", val_pairs))
     ]
-    for cache in caches:
-        cache.fill(predictor, args.precision)
+    if distributed.rank() == 0:
+        check_room(caches, args.cache)
+    try:
+        for cache in caches:
+            cache.fill(predictor, args.precision)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with the images that are left")
+        raise
     return tuple(caches)
+
+
+def load_training_set(
+    predictor: SAM2ImagePredictor, pairs: list[Pair], cache: FeatureCache | None, args: Namespace
+) -> DataLoader:
+    """Return the training images as batches; those with an empty mask are left out."""
+    indices = pairs_with_objects(pairs, cache)
+    if not indices:
+        raise UserError("every training mask is empty; check that objects are white (255)")
+    if len(indices) < len(pairs):
+        skipped = len(pairs) - len(indices)
+        print(f"skipped {skipped} of {len(pairs)} training images: their masks are empty")
+    training_set = TrainingSet(pairs, cache, predictor.model.image_size, args.seed)
+    sampler = EpochSampler(indices, args.batch_size, args.seed)
+    return make_loader(training_set, sampler, args.device)
 
 
 def save_model(
@@ -586,11 +614,7 @@ def main(argv: list[str] | None = None) -> None:
         if distributed.rank() == 0:
             for folder in [args.output] if args.no_cache else [args.output, args.cache]:
                 locks.enter_context(only_run_in(folder))
-        try:
-            train(predictor, train_pairs, val_pairs, args)
-        except KeyboardInterrupt:
-            print("\nstopped; to go on after the last finished epoch, add --resume")
-            raise
+        train(predictor, train_pairs, val_pairs, args)
         written = "sam2_best.pt, sam2_final.pt, train_log.csv, learning_curve.png"
         print(f"wrote {written} to {args.output}")
         if not args.no_cache:

@@ -2,13 +2,13 @@
 
     python benchmarks/benchmark_training.py --limit 50                      # small, on data/
     python benchmarks/benchmark_training.py --model mini --epochs 4 --val-limit 100
-    python benchmarks/benchmark_training.py --random-weights --limit 400 --guide-images 100
+    python benchmarks/benchmark_training.py --random-weights --limit 50 --totals-for 400
 
 Every variant runs in a process of its own, one after the other: the guide's loop, written out
 plainly (float32, batch 1, the encoder in every step); this project's, with the compiled decoder
 and without; and, as the floor, the bare decoder, forward and backward on tensors in memory.
 Prints a table and writes it to output/benchmark/ as benchmark.csv and benchmark.png. A total is
-encode + epochs x epoch (+ compiling), from the epochs measured; validation is in none of them.
+encode + epochs x epoch (+ compiling), from what was measured; validation is in none of them.
 With --random-weights, time and memory are those of the real weights; the IoU means nothing.
 """
 
@@ -308,6 +308,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--random-weights", action="store_true", help="for time and memory only")
     parser.add_argument("--limit", type=at_least_1, help="the first N training images only")
     parser.add_argument("--guide-images", type=at_least_1, help="show the guide's loop N of them")
+    parser.add_argument(
+        "--totals-for", type=at_least_1, help="images of the totals (default: those measured)"
+    )
     parser.add_argument("--val-limit", type=at_least_1, default=10, help="val images to measure")
     parser.add_argument("--epochs", type=at_least_1, default=1, help="how many to measure")
     parser.add_argument("--batch-size", type=at_least_1, default=1, help="of this project's loop")
@@ -343,12 +346,13 @@ def main(argv: list[str] | None = None) -> None:
     ]
     plain["encode s/image"] = rows[2]["encode s/image"] = compiled["encode s/image"]
     for row in rows:
-        add_totals(row, image_count, row["encode s/image"])
+        add_totals(row, args.totals_for or image_count, row["encode s/image"])
     for row in rows:
         row[COLUMNS[8]] = rows[0][COLUMNS[7]] / row[COLUMNS[7]]
 
     precision = str(select_precision("auto", args.device)).removeprefix("torch.")
-    title = f"SAM 2.1 {args.model}, {image_count} images, {args.device}, {precision}"
+    total_of = args.totals_for or image_count
+    title = f"SAM 2.1 {args.model}, {total_of} images, {args.device}, {precision}"
     cores = f"{torch.get_num_threads()} threads, {platform.system()}, PyTorch {torch.__version__}"
     print(f"{title}; the guide's loop in float32; {cores}\n")
     print(format_table(rows))

@@ -93,7 +93,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(moment, folder, options, whole):
     assert killed.returncode not in (0, 1, 2), killed.stderr
     assert not (output / "sam2_final.pt").exists()
 
-    main([*options, "--output", str(output), "--resume"])
+    resume = ["--resume"] if (output / "train_state.pt").exists() else []  # as it tells the user
+    main([*options, "--output", str(output), *resume])
     for name in ("sam2_best.pt", "sam2_final.pt"):
         resumed = weights_of(output / name)
         for key, weight in weights_of(whole / name).items():
@@ -144,8 +145,8 @@ def test_ctrl_c_while_images_are_encoded_keeps_those_that_are(
 
     monkeypatch.setattr(feature_cache, "encode_images", interrupt)
     outcome = run_script(main, *options)
-    assert outcome.status == 130 and "add --resume" in outcome.out
-    outcome = run_script(main, *options, "--resume")
+    assert outcome.status == 130 and "the same command goes on" in outcome.out
+    outcome = run_script(main, *options)
     assert outcome.status == 0, outcome.err
     assert len(encoded) == 3 + 3  # two of five were kept
 

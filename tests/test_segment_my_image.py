@@ -6,7 +6,14 @@ from pathlib import Path
 
 import test_my_image
 from image_files import read_image, read_mask, write_image
-from sam2_utils import encode_images, load_predictor, make_prompt, segment
+from sam2_utils import (
+    autocast,
+    encode_images,
+    load_predictor,
+    make_prompt,
+    segment,
+    select_precision,
+)
 from test_my_image import main
 
 import matplotlib.pyplot as plt
@@ -27,8 +34,9 @@ def image_path(tmp_path, random_mini) -> Path:
 
 def expected_mask(random_mini, image, **prompt) -> np.ndarray:
     predictor, _ = load_predictor("mini", random_mini, CPU)
-    features = encode_images(predictor, [image])
-    return segment(predictor, features, make_prompt(**prompt), image.shape[:2])[0]
+    with autocast(CPU, select_precision("auto", CPU)):
+        features = encode_images(predictor, [image])
+        return segment(predictor, features, make_prompt(**prompt), image.shape[:2])[0]
 
 
 def test_points_and_a_box_give_an_overlay_a_mask_and_figures(run_script, image_path, random_mini):
