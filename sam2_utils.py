@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import http.client
@@ -342,7 +343,10 @@ def save_checkpoint(path: Path, model: torch.nn.Module, **plain_values: Any) -> 
     `plain_values` (numbers, strings, lists, dicts) are kept beside the weights.
     """
     with atomic_write(path) as temporary:
-        torch.save({"model": model.state_dict(), **plain_values}, temporary)
+        try:
+            torch.save({"model": model.state_dict(), **plain_values}, temporary)
+        except RuntimeError as error:  # what torch makes of a disk that is full
+            raise OSError(errno.ENOSPC, "cannot be written (is the disk full?)") from error
 
 
 # ----------------------------------------------------------------------------------------------

@@ -159,13 +159,13 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(
     assert run_script(main, *options).status == 0
     before = {path: path.read_bytes() for path in Path("output").glob("sam2_*.pt")}
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+    def full(*_, **__):  # as torch reports it
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
     monkeypatch.setattr(train_sam2_proper.torch, "save", full)
     outcome = run_script(main, *options)
     assert outcome.status == 2
     last_line = outcome.err.splitlines()[-1]
-    assert last_line.startswith("error: No space left on device") and "output" in last_line
+    assert last_line.startswith("error: cannot be written (is the disk full?): output")
     assert {path: path.read_bytes() for path in Path("output").glob("sam2_*.pt")} == before
     assert not list(Path("output").glob(".*.partial"))
