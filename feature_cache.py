@@ -20,7 +20,7 @@ from typing import BinaryIO
 import distributed
 from command_line import UserError
 from image_files import Pair, read_mask, read_pair
-from sam2_utils import Features, autocast, encode_images
+from sam2_utils import Features, autocast, encode_images, feature_shapes
 
 import cv2
 import numpy as np
@@ -72,17 +72,18 @@ class FeatureCache:
         precision: torch.dtype,
     ) -> None:
         """Look up which pairs the file at `path` has, if there is one; nothing is written."""
-        size, channels = predictor.model.image_size, predictor.model.sam_prompt_embed_dim
-        self.path, self.pairs, self.image_size = path, pairs, size
+        size = predictor.model.image_size
+        self.path, self.pairs, self.image_size, self.precision = path, pairs, size, precision
         self.record = np.dtype(
             [
                 ("key", f"S{KEY_BYTES}"),
                 ("has_object", np.bool_),
                 ("mask", np.uint8, (size * size // 8,)),
                 # Channels last, as set_image leaves them
-                (FEATURES[0], np.float16, (size // 16, size // 16, channels)),
-                (FEATURES[1], np.float16, (size // 4, size // 4, channels // 8)),
-                (FEATURES[2], np.float16, (size // 8, size // 8, channels // 4)),
+                *(
+                    (name, np.float16, shape)
+                    for name, shape in zip(FEATURES, feature_shapes(predictor.model), strict=True)
+                ),
             ]
         )
         device = predictor.device.type
@@ -139,7 +140,7 @@ class FeatureCache:
         missing, stale = len(self.pairs) - len(self._slots), len(self._used) - len(self._slots)
         return max(0, missing - stale) * self.record.itemsize
 
-    def fill(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> None:
+    def fill(self, predictor: SAM2ImagePredictor) -> None:
         """Encode the images that are missing, each process its share of them.
 
         Raises UserError for an image or a mask that is unreadable.
@@ -155,7 +156,7 @@ class FeatureCache:
         distributed.wait_for_all()
         if self.path.is_file():
             with self.path.open("rb+") as file:
-                self._encode(file, distributed.share(places), predictor, precision)
+                self._encode(file, distributed.share(places), predictor)
         distributed.wait_for_all()
         self._look_up()
         if len(self._slots) < len(self.pairs):
@@ -180,11 +181,7 @@ class FeatureCache:
             _flush(file)
 
     def _encode(
-        self,
-        file: BinaryIO,
-        places: list[tuple[int, int]],
-        predictor: SAM2ImagePredictor,
-        precision: torch.dtype,
+        self, file: BinaryIO, places: list[tuple[int, int]], predictor: SAM2ImagePredictor
     ) -> None:
         """Write the records of (index, slot), and every few seconds the keys of those written."""
         written: list[tuple[int, int]] = []
@@ -195,7 +192,7 @@ class FeatureCache:
                 desc=f"Encoding {self.path.stem}",
                 unit="step",
             ):
-                records = self._compute([index for index, _ in batch], predictor, precision)
+                records = self._compute([index for index, _ in batch], predictor)
                 for (_, slot), record in zip(batch, records, strict=True):
                     file.seek(slot * self.record.itemsize + KEY_BYTES)
                     file.write(record.tobytes()[KEY_BYTES:])
@@ -214,12 +211,10 @@ class FeatureCache:
             file.write(self.keys[index])
         _flush(file)
 
-    def _compute(
-        self, indices: list[int], predictor: SAM2ImagePredictor, precision: torch.dtype
-    ) -> np.ndarray:
+    def _compute(self, indices: list[int], predictor: SAM2ImagePredictor) -> np.ndarray:
         """Return the records of some pairs, without their keys."""
         images, masks = zip(*(read_pair(self.pairs[index]) for index in indices), strict=True)
-        with autocast(predictor.device, precision):
+        with autocast(predictor.device, self.precision):
             features = encode_images(predictor, list(images))
         records = np.zeros(len(indices), self.record)
         maps = (features.image_embed, *features.high_res_feats)

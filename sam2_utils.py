@@ -435,6 +435,13 @@ class Features(NamedTuple):
         return Features(moved[0], moved[1:])
 
 
+def feature_shapes(model: SAM2Base) -> list[tuple[int, int, int]]:
+    """Return HxWxC of an image's maps in Features: image_embed, then high_res_feats."""
+    size, channels = model.image_size, model.sam_prompt_embed_dim
+    levels = ((16, channels), (4, channels // 8), (8, channels // 4))
+    return [(size // stride, size // stride, depth) for stride, depth in levels]
+
+
 class PromptedDecoder(torch.nn.Module):
     """The parts of SAM 2 that learn: the prompt encoder and the mask decoder."""
 

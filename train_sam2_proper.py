@@ -38,6 +38,7 @@ from sam2_utils import (
     calculate_iou,
     encode_images,
     ensure_checkpoint,
+    feature_shapes,
     file_sha256,
     load_checkpoint,
     load_predictor,
@@ -132,13 +133,10 @@ def compile_decoder(
     print("compiling the decoder (a minute or so; --compile off does without)")
     batch_size = len(distributed.share(list(range(args.batch_size))))
     compiled = CompiledDecoder(decoder, batch_size)
-    size, channels = predictor.model.image_size, predictor.model.sam_prompt_embed_dim
-    shapes = ((16, channels), (4, channels // 8), (8, channels // 4))
     maps = [
-        torch.zeros(batch_size, size // stride, size // stride, depth, device=args.device)
-        for stride, depth in shapes
+        torch.zeros(batch_size, *shape, device=args.device).permute(0, 3, 1, 2)
+        for shape in feature_shapes(predictor.model)
     ]
-    maps = [feature_map.permute(0, 3, 1, 2) for feature_map in maps]
     points = torch.zeros(batch_size, 1, 2, device=args.device)
     labels = torch.ones(batch_size, 1, dtype=torch.int32, device=args.device)
     try:
@@ -490,7 +488,7 @@ def open_caches(
         check_room(caches, args.cache)
     try:
         for cache in caches:
-            cache.fill(predictor, args.precision)
+            cache.fill(predictor)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on with the images that are left")
         raise

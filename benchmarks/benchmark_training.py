@@ -138,7 +138,7 @@ def measure_project(args: Namespace, compiling: str, fill: bool) -> dict[str, An
         shutil.rmtree(folder, ignore_errors=True)
     start = clock(args.device)
     cache = FeatureCache(folder / "train.features", predictor, pairs, settings.precision)
-    cache.fill(predictor, settings.precision)
+    cache.fill(predictor)
     encode_seconds = clock(args.device) - start
 
     indices = pairs_with_objects(pairs, cache)

@@ -94,7 +94,7 @@ def make_newer(path: Path) -> None:
 def fill(path, predictor, pairs, precision=torch.float32) -> FeatureCache:
     """Do what a run does: open the cache and encode what is missing."""
     cache = FeatureCache(path, predictor, pairs, precision)
-    cache.fill(predictor, precision)
+    cache.fill(predictor)
     return cache
 
 
