@@ -380,14 +380,18 @@ def make_prompt(
     return Prompt(np.array(coords, np.float32).reshape(-1, 2), np.array(labels, np.int32))
 
 
-def deepest_point(mask: np.ndarray) -> tuple[int, int]:
-    """Return the (X,Y) pixel farthest from the outline of an HxW bool mask that is not empty.
+def distance_inside(mask: np.ndarray) -> np.ndarray:
+    """Return each pixel's distance to the outline of an HxW bool mask, HxW float32.
 
-    It is the maximum of the mask's Euclidean distance transform; the image's border counts as
-    an outline.
+    It is the Euclidean distance transform; the image's border counts as an outline.
     """
     padded = np.pad(mask.astype(np.uint8), 1)
-    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+
+
+def deepest_point(mask: np.ndarray) -> tuple[int, int]:
+    """Return the (X,Y) pixel farthest from the outline of an HxW bool mask that is not empty."""
+    distance = distance_inside(mask)
     y, x = np.unravel_index(distance.argmax(), distance.shape)
     return int(x), int(y)
 
@@ -402,6 +406,22 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return the (X1,Y1,X2,Y2) pixels that bound an HxW bool mask that is not empty."""
     x, y = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return int(x[0]), int(y[0]), int(x[-1]), int(y[-1])
+
+
+def corrective_click(predicted: np.ndarray, true_mask: np.ndarray) -> tuple[int, int, int] | None:
+    """Return the (X,Y) pixel to click next, and its label; None where the masks are equal.
+
+    Of all pixels that two HxW bool masks do not share, it is the one deepest inside a region that
+    is missing (label 1) or too much (label 0), as interactive segmentation is commonly measured
+    (Sofiiuk et al., Reviving Iterative Training with Mask Guidance, 2021).
+    """
+    if not (predicted ^ true_mask).any():
+        return None
+    too_much, missing = predicted & ~true_mask, true_mask & ~predicted
+    depths = distance_inside(too_much), distance_inside(missing)
+    label = int(depths[1].max() >= depths[0].max())
+    y, x = np.unravel_index(depths[label].argmax(), true_mask.shape)
+    return int(x), int(y), label
 
 
 def prompt_from_mask(mask: np.ndarray, kind: str, rng: np.random.Generator | None = None) -> Prompt:
@@ -451,14 +471,18 @@ class PromptedDecoder(torch.nn.Module):
         self.mask_decoder = model.sam_mask_decoder
 
     def forward(
-        self, features: Features, point_coords: torch.Tensor, point_labels: torch.Tensor
+        self,
+        features: Features,
+        point_coords: torch.Tensor,
+        point_labels: torch.Tensor,
+        mask_inputs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what predict_masks does, with BxNx2 points in pixels of the input and BxN labels."""
         # On a CPU, plain attention between few tokens and many is faster than the flash kernel.
         on_cpu = features.image_embed.device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
             sparse_embeddings, dense_embeddings = self.prompt_encoder(
-                points=(point_coords, point_labels), boxes=None, masks=None
+                points=(point_coords, point_labels), boxes=None, masks=mask_inputs
             )
             mask_logits, iou_scores, _, _ = self.mask_decoder(
                 image_embeddings=features.image_embed,
@@ -484,6 +508,7 @@ def predict_masks(
     prompts: list[Prompt],
     image_sizes: list[tuple[int, int]],
     decoder: torch.nn.Module | None = None,
+    mask_inputs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn features and prompts into masks and scores; gradients flow, unlike in predict().
 
@@ -492,6 +517,7 @@ def predict_masks(
       prompts: one an image, all with the same number N of points.
       image_sizes: (H,W) of the original images, in whose pixels the prompts are given.
       decoder: the predictor's PromptedDecoder, where it is wrapped to be faster or distributed.
+      mask_inputs: Bx1x(S/4)x(S/4) logits of the masks that the prompts are to correct, if any.
 
     Returns:
       mask_logits: Bx3x(S/4)x(S/4) float32, for upscale_masks.
@@ -508,7 +534,7 @@ def predict_masks(
     points = torch.stack(coords).to(model.device), torch.stack(labels).to(model.device)
 
     # Prompt encoder and mask decoder
-    return (decoder or PromptedDecoder(model))(features, *points)
+    return (decoder or PromptedDecoder(model))(features, *points, mask_inputs)
 
 
 def upscale_masks(
@@ -519,6 +545,29 @@ def upscale_masks(
 
 
 @torch.no_grad()
+def segment_with_logits(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    prompt: Prompt,
+    image_size: tuple[int, int],
+    mask_input: torch.Tensor | None = None,
+) -> tuple[np.ndarray, float, torch.Tensor]:
+    """Do what segment does, after `mask_input`, the logits that an earlier prompt led to.
+
+    Returns the HxW bool mask, its score, and its logits for the next call, 1x1x(S/4)x(S/4) and
+    clamped as SAM2ImagePredictor does.
+    """
+    mask_logits, iou_scores = predict_masks(
+        predictor, features, [prompt], [image_size], mask_inputs=mask_input
+    )
+    if not torch.isfinite(iou_scores).all():
+        raise UserError("the model's scores are not finite (NaN); lower --lr, or use float32")
+    best = int(iou_scores[0].argmax())
+    best_logits = mask_logits[:, best : best + 1]
+    mask = upscale_masks(predictor, best_logits, image_size)[0, 0] > 0
+    return mask.cpu().numpy(), float(iou_scores[0, best]), best_logits.clamp(-32, 32)
+
+
 def segment(
     predictor: SAM2ImagePredictor,
     features: Features,
@@ -529,12 +578,7 @@ def segment(
 
     Returns the HxW bool mask and its score. Raises UserError where the scores are not finite.
     """
-    mask_logits, iou_scores = predict_masks(predictor, features, [prompt], [image_size])
-    if not torch.isfinite(iou_scores).all():
-        raise UserError("the model's scores are not finite (NaN); lower --lr, or use float32")
-    best = int(iou_scores[0].argmax())
-    mask = upscale_masks(predictor, mask_logits[:, best : best + 1], image_size)[0, 0] > 0
-    return mask.cpu().numpy(), float(iou_scores[0, best])
+    return segment_with_logits(predictor, features, prompt, image_size)[:2]
 
 
 def calculate_iou(predicted, true):

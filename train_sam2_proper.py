@@ -120,10 +120,10 @@ class CompiledDecoder(torch.nn.Module):
         self.compiled = torch.compile(decoder.forward, dynamic=False)
 
     def forward(
-        self, features: Features, point_coords: torch.Tensor, point_labels: torch.Tensor
+        self, features: Features, point_coords: torch.Tensor, *more: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         is_full = len(point_coords) == self.batch_size
-        return (self.compiled if is_full else self.decoder)(features, point_coords, point_labels)
+        return (self.compiled if is_full else self.decoder)(features, point_coords, *more)
 
 
 def compile_decoder(

@@ -11,6 +11,7 @@ from sam2_utils import (
     build_predictor,
     calculate_dice,
     calculate_iou,
+    corrective_click,
     deepest_point,
     draw_overlay,
     encode_images,
@@ -22,6 +23,7 @@ from sam2_utils import (
     prompt_from_mask,
     random_point,
     segment,
+    segment_with_logits,
     select_device,
     select_precision,
     upscale_masks,
@@ -199,6 +201,22 @@ def test_random_points_lie_inside_cover_the_mask_and_follow_the_seed():
     assert points == [random_point(mask, rng) for _ in range(200)]
 
 
+def test_the_next_click_goes_deepest_into_what_is_missing_or_too_much():
+    true_mask = np.zeros((40, 60), bool)
+    true_mask[10:31, 10:31] = True
+    missing = true_mask.copy()
+    missing[15:26, 15:26] = False
+    assert corrective_click(missing, true_mask) == (20, 20, 1)
+    too_much = missing.copy()
+    too_much[12:29, 36:53] = True  # larger than what is missing
+    assert corrective_click(too_much, true_mask) == (44, 20, 0)
+    at_the_border = true_mask.copy()
+    at_the_border[0, 59] = True
+    assert corrective_click(at_the_border, true_mask) == (59, 0, 0)
+    assert corrective_click(np.zeros_like(true_mask), true_mask) == (20, 20, 1)
+    assert corrective_click(true_mask, true_mask) is None
+
+
 def test_a_prompt_lists_the_box_first_then_foreground_then_background():
     prompt = make_prompt([(1, 2)], [(3, 4)], (5, 6, 7, 8))
     assert prompt.point_coords.tolist() == [[5, 6], [7, 8], [1, 2], [3, 4]]
@@ -239,6 +257,23 @@ def test_masks_and_scores_equal_those_of_sam2_image_predictor(predictor, size, k
     assert np.abs(iou_scores[0].detach().numpy() - expected_scores).max() < 1e-5
 
     mask, score = segment(predictor, features, prompt, size)
+    assert np.array_equal(mask, expected_masks[expected_scores.argmax()] > 0)
+    assert score == pytest.approx(expected_scores.max(), abs=1e-5)
+
+
+def test_a_click_after_a_mask_equals_that_of_sam2_image_predictor(predictor):
+    image, size = draw_pair(1)[0], (96, 128)
+    predictor.set_image(image)
+    _, scores, logits = predictor.predict(np.array([(60, 40)]), np.array([1]))
+    points, labels = np.array([(60, 40), (10, 70)]), np.array([1, 0])
+    best = logits[scores.argmax()][None]
+    expected_masks, expected_scores, _ = predictor.predict(points, labels, mask_input=best)
+
+    features = encode_images(predictor, [image])
+    _, _, first = segment_with_logits(predictor, features, make_prompt([(60, 40)]), size)
+    assert np.abs(first[0].numpy() - best).max() < 1e-5
+    prompt = make_prompt([(60, 40)], [(10, 70)])
+    mask, score, _ = segment_with_logits(predictor, features, prompt, size, first)
     assert np.array_equal(mask, expected_masks[expected_scores.argmax()] > 0)
     assert score == pytest.approx(expected_scores.max(), abs=1e-5)
 
