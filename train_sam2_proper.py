@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import math
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -31,6 +32,7 @@ from image_files import DEMO_DATA, Pair, atomic_write, only_run_in, read_mask, s
 from sam2_utils import (
     MODELS,
     Features,
+    Prompt,
     PromptedDecoder,
     add_device_option,
     add_precision_option,
@@ -50,7 +52,7 @@ from sam2_utils import (
     select_precision,
     upscale_masks,
 )
-from training_set import EpochSampler, TrainingSet, make_loader
+from training_set import Batch, EpochSampler, TrainingSet, add_click, make_loader
 
 import numpy as np
 import torch
@@ -61,10 +63,31 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 STATE_FILE = "train_state.pt"
+# The settings that --recipe stands for; each is an option, too.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {
+        "batch_size": 4,
+        "lr": 3e-4,
+        "schedule": "cosine",
+        "mask_loss": "first",
+        "dice_weight": 1.0,
+        "score_weight": 0.05,
+        "prompts": "mixed",
+    },
+    "guide": {
+        "batch_size": 1,
+        "lr": 1e-5,
+        "schedule": "constant",
+        "mask_loss": "first",
+        "dice_weight": 0.0,
+        "score_weight": 0.05,
+        "prompts": "point",
+    },
+}
+WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
 # What a resumed run must have in common with the run that it goes on with.
 RESUME_SETTINGS = (
-    "model", "batch_size", "lr", "weight_decay", "score_weight", "precision", "seed", "limit",
-    "no_cache",
+    "model", *RECIPES["guide"], "weight_decay", "precision", "seed", "limit", "no_cache",
 )  # fmt: skip
 # Compiling the decoder takes about a minute, which so many images of a full-size model win back.
 COMPILE_FROM_IMAGES = 3000
@@ -152,29 +175,46 @@ def compile_decoder(
     return compiled
 
 
-def guide_loss(
-    mask_logits: torch.Tensor,
-    iou_scores: torch.Tensor,
-    true_mask: torch.Tensor,
-    score_weight: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the guide's loss of each image, and what to report of each.
+def learning_rate(step: int, steps: int, args: Namespace) -> float:
+    """Return the learning rate of step 0, 1, ... of all `steps`: constant, or along a cosine.
 
-    seg_loss: binary cross-entropy between sigmoid(logits) and the true mask, for the first of
-    the three masks, mean over pixels. score_loss: mean |predicted score - actual IoU of the
-    thresholded mask|, over all three, so that choosing by score stays honest.
+    The cosine follows a linear warm-up and ends near zero (Loshchilov and Hutter, SGDR, 2017).
+    """
+    if args.schedule == "constant":
+        return args.lr
+    warmup = WARMUP_SHARE * steps
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def image_losses(
+    mask_logits: torch.Tensor, iou_scores: torch.Tensor, true_mask: torch.Tensor, args: Namespace
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss of each image, and what to report of each.
+
+    seg_loss: binary cross-entropy between sigmoid(logits) and the true mask, mean over pixels,
+    and args.dice_weight times the dice loss; of the first, the best or all of the three masks
+    (args.mask_loss). score_loss: mean |predicted score - actual IoU of the thresholded mask|,
+    over all three, so that choosing by score stays honest. The guide's loss is that of the first
+    mask without dice.
 
     Arguments:
       mask_logits: ...x3xHxW, at the true mask's resolution.
       iou_scores: ...x3.
       true_mask: ...xHxW float in [0, 1]; where cells are larger than pixels, the part covered.
     """
-    first_logits = mask_logits[..., 0, :, :]
-    bce = F.binary_cross_entropy_with_logits(first_logits, true_mask, reduction="none")
-    seg_loss = bce.mean((-2, -1))
     actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5)
+    if args.mask_loss == "first":
+        mask_logits = mask_logits[..., :1, :, :]
+    targets = true_mask.unsqueeze(-3).expand_as(mask_logits)
+    mask_losses = F.binary_cross_entropy_with_logits(mask_logits, targets, reduction="none")
+    mask_losses = mask_losses.mean((-2, -1))
+    if args.dice_weight:
+        mask_losses = mask_losses + args.dice_weight * dice_loss(mask_logits.sigmoid(), targets)
+    seg_loss = mask_losses.min(-1).values if args.mask_loss == "best" else mask_losses.mean(-1)
     score_loss = (iou_scores - actual_iou).abs().mean(-1)
-    loss = seg_loss + score_weight * score_loss
+    loss = seg_loss + args.score_weight * score_loss
     chosen = iou_scores.argmax(-1, keepdim=True)
     report = {
         "loss": loss.detach(),
@@ -185,12 +225,22 @@ def guide_loss(
     return loss, report
 
 
+def dice_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """Return 1 - (2 sum(predicted true) + 1) / (sum(predicted) + sum(true) + 1), of ...xHxW.
+
+    Unlike cross-entropy it weighs an object by its outline's share of itself, not of the image:
+    of a small object, an empty mask is as wrong as of a large one (Milletari et al., V-Net, 2016).
+    """
+    overlap = (predicted * true).sum((-2, -1))
+    return 1 - (2 * overlap + 1) / (predicted.sum((-2, -1)) + true.sum((-2, -1)) + 1)
+
+
 def batch_loss(
     predictor: SAM2ImagePredictor,
     mask_logits: torch.Tensor,
     iou_scores: torch.Tensor,
     true_masks: list[torch.Tensor],
-    score_weight: float,
+    args: Namespace,
 ) -> tuple[torch.Tensor, list[dict[str, float]]]:
     """Return the mean of B images' losses, each at its true mask's resolution, and B reports."""
     if len({mask.shape for mask in true_masks}) == 1:  # all at once
@@ -205,11 +255,40 @@ def batch_loss(
         masks = masks.to(logits.device, non_blocking=True)
         if logits.shape[-2:] != masks.shape[-2:]:
             logits = upscale_masks(predictor, logits, masks.shape[-2:])
-        loss, report = guide_loss(logits, scores, masks, score_weight)
+        loss, report = image_losses(logits, scores, masks, args)
         losses.append(loss)
         columns = [values.tolist() for values in report.values()]
         reports += [dict(zip(report, row, strict=True)) for row in zip(*columns, strict=True)]
     return torch.cat(losses).mean(), reports
+
+
+@torch.no_grad()
+def add_clicks(
+    predictor: SAM2ImagePredictor, features: Features, batch: Batch
+) -> tuple[list[Prompt], torch.Tensor | None]:
+    """Return the batch's prompts with the clicks of its plan, and what else goes in with them.
+
+    Each click corrects the mask that the model itself would choose. With batch.plan.gives_mask
+    the logits of the last one are returned too, Bx1x(S/4)x(S/4).
+    """
+    prompts, mask_inputs = batch.prompts, None
+    size = predictor.model.image_size
+    for _ in range(batch.plan.clicks):
+        mask_logits, iou_scores = predict_masks(
+            predictor, features, prompts, [(size, size)] * len(prompts), mask_inputs=mask_inputs
+        )
+        chosen = mask_logits[torch.arange(len(prompts)), iou_scores.argmax(-1)][:, None]
+        prompts = [
+            add_click(
+                prompt,
+                (upscale_masks(predictor, logits[None], true_mask.shape)[0, 0] > 0).cpu().numpy(),
+                true_mask.numpy() > 0.5,
+                size,
+            )
+            for prompt, logits, true_mask in zip(prompts, chosen, batch.true_masks, strict=True)
+        ]
+        mask_inputs = chosen.clamp(-32, 32) if batch.plan.gives_mask else None
+    return prompts, mask_inputs
 
 
 def train_one_epoch(
@@ -228,24 +307,30 @@ def train_one_epoch(
     input_size = (predictor.model.image_size,) * 2
     reports: list[dict[str, float]] = []
     progress = tqdm(loader, desc=f"Epoch {epoch}/{args.epochs}", unit="step", leave=False)
-    for batch in progress:
+    for step, batch in enumerate(progress, start=(epoch - 1) * len(loader)):
+        for group in learner.optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.epochs * len(loader), args)
+
         with autocast(args.device, args.precision):
             # Features of the frozen image encoder: from the cache, or computed now
             features = batch.features or encode_images(predictor, batch.images)
+            features = features.to(args.device, torch.float32)
+
+            # What the model is shown: a prompt, perhaps with clicks that correct its answers
+            prompts, mask_inputs = add_clicks(predictor, features, batch)
 
             # Prompt encoder and mask decoder, with gradients
             mask_logits, iou_scores = predict_masks(
                 predictor,
-                features.to(args.device, torch.float32),
-                batch.prompts,
-                [input_size] * len(batch.prompts),
+                features,
+                prompts,
+                [input_size] * len(prompts),
                 learner.decoder,
+                mask_inputs,
             )
 
         # The loss, mean over the batch
-        loss, batch_reports = batch_loss(
-            predictor, mask_logits, iou_scores, batch.true_masks, args.score_weight
-        )
+        loss, batch_reports = batch_loss(predictor, mask_logits, iou_scores, batch.true_masks, args)
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss became {loss.item()} in epoch {epoch}; the files of the epochs before "
@@ -437,7 +522,12 @@ def train(
             report = train_one_epoch(predictor, loader, learner, epoch, args)
             if is_first:
                 val_iou = evaluate(predictor, val_pairs, val_cache, args)
-                row = {"epoch": epoch, **report, "val_iou": val_iou, "lr": args.lr}
+                row = {
+                    "epoch": epoch,
+                    **report,
+                    "val_iou": val_iou,
+                    "lr": learner.optimizer.param_groups[0]["lr"],
+                }
                 log.append({**row, "seconds": time.perf_counter() - start})
                 save_epoch(predictor, learner, log, original_iou, settings, args)
     except KeyboardInterrupt:
@@ -505,7 +595,7 @@ def load_training_set(
     if len(indices) < len(pairs):
         skipped = len(pairs) - len(indices)
         print(f"skipped {skipped} of {len(pairs)} training images: their masks are empty")
-    training_set = TrainingSet(pairs, cache, predictor.model.image_size, args.seed)
+    training_set = TrainingSet(pairs, cache, predictor.model.image_size, args.seed, args.prompts)
     sampler = EpochSampler(indices, args.batch_size, args.seed)
     return make_loader(training_set, sampler, args.device)
 
@@ -547,18 +637,34 @@ def parse_args(argv: list[str] | None) -> Namespace:
     model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
 
     recipe = parser.add_argument_group("the recipe")
-    at_least_1 = number(int, at_least=1)
-    recipe.add_argument("--epochs", type=at_least_1, default=20, help="passes over the data")
-    recipe.add_argument("--batch-size", type=at_least_1, default=1, help="images a step")
-    recipe.add_argument("--lr", type=number(float, above=0), default=1e-5, help="learning rate")
+    at_least_0, at_least_1 = number(float, at_least=0), number(int, at_least=1)
     recipe.add_argument(
-        "--weight-decay", type=number(float, at_least=0), default=4e-5, help="of AdamW"
+        "--recipe", choices=RECIPES, default="default", help="what sets the defaults of the others"
+    )
+    recipe.add_argument("--epochs", type=at_least_1, default=20, help="passes over the data")
+    recipe.add_argument("--batch-size", type=at_least_1, help="images a step")
+    recipe.add_argument("--lr", type=number(float, above=0), help="learning rate, at its highest")
+    recipe.add_argument(
+        "--schedule",
+        choices=("cosine", "constant"),
+        help="whether it warms up and falls to zero over the epochs, or stays",
+    )
+    recipe.add_argument("--weight-decay", type=at_least_0, default=4e-5, help="of AdamW")
+    recipe.add_argument(
+        "--mask-loss",
+        choices=("first", "best", "all"),
+        help="which of the three masks are corrected",
     )
     recipe.add_argument(
-        "--score-weight",
-        type=number(float, at_least=0),
-        default=0.05,
-        help="weight of the score loss beside the mask loss",
+        "--dice-weight", type=at_least_0, help="weight of the dice loss beside cross-entropy"
+    )
+    recipe.add_argument(
+        "--score-weight", type=at_least_0, help="weight of the score loss beside the mask loss"
+    )
+    recipe.add_argument(
+        "--prompts",
+        choices=("mixed", "point"),
+        help="one random point; or mixed with boxes and corrective clicks",
     )
     recipe.add_argument("--seed", type=seed, default=42, help="of the order and the prompts")
 
@@ -574,6 +680,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default="auto",
         help="compile the decoder; auto: where the run is long enough to win the time back",
     )
+    for action in recipe._group_actions:
+        if action.dest in RECIPES["guide"]:
+            action.help += f" (guide: {RECIPES['guide'][action.dest]})"
+    parser.set_defaults(**RECIPES["default"])
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
     args = parser.parse_args_with_demo(
         argv,
         data=DEMO_DATA,

@@ -1,4 +1,8 @@
-"""The training images in random order, each with a random prompt, as batches for the decoder."""
+"""The training images in random order, each with a random prompt, as batches for the decoder.
+
+A step is prompted as SAM 2 is used: with a point, or with a box as roughly as people draw them,
+and often with some corrective clicks after it, which depend on what the model has answered.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,15 @@ from typing import NamedTuple
 import distributed
 from feature_cache import FeatureCache, mask_on_grid
 from image_files import Pair, read_pair
-from sam2_utils import Features, Prompt, prompt_from_mask
+from sam2_utils import (
+    Features,
+    Prompt,
+    corrective_click,
+    make_prompt,
+    mask_box,
+    random_inner_point,
+    random_point,
+)
 
 import cv2
 import numpy as np
@@ -17,6 +29,64 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 LOSS_GRID = 256  # what the loss is measured on, in cells a side: full-size models' own resolution
+BOX_SHARE = 0.25  # of the steps; the others start with a point
+CLICK_SHARE = 0.5  # of the steps have 1 to MAX_CLICKS corrective clicks
+MAX_CLICKS = 3
+MASK_SHARE = 0.5  # of the steps with clicks get the mask to be corrected as a prompt, too
+BOX_JITTER = 0.1  # standard deviation of a box's edges, in its sides; at most twice of it
+
+
+class PromptPlan(NamedTuple):
+    """What a step starts with (a random point, an inner point or a box), and how it goes on."""
+
+    kind: str = "random"
+    clicks: int = 0  # corrective clicks before the masks that the loss is of
+    gives_mask: bool = False  # whether the mask to be corrected is a prompt, too
+
+
+def plan_prompts(mix: str, rng: np.random.Generator) -> PromptPlan:
+    """Draw what a step is prompted with; mix: point, or mixed."""
+    if mix == "point":
+        return PromptPlan()
+    kind = "box" if rng.random() < BOX_SHARE else "inner"
+    clicks = int(rng.integers(1, MAX_CLICKS + 1)) if rng.random() < CLICK_SHARE else 0
+    return PromptPlan(kind, clicks, gives_mask=bool(rng.random() < MASK_SHARE))
+
+
+def draw_prompt(grid: np.ndarray, kind: str, rng: np.random.Generator) -> Prompt:
+    """Draw a prompt of a plan's kind from an SxS bool mask; the box is drawn roughly."""
+    if kind != "box":
+        draw_point = random_point if kind == "random" else random_inner_point
+        return make_prompt([draw_point(grid, rng)])
+    x1, y1, x2, y2 = mask_box(grid)
+    sides = np.array([x2 - x1, y2 - y1] * 2)
+    jitter = rng.normal(0, BOX_JITTER, 4).clip(-2 * BOX_JITTER, 2 * BOX_JITTER) * sides
+    return make_prompt(box=(np.array([x1, y1, x2, y2]) + jitter).clip(0, len(grid) - 1))
+
+
+def add_click(prompt: Prompt, predicted: np.ndarray, true_mask: np.ndarray, size: int) -> Prompt:
+    """Add the click that corrects HxW masks to a prompt in pixels of an SxS input.
+
+    Where there is nothing to correct, the click confirms the mask at its deepest point.
+    """
+    nowhere = np.zeros_like(true_mask)
+    click = corrective_click(predicted, true_mask) or corrective_click(nowhere, true_mask)
+    *point, label = click or (0, 0, -1)  # -1: no point, to SAM 2
+    height, width = true_mask.shape
+    point = (np.array(point) + 0.5) * size / np.array([width, height]) - 0.5
+    return Prompt(
+        np.concatenate([prompt.point_coords, point[None].astype(np.float32)]),
+        np.append(prompt.point_labels, np.int32(label)),
+    )
+
+
+class Step(NamedTuple):
+    """What EpochSampler has a process do."""
+
+    epoch: int
+    indices: list[int]  # of this process's images
+    fraction: float  # of the whole step's images; 0 for a stand-in where there is none to do
+    number: int = 0  # of the step in its epoch, alike in all processes
 
 
 class Batch(NamedTuple):
@@ -24,25 +94,34 @@ class Batch(NamedTuple):
 
     features: Features | None  # of the cache, float16; None where the images are to be encoded
     images: list[np.ndarray]  # HxWx3 uint8 RGB, where there are no features
-    prompts: list[Prompt]  # in pixels of the model's SxS input
+    prompts: list[Prompt]  # what the step starts with, in pixels of the model's SxS input
+    plan: PromptPlan
     true_masks: list[torch.Tensor]  # float32 in [0, 1]: LOSS_GRID a side, or HxW with images
-    fraction: float  # of the whole step's images; 0 for a stand-in where there is none to do
+    fraction: float  # of the step, as in Step
 
 
 class TrainingSet(Dataset):
-    """Batches by (epoch, indices, fraction), as EpochSampler names them.
+    """Batches by Step.
 
-    The prompt is a random pixel of the mask, on the grid of the model's input. It follows from the
-    seed, the epoch and the image alone: neither workers nor processes nor the cache change it.
+    Prompts are drawn on the grid of the model's input. They follow from the seed, the epoch and the
+    images alone: neither workers nor the cache change them.
     """
 
     def __init__(
-        self, pairs: list[Pair], cache: FeatureCache | None, image_size: int, seed: int
+        self,
+        pairs: list[Pair],
+        cache: FeatureCache | None,
+        image_size: int,
+        seed: int,
+        prompt_mix: str = "point",
     ) -> None:
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
+        self.prompt_mix = prompt_mix
 
-    def __getitem__(self, step: tuple[int, list[int], float]) -> Batch:
-        epoch, indices, fraction = step
+    def __getitem__(self, step: Step) -> Batch:
+        epoch, indices, fraction, number = step
+        rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
+        plan = plan_prompts(self.prompt_mix, rng)
         if self.cache is not None:
             features, grids = self.cache.read(indices)
             images, true_masks = [], [_shrink(grid, LOSS_GRID) for grid in grids]
@@ -52,10 +131,11 @@ class TrainingSet(Dataset):
             grids = [mask_on_grid(mask, self.image_size) for _, mask in examples]
             true_masks = [mask.astype(np.float32) for _, mask in examples]
         prompts = [
-            prompt_from_mask(grid, "random", np.random.default_rng([self.seed, epoch, index]))
+            draw_prompt(grid, plan.kind, np.random.default_rng([self.seed, epoch, index]))
             for index, grid in zip(indices, grids, strict=True)
         ]
-        return Batch(features, images, prompts, list(map(torch.from_numpy, true_masks)), fraction)
+        true_masks = list(map(torch.from_numpy, true_masks))
+        return Batch(features, images, prompts, plan, true_masks, fraction)
 
 
 def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
@@ -73,12 +153,12 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[int, list[int], float]]:
+    def __iter__(self) -> Iterator[Step]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.indices).tolist()
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        for number in range(len(self)):
+            batch = order[number * self.batch_size :][: self.batch_size]
             mine = distributed.share(batch)
-            yield self.epoch, mine or batch[:1], len(mine) / len(batch)
+            yield Step(self.epoch, mine or batch[:1], len(mine) / len(batch), number)
 
 
 def make_loader(

@@ -24,7 +24,7 @@ from sam2_utils import (
     upscale_masks,
 )
 from test_my_image import check_inside, parse_box, parse_point
-from train_sam2_proper import guide_loss
+from train_sam2_proper import RECIPES, image_losses
 
 import cv2
 import numpy as np
@@ -101,7 +101,8 @@ def test_the_loss_is_the_guides_formula_at_every_shape(
     logits = rng.normal(0, spread, (batch, 3, height, width)).clip(-15, 15)
     scores, true = rng.random((batch, 3)), rng.random((batch, height, width))
     tensors = map(torch.from_numpy, (logits, scores, true))
-    losses, report = guide_loss(*tensors, score_weight)
+    args = argparse.Namespace(**{**RECIPES["guide"], "score_weight": score_weight})
+    losses, report = image_losses(*tensors, args)
     for i in range(batch):
         expected = literal_loss(logits[i], scores[i], true[i], score_weight)
         assert losses[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)

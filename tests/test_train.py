@@ -8,7 +8,15 @@ from pathlib import Path
 import train_sam2_proper
 from image_files import split_pairs, write_image
 from sam2_utils import MODELS, load_predictor
-from train_sam2_proper import guide_loss, main, make_learner, train_one_epoch
+from train_sam2_proper import (
+    RECIPES,
+    image_losses,
+    learning_rate,
+    main,
+    make_learner,
+    parse_args,
+    train_one_epoch,
+)
 from training_set import EpochSampler, TrainingSet, make_loader
 
 import numpy as np
@@ -42,12 +50,12 @@ def data(tmp_path) -> Path:
 
 
 def settings(**changes) -> Namespace:
-    """Return the settings of a short run on the CPU."""
+    """Return the settings of a short run of the guide's recipe on the CPU."""
     defaults = {
-        "device": CPU, "precision": torch.float32, "seed": 0, "batch_size": 1, "epochs": 1,
-        "score_weight": 0.05, "output": Path("output"), "compile": "off",
+        "device": CPU, "precision": torch.float32, "seed": 0, "epochs": 1, "weight_decay": 4e-5,
+        "output": Path("output"), "compile": "off",
     }  # fmt: skip
-    return Namespace(**{**defaults, **changes})
+    return Namespace(**{**RECIPES["guide"], **defaults, **changes})
 
 
 def run_training(run_script, random_mini, *options):
@@ -70,7 +78,7 @@ def test_the_loss_is_the_guides_literal_formula():
     logits = torch.randn(3, 40, 30, generator=generator, requires_grad=True)
     scores = torch.rand(3, generator=generator, requires_grad=True)
     true = torch.rand(40, 30, generator=generator) > 0.5
-    loss, report = guide_loss(logits, scores, true.float(), 0.05)
+    loss, report = image_losses(logits, scores, true.float(), parse_args(["--recipe", "guide"]))
 
     probability, truth = torch.sigmoid(logits[0]), true.float()
     seg_loss = -(truth * probability.log() + (1 - truth) * (1 - probability).log()).mean()
@@ -89,6 +97,58 @@ def test_the_loss_is_the_guides_literal_formula():
     literal_gradients = torch.autograd.grad(expected, [logits, scores])
     for ours, literal in zip(gradients, literal_gradients, strict=True):
         assert torch.allclose(ours, literal, atol=1e-7)
+
+
+def test_the_guides_recipe_is_the_guides():
+    args = parse_args(["--recipe", "guide"])
+    assert (args.batch_size, args.lr, args.weight_decay, args.epochs) == (1, 1e-5, 4e-5, 20)
+    assert (args.prompts, args.mask_loss, args.dice_weight) == ("point", "first", 0)
+    assert [learning_rate(step, 100, args) for step in (0, 50, 99)] == [1e-5] * 3
+    assert parse_args(["--recipe", "guide", "--dice-weight", "1"]).dice_weight == 1
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
+    args = settings(schedule="cosine", lr=1.0)
+    rates = [learning_rate(step, 1000, args) for step in range(1000)]
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(1, abs=0.02) and 40 <= peak <= 60
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:])[::-1]
+    assert rates[525] == pytest.approx(0.5, abs=0.01)
+    assert 0 <= rates[-1] < 1e-5
+    assert all(0 < learning_rate(step, 1, args) <= 1 for step in range(1))
+
+
+def test_the_dice_loss_weighs_small_objects_as_large_ones():
+    """Leaving out an object of 2% or of 50% of the image costs about as much."""
+    args = settings(dice_weight=1.0, score_weight=0.0)
+    nothing, scores = torch.full((3, 100, 100), -20.0), torch.zeros(3)
+    small, large = torch.zeros(2, 100, 100)
+    small[:2], large[:50] = 1, 1
+    losses = [image_losses(nothing, scores, true, args)[0].item() for true in (small, large)]
+    without = [
+        image_losses(nothing, scores, true, settings(score_weight=0.0))[0].item()
+        for true in (small, large)
+    ]
+    dice = np.subtract(losses, without)
+    assert dice == pytest.approx([1, 1], abs=0.01)
+    perfect = torch.where(large > 0, 20.0, -20.0).expand(3, -1, -1)
+    assert image_losses(perfect, scores, large, args)[0].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_mask_loss_is_of_the_first_the_best_or_all_masks():
+    true = torch.zeros(20, 20)
+    true[5:15, 5:15] = 1
+    right = torch.where(true > 0, 4.0, -4.0)
+    logits, scores = torch.stack([-right, right, 0 * right]), torch.zeros(3)
+    loss_of = {
+        name: image_losses(logits, scores, true, settings(mask_loss=name, score_weight=0.0))[0]
+        for name in ("first", "best", "all")
+    }
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    each = torch.stack([bce(of_mask, true) for of_mask in logits])
+    assert torch.allclose(loss_of["first"], each[0])
+    assert torch.allclose(loss_of["best"], each[1])
+    assert torch.allclose(loss_of["all"], each.mean())
 
 
 def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(data, random_mini):
@@ -255,9 +315,10 @@ def test_resuming_another_kind_of_run_is_refused_with_the_difference(run_script,
     run_training(run_script, random_mini, "--epochs", 1)
     other = shutil.copy(Path("output/sam2_best.pt"), "other.pt")
     for options, message in (
-        (("--lr", 1e-4), "--lr 1e-05, not 0.0001"),
+        (("--lr", 1e-4), "--lr 0.0003, not 0.0001"),
         (("--seed", 1), "--seed 42, not 1"),
-        (("--batch-size", 2), "--batch-size 1, not 2"),
+        (("--batch-size", 2), "--batch-size 4, not 2"),
+        (("--recipe", "guide"), "--batch-size 4, not 1"),
         (("--checkpoint", other), "--checkpoint"),
     ):
         outcome = run_training(run_script, random_mini, "--resume", *options)

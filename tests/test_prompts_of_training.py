@@ -1,0 +1,147 @@
+"""What training shows the model: points, rough boxes, and clicks that correct its own masks."""
+
+from argparse import Namespace
+
+import train_sam2_proper
+from feature_cache import mask_on_grid
+from image_files import Pair, read_mask
+from sam2_utils import (
+    Features,
+    distance_inside,
+    encode_images,
+    load_predictor,
+    make_prompt,
+    mask_box,
+    random_inner_point,
+    random_point,
+)
+from training_set import (
+    MAX_CLICKS,
+    PromptPlan,
+    Step,
+    TrainingSet,
+    add_click,
+    draw_prompt,
+    plan_prompts,
+)
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, draw_pair, write_pair
+
+
+@pytest.fixture
+def pairs(tmp_path) -> list[Pair]:
+    for index in range(2):
+        write_pair(index, tmp_path, tmp_path)
+    return [
+        Pair(str(index), tmp_path / f"pair_00{index}.jpg", tmp_path / f"pair_00{index}.png")
+        for index in range(2)
+    ]
+
+
+def test_inner_points_lie_in_the_mask_mostly_far_from_its_outline():
+    mask = draw_pair(3)[1]
+    depth = distance_inside(mask)
+    mean_depths = []
+    for draw in (random_point, random_inner_point):
+        rng = np.random.default_rng(0)
+        points = [draw(mask, rng) for _ in range(300)]
+        assert all(mask[y, x] for x, y in points) and len(set(points)) > 100
+        mean_depths.append(np.mean([depth[y, x] for x, y in points]))
+    # By the definition of either: the mean of the depth, and of its square over that
+    inside = depth[mask]
+    assert mean_depths[0] == pytest.approx(inside.mean(), rel=0.1)
+    assert mean_depths[1] == pytest.approx((inside**2).mean() / inside.mean(), rel=0.1)
+    single = np.zeros((5, 7), bool)
+    single[4, 6] = True
+    assert random_inner_point(single, np.random.default_rng(0)) == (6, 4)
+
+
+def test_the_guides_plan_is_one_random_point_and_mixed_plans_have_everything():
+    assert plan_prompts("point", np.random.default_rng(0)) == PromptPlan("random", 0, False)
+    plans = [plan_prompts("mixed", np.random.default_rng(seed)) for seed in range(400)]
+    assert {plan.kind for plan in plans} == {"inner", "box"}
+    assert {plan.clicks for plan in plans} == set(range(MAX_CLICKS + 1))
+    for kind in ("inner", "box"):
+        of_kind = [plan for plan in plans if plan.kind == kind and plan.clicks]
+        assert {plan.gives_mask for plan in of_kind} == {True, False}
+
+
+def test_a_box_is_drawn_roughly_but_around_the_object_and_inside_the_image():
+    mask = mask_on_grid(draw_pair(0)[1], 256)
+    rng = np.random.default_rng(0)
+    x1, y1, x2, y2 = exact = mask_box(mask)
+    boxes = np.array([draw_prompt(mask, "box", rng).point_coords.ravel() for _ in range(200)])
+    margin = 0.21 * max(x2 - x1, y2 - y1)
+    assert (np.abs(boxes - exact) <= margin).all()
+    assert len(np.unique(boxes, axis=0)) == 200
+    assert np.abs(boxes.mean(axis=0) - exact).max() < margin / 5
+    whole = np.ones((256, 256), bool)
+    corners = np.array([draw_prompt(whole, "box", rng).point_coords for _ in range(50)])
+    assert corners.min() >= 0 and corners.max() <= 255
+    assert draw_prompt(whole, "box", rng).point_labels.tolist() == [2, 3]
+
+
+def test_a_click_is_added_in_pixels_of_the_input():
+    true_mask = np.zeros((64, 128), bool)
+    true_mask[20:41, 60:81] = True
+    nothing = np.zeros_like(true_mask)
+    start = make_prompt([(10, 10)])
+    prompt = add_click(start, nothing, true_mask, 256)
+    # The middle of cell (70, 30) of 128x64, in pixels of 256x256
+    assert prompt.point_coords.tolist() == [[10, 10], [140.5, 121.5]]
+    assert prompt.point_labels.tolist() == [1, 1]
+    too_much = true_mask.copy()
+    too_much[0:15, 0:15] = True
+    assert add_click(prompt, too_much, true_mask, 256).point_labels.tolist() == [1, 1, 0]
+    confirmed = add_click(prompt, true_mask, true_mask, 256)
+    assert confirmed.point_coords[2].tolist() == [140.5, 121.5] and confirmed.point_labels[2] == 1
+    assert add_click(prompt, nothing, nothing, 256).point_labels[2] == -1  # nothing to click
+    assert start.point_labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("gives_mask", [True, False])
+def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini, gives_mask):
+    predictor, _ = load_predictor("mini", random_mini, CPU)
+    batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0, 1], 1.0)]
+    batch = batch._replace(plan=PromptPlan("random", 2, gives_mask))
+    features = encode_images(predictor, batch.images)
+    prompts, mask_inputs = train_sam2_proper.add_clicks(predictor, features, batch)
+    assert [len(prompt.point_labels) for prompt in prompts] == [3, 3]
+    assert (mask_inputs is not None) == gives_mask
+    if gives_mask:
+        assert mask_inputs.shape == (2, 1, 64, 64) and not mask_inputs.requires_grad
+    for i, prompt in enumerate(prompts):
+        assert np.array_equal(prompt.point_coords[0], batch.prompts[i].point_coords[0])
+        alone = batch._replace(
+            prompts=[batch.prompts[i]], true_masks=[batch.true_masks[i]], images=[batch.images[i]]
+        )
+        one = Features(features.image_embed[i : i + 1], [f[i : i + 1] for f in features[1]])
+        (expected,), _ = train_sam2_proper.add_clicks(predictor, one, alone)
+        assert np.allclose(prompt.point_coords, expected.point_coords)
+        # What is clicked as foreground is foreground
+        height, width = batch.true_masks[i].shape
+        for (x, y), label in zip(prompt.point_coords, prompt.point_labels, strict=True):
+            column, row = int((x + 0.5) * width / 256), int((y + 0.5) * height / 256)
+            assert read_mask(pairs[i].mask)[row, column] == label
+
+
+def test_without_clicks_the_prompts_stay_as_they_are(pairs):
+    batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0], 1.0)]
+    unused = Namespace(model=Namespace(image_size=256))
+    assert train_sam2_proper.add_clicks(unused, None, batch) == (batch.prompts, None)
+
+
+def test_the_same_step_has_the_same_plan_whoever_does_it(pairs):
+    mixed = TrainingSet(pairs, None, 256, seed=0, prompt_mix="mixed")
+    plans = []
+    for number in range(20):
+        shares = [mixed[Step(1, indices, 0.5, number)].plan for indices in ([0], [1], [0, 1])]
+        assert len(set(shares)) == 1
+        plans.append(shares[0])
+    assert len(set(plans)) > 3
+    assert plans != [mixed[Step(2, [0], 1.0, number)].plan for number in range(20)]
+    torch.manual_seed(1)
+    assert plans == [mixed[Step(1, [0], 1.0, number)].plan for number in range(20)]
