@@ -663,8 +663,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     recipe.add_argument(
         "--prompts",
-        choices=("mixed", "point"),
-        help="one random point; or mixed with boxes and corrective clicks",
+        choices=("mixed", "inner", "point"),
+        help="a random point in the mask (point); one that is likelier the deeper it lies (inner); "
+        "or such a point, rough boxes and corrective clicks (mixed)",
     )
     recipe.add_argument("--seed", type=seed, default=42, help="of the order and the prompts")
 

@@ -45,9 +45,9 @@ class PromptPlan(NamedTuple):
 
 
 def plan_prompts(mix: str, rng: np.random.Generator) -> PromptPlan:
-    """Draw what a step is prompted with; mix: point, or mixed."""
-    if mix == "point":
-        return PromptPlan()
+    """Draw what a step is prompted with; mix: point, inner or mixed."""
+    if mix != "mixed":
+        return PromptPlan("random" if mix == "point" else mix)
     kind = "box" if rng.random() < BOX_SHARE else "inner"
     clicks = int(rng.integers(1, MAX_CLICKS + 1)) if rng.random() < CLICK_SHARE else 0
     return PromptPlan(kind, clicks, gives_mask=bool(rng.random() < MASK_SHARE))

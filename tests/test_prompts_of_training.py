@@ -61,6 +61,7 @@ def test_inner_points_lie_in_the_mask_mostly_far_from_its_outline():
 
 def test_the_guides_plan_is_one_random_point_and_mixed_plans_have_everything():
     assert plan_prompts("point", np.random.default_rng(0)) == PromptPlan("random", 0, False)
+    assert plan_prompts("inner", np.random.default_rng(0)) == PromptPlan("inner", 0, False)
     plans = [plan_prompts("mixed", np.random.default_rng(seed)) for seed in range(400)]
     assert {plan.kind for plan in plans} == {"inner", "box"}
     assert {plan.clicks for plan in plans} == set(range(MAX_CLICKS + 1))
