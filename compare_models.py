@@ -4,27 +4,45 @@
     python compare_models.py --prompt box       # prompted with the object's box, not a point
     python compare_models.py --limit 20         # a quick look
     python compare_models.py --figures 20       # more pictures
+    python compare_models.py --clicks 10        # and when their masks are corrected, click by click
     python compare_models.py --demo             # what train_sam2_proper.py --demo made
 
 Both models get the same prompts, and of three masks each the one with the highest predicted
-score counts. Written to output/comparison/: results.csv and the pictures.
+score counts. Written to output/comparison/: results.csv and the pictures; with --clicks, also
+clicks.csv and clicks.png.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import re
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clicks import (
+    CLICK_FILES,
+    MAX_CLICKS,
+    draw_clicks,
+    format_clicks,
+    simulate_clicks,
+    write_clicks,
+)
 from command_line import ArgumentParser, UserError, number, run, seed
 from feature_cache import FeatureCache, hash_encoder, load_features
-from image_files import DEMO_DATA, Pair, atomic_write, read_mask, read_pair, split_pairs
+from image_files import (
+    DEMO_DATA,
+    Pair,
+    atomic_write,
+    read_mask,
+    read_pair,
+    split_pairs,
+    write_csv,
+)
 from sam2_utils import (
     MODELS,
+    Features,
     Prompt,
     add_device_option,
     add_precision_option,
@@ -48,6 +66,14 @@ from tqdm import tqdm
 
 BOX_WIDTH = 40
 FIGURE_NAME = re.compile(r"comparison_\d+_[+-]\d+p_")
+RESAMPLES = 10_000  # of the bootstrap
+FEW_IMAGES = 20  # below it, bootstrap intervals are clearly too narrow
+# Of an object, by the fraction of the image that its true mask covers
+SIZES = (
+    ("small", "below 5%", 0.0, 0.05),
+    ("medium", "5 to 15%", 0.05, 0.15),
+    ("large", "15% and more", 0.15, np.inf),
+)
 ASCII_BOX = str.maketrans("┌┐└┘├┤─│", "++++++-|")
 
 
@@ -61,6 +87,7 @@ class Result(NamedTuple):
     finetuned_iou: float
     original_dice: float
     finetuned_dice: float
+    area_fraction: float  # of the image that the true mask covers, 0 to 1
 
     @property
     def gain(self) -> float:
@@ -80,14 +107,21 @@ def segment_with_both(
     models: Models, index: int, pair: Pair, prompt: Prompt, size: tuple[int, int], args: Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the HxW bool masks of the original and of the fine-tuned model for one prompt."""
-    features = load_features(models.original, models.cache, index, pair, args.precision)
+    original_features, finetuned_features = load_both_features(models, index, pair, args)
     with autocast(args.device, args.precision):
-        original_mask, _ = segment(models.original, features, prompt, size)
-    if not models.share_encoder:
-        features = load_features(models.finetuned, None, index, pair, args.precision)
-    with autocast(args.device, args.precision):
-        finetuned_mask, _ = segment(models.finetuned, features, prompt, size)
+        original_mask, _ = segment(models.original, original_features, prompt, size)
+        finetuned_mask, _ = segment(models.finetuned, finetuned_features, prompt, size)
     return original_mask, finetuned_mask
+
+
+def load_both_features(
+    models: Models, index: int, pair: Pair, args: Namespace
+) -> tuple[Features, Features]:
+    """Return an image's features for the original and for the fine-tuned model."""
+    features = load_features(models.original, models.cache, index, pair, args.precision)
+    if models.share_encoder:
+        return features, features
+    return features, load_features(models.finetuned, None, index, pair, args.precision)
 
 
 def compare(models: Models, pairs: list[Pair], args: Namespace) -> list[Result]:
@@ -101,7 +135,7 @@ def compare(models: Models, pairs: list[Pair], args: Namespace) -> list[Result]:
         masks = segment_with_both(models, index, pair, prompt, true_mask.shape, args)
         ious = [float(calculate_iou(mask, true_mask)) for mask in masks]
         dices = [float(calculate_dice(mask, true_mask)) for mask in masks]
-        results.append(Result(index, pair, prompt, *ious, *dices))
+        results.append(Result(index, pair, prompt, *ious, *dices, float(true_mask.mean())))
     if not results:
         raise UserError("every mask is empty; check that objects are white (255)")
     return results
@@ -124,7 +158,7 @@ def format_table(results: list[Result], split: str) -> str:
     return "\n".join([f"┌{rule}┐", *lines, f"└{rule}┘"])
 
 
-def format_details(results: list[Result]) -> str:
+def format_details(results: list[Result], seed: int) -> str:
     """Return what is printed below the box."""
     means = np.mean([result[3:] for result in results], axis=0)
     gains = np.array([result.gain for result in results])
@@ -133,21 +167,62 @@ def format_details(results: list[Result]) -> str:
         f"mean IoU   {means[0]:.4f} -> {means[1]:.4f}\n"
         f"mean Dice  {means[2]:.4f} -> {means[3]:.4f}\n"
         f"images     {len(results)}: {better} better, {len(results) - better - worse} equal, "
-        f"{worse} worse"
+        f"{worse} worse\n"
+        f"{format_interval(gains, seed)}\n"
+        f"{format_sizes(results)}"
     )
 
 
+def bootstrap_interval(gains: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the 95% confidence interval of the mean of M gains in IoU, one an image.
+
+    It is the percentile interval of the bootstrap (Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, chapter 13) over images, whose two IoUs stay paired.
+    """
+    rng = np.random.default_rng(seed)
+    parts = [  # not all at once, which would fill the memory with many images
+        gains[rng.integers(len(gains), size=(RESAMPLES // 100, len(gains)))].mean(axis=1)
+        for _ in range(100)
+    ]
+    low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def format_interval(gains: np.ndarray, seed: int) -> str:
+    """Return the mean gain and its interval in %p, and what to beware of."""
+    line = f"improvement {100 * gains.mean():+.1f}%p"
+    if len(gains) == 1:
+        return f"{line}, of one image: too few for an interval"
+    low, high = bootstrap_interval(gains, seed)
+    line += f", 95% interval {100 * low:+.1f} to {100 * high:+.1f}"
+    line += f" (paired bootstrap over {len(gains)} images)"
+    if low <= 0 <= high:
+        line += "; it includes 0: could be chance"
+    if len(gains) < FEW_IMAGES:
+        line += "; few images: take it as wider"
+    return line
+
+
+def format_sizes(results: list[Result]) -> str:
+    """Return a line a size of object: how many images, and the mean IoU of both models."""
+    lines = ["mean IoU by object size, in % of the image's area"]
+    for name, limits, at_least, below in SIZES:
+        ious = [result[3:5] for result in results if at_least <= result.area_fraction < below]
+        means = " -> ".join(f"{mean:.4f}" for mean in np.mean(ious, axis=0)) if ious else "-"
+        images = f"{len(ious)} image{'s' * (len(ious) != 1)}"
+        lines.append(f"  {name:<6}  {limits:<12}  {images:>11}  {means}")
+    return "\n".join(lines)
+
+
 def write_results(path: Path, results: list[Result]) -> None:
-    """Write a row an image; with a byte-order mark, so that Excel reads non-ASCII names."""
-    encoding = {"encoding": "utf-8-sig", "errors": "backslashreplace"}  # names may be no UTF-8
-    with atomic_write(path) as temporary, temporary.open("w", newline="", **encoding) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "prompt", *Result._fields[3:]])
-        for result in results:
-            points = zip(result.prompt.point_coords, result.prompt.point_labels, strict=True)
-            prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
-            numbers = [f"{value:.6f}" for value in result[3:]]
-            writer.writerow([result.pair.image.name, prompt, *numbers])
+    """Write a row an image."""
+    rows = []
+    for result in results:
+        points = zip(result.prompt.point_coords, result.prompt.point_labels, strict=True)
+        prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
+        numbers = [f"{value:.6f}" for value in result[3:]]
+        rows.append([result.pair.image.name, prompt, *numbers])
+    write_csv(path, ["image", "prompt", *Result._fields[3:]], rows)
 
 
 def choose_figures(results: list[Result], count: int) -> list[Result]:
@@ -185,15 +260,44 @@ def draw_comparison(path: Path, models: Models, result: Result, args: Namespace)
 
 def draw_comparisons(models: Models, results: list[Result], args: Namespace) -> int:
     """Draw the chosen results, named by rank and gain in %p; return how many."""
-    for path in args.output.glob("comparison_*.png"):
-        if FIGURE_NAME.match(path.name):  # an earlier one would be taken for this comparison's
-            path.unlink()
     chosen = choose_figures(results, args.figures)
     for rank, result in enumerate(tqdm(chosen, desc="Drawing", unit="figure"), start=1):
         points = round(100 * result.gain)
         path = args.output / f"comparison_{rank:02}_{points:+d}p_{result.pair.name}.png"
         draw_comparison(path, models, result, args)
     return len(chosen)
+
+
+def remove_earlier(output: Path) -> None:
+    """Remove an earlier comparison's files that would be taken for this one's."""
+    for path in output.glob("comparison_*.png"):
+        if FIGURE_NAME.match(path.name):
+            path.unlink()
+    for name in CLICK_FILES:
+        (output / name).unlink(missing_ok=True)
+
+
+def measure_clicks(models: Models, results: list[Result], args: Namespace) -> np.ndarray:
+    """Return the IoU of both models on the M images of the results after 1 to N clicks, 2xMxN."""
+    ious = np.zeros((2, len(results), args.clicks))
+    for row, result in enumerate(tqdm(results, desc="Clicking", unit="image")):
+        true_mask = read_mask(result.pair.mask)
+        both = load_both_features(models, result.index, result.pair, args)
+        for of_model, predictor, features in zip(ious, models[:2], both, strict=True):
+            with autocast(args.device, args.precision):
+                of_model[row] = simulate_clicks(
+                    predictor, features, true_mask, args.clicks, not args.no_mask_prompt
+                )
+    return ious
+
+
+def report_clicks(models: Models, results: list[Result], args: Namespace) -> None:
+    """Measure, print, write and draw what both models make of simulated clicks."""
+    ious = measure_clicks(models, results, args)
+    print(format_clicks(ious, not args.no_mask_prompt))
+    names = [result.pair.image.name for result in results]
+    write_clicks(args.output / "clicks.csv", names, ious)
+    draw_clicks(args.output / "clicks.png", ious, not args.no_mask_prompt)
 
 
 def load_models(pairs: list[Pair], args: Namespace) -> Models:
@@ -254,11 +358,23 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default="center",
         help="the point deepest inside the mask, a random point in it, or its box",
     )
-    data.add_argument("--seed", type=seed, default=42, help="of random points")
+    data.add_argument("--seed", type=seed, default=42, help="of random points and of the interval")
     data.add_argument(
         "--cache",
         type=Path,
         help="where features are read from (default: where training kept them)",
+    )
+    clicks = parser.add_argument_group("simulated clicks, whatever --prompt says")
+    clicks.add_argument(
+        "--clicks",
+        type=number(int, at_least=1, below=MAX_CLICKS + 1),
+        metavar="N",
+        help="also measure 1 to N clicks, each where the model's mask is most wrong (default: off)",
+    )
+    clicks.add_argument(
+        "--no-mask-prompt",
+        action="store_true",
+        help="give the models the clicks alone, without their previous mask",
     )
     results = parser.add_argument_group("results")
     results.add_argument(
@@ -273,12 +389,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     machine = parser.add_argument_group("the machine")
     add_device_option(machine)
     add_precision_option(machine, "auto: that of the training")
-    return parser.parse_args_with_demo(
+    args = parser.parse_args_with_demo(
         argv,
         data=DEMO_DATA,
         finetuned=Path("output/demo/sam2_best.pt"),
         output=Path("output/demo/comparison"),
     )
+    if args.no_mask_prompt and not args.clicks:
+        raise UserError("--no-mask-prompt is about simulated clicks; add --clicks 10, say")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -289,10 +408,14 @@ def main(argv: list[str] | None = None) -> None:
 
     results = compare(models, pairs, args)
     print_anywhere(format_table(results, args.split))
-    print(format_details(results))
+    print(format_details(results, args.seed))
     write_results(args.output / "results.csv", results)
+    remove_earlier(args.output)
     drawn = draw_comparisons(models, results, args)
-    print(f"wrote results.csv and {drawn} picture(s) to {args.output}")
+    if args.clicks:
+        report_clicks(models, results, args)
+    also = ", ".join(["", *CLICK_FILES]) if args.clicks else ""
+    print(f"wrote results.csv{also} and {drawn} picture(s) to {args.output}")
 
 
 def print_anywhere(table: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -232,6 +233,15 @@ def write_image(path: Path, image: np.ndarray) -> None:
     encoded = cv2.imencode(path.suffix, image)[1]
     with atomic_write(path) as temporary:  # cv2.imwrite fails on non-ASCII paths on Windows
         temporary.write_bytes(encoded.tobytes())
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a table; with a byte-order mark, so that Excel reads non-ASCII names."""
+    encoding = {"encoding": "utf-8-sig", "errors": "backslashreplace"}  # names may be no UTF-8
+    with atomic_write(path) as temporary, temporary.open("w", newline="", **encoding) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def _read_bytes(path: Path) -> bytes:

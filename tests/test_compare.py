@@ -9,8 +9,16 @@ from pathlib import Path
 import compare_models
 import feature_cache
 import train_sam2_proper
-from compare_models import Result, choose_figures, format_table, main
-from image_files import Pair, read_image, write_image
+from compare_models import (
+    Result,
+    bootstrap_interval,
+    choose_figures,
+    format_interval,
+    format_sizes,
+    format_table,
+    main,
+)
+from image_files import Pair, read_image, read_mask, write_image
 from sam2_utils import make_prompt, save_checkpoint
 
 import numpy as np
@@ -35,11 +43,14 @@ def read_results() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def made_up_results(original: list[float], finetuned: list[float]) -> list[Result]:
+def made_up_results(
+    original: list[float], finetuned: list[float], areas: list[float] | None = None
+) -> list[Result]:
     prompt = make_prompt([(1, 2)])
+    areas = areas or [0.1] * len(original)
     return [
-        Result(i, Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")), prompt, a, b, a, b)
-        for i, (a, b) in enumerate(zip(original, finetuned, strict=True))
+        Result(i, Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")), prompt, a, b, a, b, area)
+        for i, (a, b, area) in enumerate(zip(original, finetuned, areas, strict=True))
     ]
 
 
@@ -70,8 +81,55 @@ def test_the_numbers_are_those_that_training_printed(run_script, trained, random
     for row in rows:
         iou, dice = float(row["finetuned_iou"]), float(row["finetuned_dice"])
         assert dice == pytest.approx(2 * iou / (1 + iou), abs=1e-4)
+        mask = read_mask(Path("data/masks/val", row["image"]).with_suffix(".png"))
+        assert float(row["area_fraction"]) == pytest.approx(mask.sum() / mask.size, abs=1e-6)
     better = sum(float(row["finetuned_iou"]) > float(row["original_iou"]) for row in rows)
     assert f"4: {better} better" in outcome.out
+
+
+def test_the_interval_is_that_of_the_mean_gain():
+    gains = np.random.default_rng(1).normal(0.05, 0.2, 100)
+    low, high = bootstrap_interval(gains, seed=3)
+    assert (low, high) == bootstrap_interval(gains, seed=3) != bootstrap_interval(gains, seed=4)
+    standard_error = gains.std() / np.sqrt(len(gains))  # for so many, means are all but normal
+    expected = gains.mean() - 1.96 * standard_error, gains.mean() + 1.96 * standard_error
+    assert (low, high) == pytest.approx(expected, abs=0.1 * standard_error)
+
+    four_times_low, four_times_high = bootstrap_interval(np.tile(gains, 4), seed=3)
+    assert four_times_high - four_times_low == pytest.approx((high - low) / 2, rel=0.05)
+    low, high = bootstrap_interval(np.full(50, 0.1), seed=3)
+    assert low == high == pytest.approx(0.1)
+
+
+def test_the_interval_says_what_to_beware_of():
+    spread = np.linspace(-0.1, 0.1, 180)
+    clear, unclear = format_interval(0.08 + spread, seed=42), format_interval(spread, seed=42)
+    assert re.fullmatch(
+        r"improvement \+8\.0%p, 95% interval \+7\.\d to \+8\.\d "
+        r"\(paired bootstrap over 180 images\)",
+        clear,
+    )
+    assert unclear.endswith("; it includes 0: could be chance")
+    assert "could be chance" not in format_interval(spread - 0.08, seed=42)
+    assert "few images" in format_interval(0.08 + spread[:5], seed=42)
+    one = format_interval(np.array([0.5]), seed=42)
+    assert one == "improvement +50.0%p, of one image: too few for an interval"
+
+
+def test_sizes_are_counted_apart():
+    results = made_up_results(
+        [0.1, 0.2, 0.3, 0.5, 0.7], [0.2, 0.6, 0.8, 0.6, 0.9], [0.01, 0.05, 0.1499, 0.15, 1.0]
+    )
+    lines = [" ".join(line.split()) for line in format_sizes(results).splitlines()[1:]]
+    assert lines == [
+        "small below 5% 1 image 0.1000 -> 0.2000",
+        "medium 5 to 15% 2 images 0.2500 -> 0.7000",
+        "large 15% and more 2 images 0.6000 -> 0.7500",
+    ]
+    assert [line.split()[-3:] for line in format_sizes(results[:1]).splitlines()[2:]] == [
+        ["0", "images", "-"],
+        ["0", "images", "-"],
+    ]
 
 
 def test_without_options_original_and_precision_are_those_of_the_training(

@@ -35,7 +35,8 @@ def test_all_four_scripts_run_from_a_hangul_folder_on_an_old_console(
         ("train_sam2_proper.py", "--data", "나눈 자료", "--model", "mini", "--checkpoint",
          random_mini, "--epochs", 1, "--limit", 2, "--output", "결과"),
         ("compare_models.py", "--data", "나눈 자료", "--original", random_mini,
-         "--finetuned", "결과/sam2_best.pt", "--figures", 1, "--output", "결과/비교"),
+         "--finetuned", "결과/sam2_best.pt", "--figures", 1, "--clicks", 2, "--output",
+         "결과/비교"),
         ("test_my_image.py", "--image", "내 자료/images/pair_000.jpg", "--point", "60,40",
          "--checkpoint", "결과/sam2_best.pt", "--output", "결과/내 것"),
     )  # fmt: skip
@@ -46,7 +47,7 @@ def test_all_four_scripts_run_from_a_hangul_folder_on_an_old_console(
         text = done.stdout.decode(encoding)  # strictly: nothing outside the console's encoding
         if script == "compare_models.py":
             assert ("┌" in text) == (encoding == "cp949")
-            assert "improvement:" in text
+            assert "improvement:" in text and "NoC@85" in text
     assert (folder / "결과/내 것/pair_000_001_mask.png").is_file()
     assert len(list((folder / "결과/비교").glob("comparison_*.png"))) == 1
 

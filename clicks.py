@@ -1,0 +1,124 @@
+"""Interactive segmentation, simulated: how good a mask gets from one click to the next.
+
+The first click goes to the point deepest inside the object, each following one to where the
+model's own last mask is most wrong: the protocol of RITM (Sofiiuk et al., Reviving Iterative
+Training with Mask Guidance, 2021), which SAM and SAM 2 are measured with as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from image_files import atomic_write, write_csv
+from sam2_utils import (
+    Features,
+    Prompt,
+    calculate_iou,
+    corrective_click,
+    segment_with_logits,
+)
+
+import numpy as np
+from matplotlib.figure import Figure
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+MAX_CLICKS = 20  # as many as RITM allows
+TARGET_IOUS = (0.85, 0.90)  # of NoC@85 and NoC@90
+CLICK_FILES = ("clicks.csv", "clicks.png")
+
+
+def simulate_clicks(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    true_mask: np.ndarray,
+    count: int,
+    use_mask_prompt: bool,
+) -> list[float]:
+    """Return the IoU after 1, 2, ... `count` clicks on one image, each mask that of all so far.
+
+    Arguments:
+      features: of the image.
+      true_mask: HxW bool, not empty.
+      use_mask_prompt: give the logits of the previous mask to the model with the clicks.
+
+    Once a mask is perfect nothing is left to click, and its IoU counts for the clicks to come.
+    """
+    mask, logits = np.zeros_like(true_mask), None
+    clicks, ious = [], []
+    while len(ious) < count and (click := corrective_click(mask, true_mask)):
+        clicks.append(click)
+        points = np.array(clicks)
+        prompt = Prompt(points[:, :2].astype(np.float32), points[:, 2].astype(np.int32))
+        previous = logits if use_mask_prompt else None
+        mask, _, logits = segment_with_logits(
+            predictor, features, prompt, true_mask.shape, previous
+        )
+        ious.append(float(calculate_iou(mask, true_mask)))
+    return ious + ious[-1:] * (count - len(ious))
+
+
+def number_of_clicks(ious: np.ndarray, target: float) -> tuple[float, int]:
+    """Return NoC, the mean number of clicks to an IoU of `target`, and how many never reach it.
+
+    ious: MxN, of M images after 1 to N clicks. An image that never reaches the target counts as
+    N clicks, as in RITM.
+    """
+    reached = ious >= target
+    never = ~reached.any(axis=1)
+    clicks = np.where(never, ious.shape[1], reached.argmax(axis=1) + 1)
+    return float(clicks.mean()), int(never.sum())
+
+
+def describe_clicks(use_mask_prompt: bool) -> str:
+    """Say how the clicks were given to the models."""
+    return "previous mask as a prompt too" if use_mask_prompt else "no mask prompt"
+
+
+def format_clicks(ious: np.ndarray, use_mask_prompt: bool) -> str:
+    """Return a table: mean IoU of both models after each click, and their NoC.
+
+    ious: 2xMxN, of the original and the fine-tuned model on M images after 1 to N clicks.
+    """
+    _, images, count = ious.shape
+    lines = [
+        f"mean IoU by simulated clicks ({describe_clicks(use_mask_prompt)})",
+        f"{'clicks':<16}{'original':>10}  {'fine-tuned':>10}",
+    ]
+    for click, means in enumerate(ious.mean(axis=1).T, start=1):
+        lines.append(f"{click:<16}{means[0]:>10.4f}  {means[1]:>10.4f}")
+    for target in TARGET_IOUS:
+        (noc, never), (finetuned_noc, finetuned_never) = (
+            number_of_clicks(of_model, target) for of_model in ious
+        )
+        lines += [
+            f"{f'NoC@{100 * target:.0f}':<16}{noc:>10.2f}  {finetuned_noc:>10.2f}"
+            f"  (mean number of clicks to {target:.0%} IoU)",
+            f"{'  not reached':<16}{never:>10}  {finetuned_never:>10}"
+            f"  (of {images} images; they count as {count})",
+        ]
+    return "\n".join(lines)
+
+
+def write_clicks(path: Path, names: list[str], ious: np.ndarray) -> None:
+    """Write a row an image and click; `names` of the M images, ious 2xMxN as in format_clicks."""
+    rows = [
+        (name, click, *(f"{iou:.6f}" for iou in both))
+        for name, of_image in zip(names, ious.transpose(1, 2, 0), strict=True)
+        for click, both in enumerate(of_image, start=1)
+    ]
+    write_csv(path, ("image", "click", "original_iou", "finetuned_iou"), rows)
+
+
+def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool) -> None:
+    """Draw the mean IoU of both models over the clicks; ious 2xMxN as in format_clicks."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, means in zip(("original", "fine-tuned"), ious.mean(axis=1), strict=True):
+        axes.plot(range(1, len(means) + 1), means, "o-", label=name)
+    axes.set(xlabel="clicks", ylabel=f"mean IoU of {ious.shape[1]} images")
+    axes.set_title(f"simulated clicks, {describe_clicks(use_mask_prompt)}", fontsize="medium")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
