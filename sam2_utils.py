@@ -491,12 +491,27 @@ class PromptedDecoder(torch.nn.Module):
         mask_inputs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what predict_masks does, with BxNx2 points in pixels of the input and BxN labels."""
+        prompt_embeddings = self.embed_prompts(point_coords, point_labels, mask_inputs)
+        return self.decode_masks(features, *prompt_embeddings)
+
+    def embed_prompts(
+        self,
+        point_coords: torch.Tensor,
+        point_labels: torch.Tensor,
+        mask_inputs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sparse embeddings, BxTxC of T tokens, and the dense ones, BxCxhxw."""
+        return self.prompt_encoder(
+            points=(point_coords, point_labels), boxes=None, masks=mask_inputs
+        )
+
+    def decode_masks(
+        self, features: Features, sparse_embeddings: torch.Tensor, dense_embeddings: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what predict_masks does, of embedded prompts."""
         # On a CPU, plain attention between few tokens and many is faster than the flash kernel.
         on_cpu = features.image_embed.device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
-            sparse_embeddings, dense_embeddings = self.prompt_encoder(
-                points=(point_coords, point_labels), boxes=None, masks=mask_inputs
-            )
             mask_logits, iou_scores, _, _ = self.mask_decoder(
                 image_embeddings=features.image_embed,
                 image_pe=self.prompt_encoder.get_dense_pe(),

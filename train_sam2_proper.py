@@ -140,13 +140,18 @@ class CompiledDecoder(torch.nn.Module):
     def __init__(self, decoder: PromptedDecoder, batch_size: int) -> None:
         super().__init__()
         self.decoder, self.batch_size = decoder, batch_size
-        self.compiled = torch.compile(decoder.forward, dynamic=False)
+        self.compiled = torch.compile(decoder.decode_masks)
 
     def forward(
-        self, features: Features, point_coords: torch.Tensor, *more: torch.Tensor | None
+        self, features: Features, point_coords: torch.Tensor, *prompts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        is_full = len(point_coords) == self.batch_size
-        return (self.compiled if is_full else self.decoder)(features, point_coords, *more)
+        if len(point_coords) != self.batch_size:
+            return self.decoder(features, point_coords, *prompts)
+        prompts = point_coords, *prompts
+        sparse_embeddings, dense_embeddings = self.decoder.embed_prompts(*prompts)
+        # One kernel for prompts of any number of points, with masks and without
+        torch._dynamo.mark_dynamic(sparse_embeddings, 1)
+        return self.compiled(features, sparse_embeddings, dense_embeddings.contiguous())
 
 
 def compile_decoder(
@@ -163,8 +168,12 @@ def compile_decoder(
     points = torch.zeros(batch_size, 1, 2, device=args.device)
     labels = torch.ones(batch_size, 1, dtype=torch.int32, device=args.device)
     try:
+        features = Features(maps[0], maps[1:])
         with autocast(args.device, args.precision):
-            mask_logits, iou_scores = compiled(Features(maps[0], maps[1:]), points, labels)
+            if args.prompts == "mixed":  # clicks are placed without gradients
+                with torch.no_grad():
+                    compiled(features, points, labels, None)
+            mask_logits, iou_scores = compiled(features, points, labels, None)
         (mask_logits.mean() + iou_scores.mean()).backward()
     except Exception as error:  # whatever compilers raise: the run can go on without one
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -264,7 +273,7 @@ def batch_loss(
 
 @torch.no_grad()
 def add_clicks(
-    predictor: SAM2ImagePredictor, features: Features, batch: Batch
+    predictor: SAM2ImagePredictor, features: Features, batch: Batch, decoder: torch.nn.Module
 ) -> tuple[list[Prompt], torch.Tensor | None]:
     """Return the batch's prompts with the clicks of its plan, and what else goes in with them.
 
@@ -275,7 +284,7 @@ def add_clicks(
     size = predictor.model.image_size
     for _ in range(batch.plan.clicks):
         mask_logits, iou_scores = predict_masks(
-            predictor, features, prompts, [(size, size)] * len(prompts), mask_inputs=mask_inputs
+            predictor, features, prompts, [(size, size)] * len(prompts), decoder, mask_inputs
         )
         chosen = mask_logits[torch.arange(len(prompts)), iou_scores.argmax(-1)][:, None]
         prompts = [
@@ -317,7 +326,7 @@ def train_one_epoch(
             features = features.to(args.device, torch.float32)
 
             # What the model is shown: a prompt, perhaps with clicks that correct its answers
-            prompts, mask_inputs = add_clicks(predictor, features, batch)
+            prompts, mask_inputs = add_clicks(predictor, features, batch, learner.decoder)
 
             # Prompt encoder and mask decoder, with gradients
             mask_logits, iou_scores = predict_masks(

@@ -633,7 +633,7 @@ def test_only_full_batches_are_compiled_and_a_missing_compiler_is_no_obstacle(
         monkeypatch.setattr(torch, "compile", compiler)
         outcomes[name] = run_training(
             run_script, random_mini, "--lr", 1e-3, "--batch-size", 3, "--compile", option,
-            "--cache", "cache", "--output", name,
+            "--cache", "cache", "--output", name, "--prompts", "point",
         )  # fmt: skip
         assert outcomes[name].status == 0, outcomes[name].err
         weights, expected = (weights_of(Path(run) / "sam2_final.pt") for run in (name, "off"))

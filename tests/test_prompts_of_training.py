@@ -7,6 +7,7 @@ from feature_cache import mask_on_grid
 from image_files import Pair, read_mask
 from sam2_utils import (
     Features,
+    PromptedDecoder,
     distance_inside,
     encode_images,
     load_predictor,
@@ -108,8 +109,8 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
     predictor, _ = load_predictor("mini", random_mini, CPU)
     batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0, 1], 1.0)]
     batch = batch._replace(plan=PromptPlan("random", 2, gives_mask))
-    features = encode_images(predictor, batch.images)
-    prompts, mask_inputs = train_sam2_proper.add_clicks(predictor, features, batch)
+    features, decoder = encode_images(predictor, batch.images), PromptedDecoder(predictor.model)
+    prompts, mask_inputs = train_sam2_proper.add_clicks(predictor, features, batch, decoder)
     assert [len(prompt.point_labels) for prompt in prompts] == [3, 3]
     assert (mask_inputs is not None) == gives_mask
     if gives_mask:
@@ -120,7 +121,7 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
             prompts=[batch.prompts[i]], true_masks=[batch.true_masks[i]], images=[batch.images[i]]
         )
         one = Features(features.image_embed[i : i + 1], [f[i : i + 1] for f in features[1]])
-        (expected,), _ = train_sam2_proper.add_clicks(predictor, one, alone)
+        (expected,), _ = train_sam2_proper.add_clicks(predictor, one, alone, decoder)
         assert np.allclose(prompt.point_coords, expected.point_coords)
         # What is clicked as foreground is foreground
         height, width = batch.true_masks[i].shape
@@ -132,7 +133,7 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
 def test_without_clicks_the_prompts_stay_as_they_are(pairs):
     batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0], 1.0)]
     unused = Namespace(model=Namespace(image_size=256))
-    assert train_sam2_proper.add_clicks(unused, None, batch) == (batch.prompts, None)
+    assert train_sam2_proper.add_clicks(unused, None, batch, None) == (batch.prompts, None)
 
 
 def test_the_same_step_has_the_same_plan_whoever_does_it(pairs):
