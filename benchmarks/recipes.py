@@ -5,8 +5,9 @@
 
 Each recipe takes the learning rate that is best for it with one point: found on a quarter of the
 training images, after training on the others. Then it trains on all training images, once a seed,
-and its last weights are measured on the val images, which no choice has seen: with one point, a
-box, and after 3 and 5 corrective clicks. Written to output/recipes/: runs.csv (a row a run; what
+and its last weights are measured on the val images, which no choice has seen: with one point (the
+deepest, as compare_models.py does, or a random one), with a box, and after 3 and 5 corrective
+clicks. Written to output/recipes/: runs.csv (a row a run; what
 it has is not run again), recipes.csv (a row a recipe), recipes.png.
 """
 
@@ -72,7 +73,7 @@ RECIPES = {
     "default, best mask only": Recipe("--mask-loss best", HIGH),
     "default, all masks": Recipe("--mask-loss all", HIGH),
 }
-MEASURES = ("one point", "box", "3 clicks", "5 clicks")
+MEASURES = ("one point", "random point", "box", "3 clicks", "5 clicks")
 RUN_COLUMNS = (
     "recipe", "options", "model", "epochs", "lr", "seed", "measured on", *MEASURES, "seconds",
 )  # fmt: skip
@@ -143,11 +144,14 @@ def measure(
             continue
         features = load_features(predictor, cache, index, pair, args.precision)
         with autocast(args.device, args.precision):
-            box = prompt_from_mask(true_mask, "box")
-            mask, _ = segment(predictor, features, box, true_mask.shape)
             by_click = simulate_clicks(predictor, features, true_mask, clicks, use_mask_prompt=True)
+            by_kind = []
+            for kind in ("random", "box"):
+                prompt = prompt_from_mask(true_mask, kind, np.random.default_rng(index))
+                mask, _ = segment(predictor, features, prompt, true_mask.shape)
+                by_kind.append(calculate_iou(mask, true_mask))
         by_click += [np.nan] * (5 - len(by_click))
-        ious.append((by_click[0], calculate_iou(mask, true_mask), by_click[2], by_click[4]))
+        ious.append((by_click[0], *by_kind, by_click[2], by_click[4]))
     means = np.mean(ious, axis=0)
     return {name: f"{mean:.6f}" for name, mean in zip(MEASURES, means, strict=True)}
 
@@ -171,6 +175,7 @@ def do_runs(planned: list[dict[str, Any]], args: Namespace) -> list[dict[str, st
     rows = {key_of(row): row for row in read_rows(path)}
     missing = [run for run in planned if key_of(run) not in rows]
     description = "Tuning" if any(run["measured on"] == HELD_OUT for run in planned) else "Training"
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes to come, whose bars would be too many
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         done = pool.imap_unordered(functools.partial(train_and_measure, args=args), missing)
         for row in tqdm(done, desc=description, unit="run", total=len(missing)):
@@ -224,7 +229,7 @@ def summarize(name: str, lr: float, rows: list[dict[str, str]]) -> dict[str, Any
 
 def format_table(summaries: list[dict[str, Any]]) -> str:
     """Return the recipes as a Markdown table; the first row is the original."""
-    lines = [("recipe", "lr", *MEASURES), ("---",) * 6]
+    lines = [("recipe", "lr", *MEASURES), ("---",) * (2 + len(MEASURES))]
     for summary in summaries:
         cells = [
             f"{100 * summary[measure]:.1f} ± {100 * summary[f'{measure}, spread']:.1f}"
@@ -238,9 +243,9 @@ def format_table(summaries: list[dict[str, Any]]) -> str:
 
 def draw_recipes(path: Path, summaries: list[dict[str, Any]], title: str) -> None:
     """Draw the mean IoU of each recipe, a panel a measure; lines end at one standard deviation."""
-    figure = Figure(figsize=(12, 1 + 0.4 * len(summaries)), layout="constrained")
+    figure = Figure(figsize=(14, 1 + 0.4 * len(summaries)), layout="constrained")
     names = [summary["recipe"] for summary in summaries]
-    for axes, measure in zip(figure.subplots(1, 4, sharey=True), MEASURES, strict=True):
+    for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
         means = [100 * summary[measure] for summary in summaries]
         spreads = [100 * summary[f"{measure}, spread"] for summary in summaries]
         axes.errorbar(means, names, xerr=spreads, fmt="o")
