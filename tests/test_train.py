@@ -45,7 +45,7 @@ def settings(**changes) -> Namespace:
     """Return the settings of a short run on the CPU."""
     defaults = {
         "device": CPU, "precision": torch.float32, "seed": 0, "batch_size": 1, "epochs": 1,
-        "score_weight": 0.05, "output": Path("output"), "compile": "off",
+        "score_weight": 0.05, "output": Path("output"), "compile": "off", "train_encoder": "none",
     }  # fmt: skip
     return Namespace(**{**defaults, **changes})
 
