@@ -56,9 +56,11 @@ def add_adapters(model: SAM2Base, rank: int) -> None:
     trunk = model.image_encoder.trunk
     blocks = "|".join(map(str, range(trunk.stage_ends[1] + 1, len(trunk.blocks))))
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=rf"trunk\.blocks\.({blocks})\.attn\.(qkv|proj)"
+        r=rank,
+        lora_alpha=2 * rank,  # so that the rank does not change how fast they learn
+        target_modules=rf"trunk\.blocks\.({blocks})\.attn\.(qkv|proj)",
     )
-    # Put in place: no wrapper around the model. What was frozen stays so.
+    # In place, without a wrapper around the model; what was frozen stays frozen
     peft.inject_adapter_in_model(config, model.image_encoder)
     model.eval()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import compare_models
 import train_sam2_proper
+from command_line import UserError
 from encoder_training import encode_with_gradients, let_encoder_learn, merged_state_dict
 from sam2_utils import (
     MODELS,
@@ -180,6 +181,18 @@ def test_resuming_with_another_way_to_train_the_encoder_is_refused(whole, run_sc
     ):
         outcome = run_script(main, *options, "--output", whole, "--resume", *changes)
         assert outcome.status == 2 and message in outcome.err, outcome.err
+
+
+def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
+    names = (*train_sam2_proper.RESUME_SETTINGS, "checkpoint_sha256", "data_sha256")
+    settings = {**dict.fromkeys(names), "train_encoder": "none"}
+    older = {"model": "mini"}  # and nothing of the encoder
+    state = {"model": {"weight": torch.zeros(1)}, "settings": older}
+    torch.save(state, tmp_path / train_sam2_proper.STATE_FILE)
+    args = Namespace(output=tmp_path, checkpoint=None, data=None)
+    train_sam2_proper.load_state({**settings, "model": "mini"}, args)
+    with pytest.raises(UserError, match="had --train-encoder none, not lora"):
+        train_sam2_proper.load_state({**settings, "model": "mini", "train_encoder": "lora"}, args)
 
 
 def gradients(predictor) -> dict[str, torch.Tensor]:
