@@ -337,14 +337,18 @@ def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
     return predictor
 
 
-def save_checkpoint(path: Path, model: torch.nn.Module, **plain_values: Any) -> None:
+def save_checkpoint(
+    path: Path, model: torch.nn.Module | dict[str, torch.Tensor], **plain_values: Any
+) -> None:
     """Save the weights so that SAM 2's own build_sam2(config, path) loads them.
 
-    `plain_values` (numbers, strings, lists, dicts) are kept beside the weights.
+    The weights are a model's, or a state_dict. `plain_values` (numbers, strings, lists, dicts) are
+    kept beside them.
     """
+    weights = model if isinstance(model, dict) else model.state_dict()
     with atomic_write(path) as temporary:
         try:
-            torch.save({"model": model.state_dict(), **plain_values}, temporary)
+            torch.save({"model": weights, **plain_values}, temporary)
         except RuntimeError as error:  # what torch makes of a disk that is full
             raise OSError(errno.ENOSPC, "cannot be written (is the disk full?)") from error
 

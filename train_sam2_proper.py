@@ -5,9 +5,11 @@
     python train_sam2_proper.py --limit 20 --epochs 1      # a quick look
     python train_sam2_proper.py --resume                   # go on after an interruption
     python train_sam2_proper.py --demo                     # see it work in a minute
+    python train_sam2_proper.py --train-encoder lora       # the image encoder learns too
     torchrun --nproc_per_node=2 train_sam2_proper.py --batch-size 8    # on two GPUs
 
-The image encoder stays frozen, so it sees each image once; what it says is kept in output/cache/.
+The image encoder stays frozen, so it sees each image once; what it says is kept in output/cache/
+(not with --train-encoder, where that changes).
 Each step shows SAM 2 one random point inside the mask and corrects the mask and the scores that it
 answers with. What is written to output/: sam2_best.pt (best on val), sam2_final.pt,
 train_log.csv, learning_curve.png.
@@ -27,6 +29,13 @@ from typing import Any, NamedTuple
 import distributed
 from command_line import ArgumentParser, UserError, number, run, seed
 from download_dataset import draw_demo, is_filled
+from encoder_training import (
+    add_encoder_options,
+    encode_with_gradients,
+    let_encoder_learn,
+    merged_state_dict,
+    settle_encoder_options,
+)
 from feature_cache import FeatureCache, check_room, load_features, pairs_with_objects
 from image_files import DEMO_DATA, Pair, atomic_write, only_run_in, read_mask, split_pairs
 from sam2_utils import (
@@ -88,6 +97,7 @@ WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
 # What a resumed run must have in common with the run that it goes on with.
 RESUME_SETTINGS = (
     "model", *RECIPES["guide"], "weight_decay", "precision", "seed", "limit", "no_cache",
+    "train_encoder", "lora_rank", "encoder_lr",
 )  # fmt: skip
 # Compiling the decoder takes about a minute, which so many images of a full-size model win back.
 COMPILE_FROM_IMAGES = 3000
@@ -96,18 +106,25 @@ COMPILE_FROM_IMAGES = 3000
 class Learner(NamedTuple):
     """What learns, and how; all of it is saved to go on after an interruption."""
 
-    weights: PromptedDecoder  # of the prompt encoder and the mask decoder
+    weights: PromptedDecoder  # of the prompt encoder and the mask decoder, and see make_learner
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of float16 gradients; else it does nothing
     decoder: torch.nn.Module  # computes with these weights, perhaps compiled or distributed
 
 
 def make_learner(predictor: SAM2ImagePredictor, args: Namespace) -> Learner:
-    """Freeze the whole model but its prompt encoder and its mask decoder; these learn."""
+    """Freeze the whole model but its prompt encoder and its mask decoder; these learn.
+
+    What learns of the image encoder, if anything, joins their weights.
+    """
     predictor.model.eval().requires_grad_(False)
     weights = PromptedDecoder(predictor.model).requires_grad_(True)
+    groups = [{"params": list(weights.parameters())}]
+    if args.train_encoder != "none":
+        weights.encoder = torch.nn.ParameterList(let_encoder_learn(predictor.model, args))
+        groups.append({"params": list(weights.encoder)})
     optimizer = torch.optim.AdamW(
-        weights.parameters(),
+        groups,
         lr=args.lr,
         weight_decay=args.weight_decay,
         fused=args.device.type in ("cpu", "cuda"),  # one kernel for all weights
@@ -184,17 +201,17 @@ def compile_decoder(
     return compiled
 
 
-def learning_rate(step: int, steps: int, args: Namespace) -> float:
-    """Return the learning rate of step 0, 1, ... of all `steps`: constant, or along a cosine.
+def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
+    """Return what the learning rate of step 0, 1, ... of all `steps` is of its highest value.
 
-    The cosine follows a linear warm-up and ends near zero (Loshchilov and Hutter, SGDR, 2017).
+    cosine: a linear warm-up, then along a cosine to zero (Loshchilov and Hutter, SGDR, 2017).
     """
-    if args.schedule == "constant":
-        return args.lr
+    if schedule == "constant":
+        return 1.0
     warmup = WARMUP_SHARE * steps
     if step < warmup:
-        return args.lr * (step + 1) / (warmup + 1)
-    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 def image_losses(
@@ -313,16 +330,20 @@ def train_one_epoch(
     the loss is not finite.
     """
     loader.sampler.epoch = epoch
+    encode = encode_images if args.train_encoder == "none" else encode_with_gradients
     input_size = (predictor.model.image_size,) * 2
     reports: list[dict[str, float]] = []
     progress = tqdm(loader, desc=f"Epoch {epoch}/{args.epochs}", unit="step", leave=False)
     for step, batch in enumerate(progress, start=(epoch - 1) * len(loader)):
-        for group in learner.optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.epochs * len(loader), args)
+        factor = learning_rate_factor(step, args.epochs * len(loader), args.schedule)
+        for group, highest in zip(
+            learner.optimizer.param_groups, (args.lr, args.encoder_lr), strict=False
+        ):
+            group["lr"] = factor * highest
 
         with autocast(args.device, args.precision):
-            # Features of the frozen image encoder: from the cache, or computed now
-            features = batch.features or encode_images(predictor, batch.images)
+            # Features of the image encoder: from the cache, or computed now
+            features = batch.features or encode(predictor, batch.images)
             features = features.to(args.device, torch.float32)
 
             # What the model is shown: a prompt, perhaps with clicks that correct its answers
@@ -474,7 +495,8 @@ def load_state(settings: dict[str, Any], args: Namespace) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"nothing to resume in {args.output}; run without --resume")
     state = load_checkpoint(path)
-    before = state.get("settings", {})
+    # Files from before there were recipes or --train-encoder do not say these.
+    before = {**RECIPES["guide"], "train_encoder": "none", **state.get("settings", {})}
     for name in RESUME_SETTINGS:
         if before.get(name) != settings[name]:
             option = f"--{name.replace('_', '-')}"
@@ -513,6 +535,12 @@ def train(
         print(f"going on after epoch {len(log)}")
     print(f"{len(train_pairs)} training and {len(val_pairs)} validation images from {args.data}")
     print(f"SAM 2.1 {args.model} on {args.device} in {settings['precision']}")
+    if args.train_encoder != "none":
+        count = sum(weight.numel() for weight in learner.weights.encoder)
+        print(
+            f"the image encoder learns too ({args.train_encoder}, {count / 1e6:.2f} M weights): "
+            "its features change, so no cache; each image is encoded in each epoch (slow)"
+        )
     train_cache, val_cache = open_caches(predictor, train_pairs, val_pairs, args)
     loader = load_training_set(predictor, train_pairs, train_cache, args)
     image_count = len(loader.sampler.indices)
@@ -615,7 +643,7 @@ def save_model(
     """Save the whole model, with what it is and where it comes from beside its weights."""
     save_checkpoint(
         path,
-        predictor.model,
+        merged_state_dict(predictor.model),
         model_name=settings["model"],
         epoch=len(log),
         val_iou=log[-1]["val_iou"],
@@ -678,6 +706,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     recipe.add_argument("--seed", type=seed, default=42, help="of the order and the prompts")
 
+    add_encoder_options(parser)
+
     machine = parser.add_argument_group("the machine")
     add_device_option(machine)
     add_precision_option(
@@ -705,6 +735,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         lr=5e-4,
         precision="float32",  # the same figures on every CPU
     )
+    settle_encoder_options(parser, args)
     args.cache = args.cache or args.output / "cache"
     return args
 

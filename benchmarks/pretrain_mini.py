@@ -32,6 +32,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command_line import ArgumentParser, number, run, seed
+from encoder_training import encode_with_gradients
 from image_files import atomic_write
 from sam2_utils import (
     Features,
@@ -125,19 +126,6 @@ def predictor_of_size(model: SAM2Base, image_size: int) -> SAM2ImagePredictor:
     prompt_encoder.image_embedding_size = (embedding_size, embedding_size)
     prompt_encoder.mask_input_size = (4 * embedding_size, 4 * embedding_size)
     return make_predictor(model)
-
-
-def encode_with_gradients(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
-    """Do what sam2_utils.encode_images does, but let gradients reach the image encoder."""
-    model = predictor.model
-    pixels = torch.stack([predictor._transforms.to_tensor(image) for image in images])
-    pixels = predictor._transforms.transforms(pixels)
-    _, feats, _, sizes = model._prepare_backbone_features(model.forward_image(pixels))
-    feats[-1] = feats[-1] + model.no_mem_embed
-    maps = [
-        feat.permute(1, 2, 0).unflatten(2, size) for feat, size in zip(feats, sizes, strict=True)
-    ]
-    return Features(maps[-1], maps[:-1])
 
 
 def calculate_loss(
