@@ -96,8 +96,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
 # What a resumed run must have in common with the run that it goes on with.
 RESUME_SETTINGS = (
-    "model", *RECIPES["guide"], "weight_decay", "precision", "seed", "limit", "no_cache",
-    "train_encoder", "lora_rank", "encoder_lr",
+    "model", *RECIPES["guide"], "weight_decay", "precision", "seed", "limit",
+    "train_encoder", "lora_rank", "encoder_lr", "no_cache",
 )  # fmt: skip
 # Compiling the decoder takes about a minute, which so many images of a full-size model win back.
 COMPILE_FROM_IMAGES = 3000
@@ -331,14 +331,13 @@ def train_one_epoch(
     """
     loader.sampler.epoch = epoch
     encode = encode_images if args.train_encoder == "none" else encode_with_gradients
+    groups = learner.optimizer.param_groups  # the decoder's, and the encoder's if it learns
     input_size = (predictor.model.image_size,) * 2
     reports: list[dict[str, float]] = []
     progress = tqdm(loader, desc=f"Epoch {epoch}/{args.epochs}", unit="step", leave=False)
     for step, batch in enumerate(progress, start=(epoch - 1) * len(loader)):
         factor = learning_rate_factor(step, args.epochs * len(loader), args.schedule)
-        for group, highest in zip(
-            learner.optimizer.param_groups, (args.lr, args.encoder_lr), strict=False
-        ):
+        for group, highest in zip(groups, (args.lr, args.encoder_lr), strict=False):
             group["lr"] = factor * highest
 
         with autocast(args.device, args.precision):

@@ -5,8 +5,9 @@
     python benchmarks/benchmark_training.py --random-weights --limit 50 --totals-for 400
 
 Every variant runs in a process of its own, one after the other: the guide's loop, written out
-plainly (float32, batch 1, the encoder in every step); this project's, with the compiled decoder
-and without; and, as the floor, the bare decoder, forward and backward on tensors in memory.
+plainly (float32, batch 1, the encoder in every step); this project's with the guide's recipe, with
+the compiled decoder and without; with its own recipe, whose corrective clicks cost something; and,
+as the floor, the bare decoder, forward and backward on tensors in memory.
 Prints a table and writes it to output/benchmark/ as benchmark.csv and benchmark.png. A total is
 encode + epochs x epoch (+ compiling), from what was measured; validation is in none of them.
 With --random-weights, time and memory are those of the real weights; the IoU means nothing.
@@ -56,7 +57,8 @@ from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
-GUIDE, COMPILED, PLAIN = "the guide's loop", "this project", "this project, not compiled"
+GUIDE, OURS = "the guide's loop", "this project, default recipe"
+COMPILED, PLAIN = "this project, guide's recipe", "this project, guide's recipe, not compiled"
 EPOCHS = (1, 5, 20)
 COLUMNS = (
     "variant", "encode s/image", "step s/image", "epoch s", "compile s",
@@ -130,9 +132,11 @@ def measure_guide(args: Namespace) -> dict[str, Any]:
     }
 
 
-def measure_project(args: Namespace, compiling: str, fill: bool) -> dict[str, Any]:
+def measure_project(
+    args: Namespace, compiling: str, fill: bool, recipe: str = "guide"
+) -> dict[str, Any]:
     """Run this project's loop over the feature cache, which is filled first or is there already."""
-    predictor, pairs, settings = prepare(args, precision="auto", compiling=compiling)
+    predictor, pairs, settings = prepare(args, "auto", compiling, recipe)
     folder = args.output / "cache"
     if fill:
         shutil.rmtree(folder, ignore_errors=True)
@@ -143,7 +147,9 @@ def measure_project(args: Namespace, compiling: str, fill: bool) -> dict[str, An
 
     indices = pairs_with_objects(pairs, cache)
     sampler = EpochSampler(indices, settings.batch_size, args.seed)
-    training_set = TrainingSet(pairs, cache, predictor.model.image_size, args.seed)
+    training_set = TrainingSet(
+        pairs, cache, predictor.model.image_size, args.seed, settings.prompts
+    )
     loader = make_loader(training_set, sampler, args.device)
     start = clock(args.device)
     learner = train_sam2_proper.make_learner(predictor, settings)
@@ -209,12 +215,15 @@ def measure_comparison(args: Namespace) -> dict[str, float]:
 
 
 def prepare(
-    args: Namespace, precision: str, compiling: str = "off"
+    args: Namespace, precision: str, compiling: str = "off", recipe: str = "guide"
 ) -> tuple[SAM2ImagePredictor, list[Pair], Namespace]:
     """Return the model, the training pairs, and training's own defaults with these settings."""
     torch.manual_seed(args.seed)
     settings = train_sam2_proper.parse_args(
-        ["--compile", compiling, "--batch-size", str(args.batch_size), "--lr", str(args.lr)]
+        [
+            *("--recipe", recipe, "--compile", compiling),
+            *("--batch-size", str(args.batch_size), "--lr", str(args.lr)),
+        ]
     )
     settings.device, settings.epochs = args.device, args.epochs
     settings.precision = select_precision(precision, args.device)
@@ -336,15 +345,21 @@ def main(argv: list[str] | None = None) -> None:
     guide = in_own_process(measure_guide, args)
     compiled = in_own_process(measure_project, args, "on", True)
     plain = in_own_process(measure_project, args, "off", False)
+    ours = in_own_process(measure_project, args, "on", False, "default")
     floors = {mode: in_own_process(measure_floor, args, mode) for mode in ("on", "off")}
     comparison = in_own_process(measure_comparison, args)
     shutil.rmtree(args.output / "cache")
 
     rows = [
         {"variant": name, **measured}
-        for name, measured in ((GUIDE, guide), (COMPILED, compiled), (PLAIN, plain))
+        for name, measured in (
+            (GUIDE, guide),
+            (COMPILED, compiled),
+            (PLAIN, plain),
+            (OURS, ours),
+        )
     ]
-    plain["encode s/image"] = rows[2]["encode s/image"] = compiled["encode s/image"]
+    rows[2]["encode s/image"] = rows[3]["encode s/image"] = compiled["encode s/image"]
     for row in rows:
         add_totals(row, args.totals_for or image_count, row["encode s/image"])
     for row in rows:
