@@ -62,7 +62,7 @@ GUIDE = "--recipe guide"
 BATCH = f"{GUIDE} --batch-size 4"
 DICE = f"{BATCH} --dice-weight 1"
 COSINE = f"{DICE} --schedule cosine"
-LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 RECIPES = {
     "guide": Recipe(GUIDE, LOW),
     "+ batch of 4": Recipe(BATCH, MIDDLE),
