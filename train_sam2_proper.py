@@ -5,14 +5,14 @@
     python train_sam2_proper.py --limit 20 --epochs 1      # a quick look
     python train_sam2_proper.py --resume                   # go on after an interruption
     python train_sam2_proper.py --demo                     # see it work in a minute
+    python train_sam2_proper.py --recipe guide             # the guide's settings, not ours
     python train_sam2_proper.py --train-encoder lora       # the image encoder learns too
     torchrun --nproc_per_node=2 train_sam2_proper.py --batch-size 8    # on two GPUs
 
 The image encoder stays frozen, so it sees each image once; what it says is kept in output/cache/
-(not with --train-encoder, where that changes).
-Each step shows SAM 2 one random point inside the mask and corrects the mask and the scores that it
-answers with. What is written to output/: sam2_best.pt (best on val), sam2_final.pt,
-train_log.csv, learning_curve.png.
+(not with --train-encoder, where that changes). Each step shows SAM 2 a point, a box, or clicks that
+correct its own mask, and corrects the mask and the scores that it answers with. What is written to
+output/: sam2_best.pt (best on val), sam2_final.pt, train_log.csv, learning_curve.png.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 LOSS_GRID = 256  # what the loss is measured on, in cells a side: full-size models' own resolution
 BOX_SHARE = 0.25  # of the steps; the others start with a point
-CLICK_SHARE = 0.5  # of the steps have 1 to MAX_CLICKS corrective clicks
+CLICK_SHARE = 0.35  # of the steps have 1 to MAX_CLICKS corrective clicks
 MAX_CLICKS = 3
 MASK_SHARE = 0.5  # of the steps with clicks get the mask to be corrected as a prompt, too
 BOX_JITTER = 0.1  # standard deviation of a box's edges, in its sides; at most twice of it

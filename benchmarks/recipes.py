@@ -1,6 +1,6 @@
 """Compare recipes of fine-tuning: the same images, weights and number of images shown for all.
 
-    python benchmarks/recipes.py --model mini                         # an hour or two on 2 cores
+    python benchmarks/recipes.py --model mini --epochs 6              # about an hour on 2 cores
     python benchmarks/recipes.py --model mini --epochs 2 --seeds 1    # a quick look
 
 Each recipe takes the learning rate that is best for it with one point: found on a quarter of the
@@ -70,7 +70,6 @@ RECIPES = {
     "+ cosine": Recipe(COSINE, HIGH),
     "+ inner points": Recipe(f"{COSINE} --prompts inner", HIGH),
     "+ boxes and clicks = default": Recipe("", HIGH),
-    "default, best mask only": Recipe("--mask-loss best", HIGH),
     "default, all masks": Recipe("--mask-loss all", HIGH),
 }
 MEASURES = ("one point", "random point", "box", "3 clicks", "5 clicks")
