@@ -674,35 +674,38 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
     recipe = parser.add_argument_group("the recipe")
     at_least_0, at_least_1 = number(float, at_least=0), number(int, at_least=1)
+
+    def add_setting(option: str, help: str, **limits: Any) -> None:
+        """Add an option whose default is the recipe's."""
+        name = option.removeprefix("--").replace("-", "_")
+        ours, guides = (RECIPES[of_recipe][name] for of_recipe in ("default", "guide"))
+        recipe.add_argument(option, default=ours, help=f"{help} (guide: {guides})", **limits)
+
     recipe.add_argument(
-        "--recipe", choices=RECIPES, default="default", help="what sets the defaults of the others"
+        "--recipe", choices=RECIPES, default="default", help="what sets the defaults below"
+    )
+    add_setting("--batch-size", "images a step", type=at_least_1)
+    add_setting("--lr", "learning rate, at its highest", type=number(float, above=0))
+    add_setting(
+        "--schedule",
+        "whether the learning rate warms up and falls to zero over the epochs, or stays",
+        choices=("cosine", "constant"),
+    )
+    add_setting(
+        "--mask-loss",
+        "which of the three masks are corrected",
+        choices=("first", "best", "all"),
+    )
+    add_setting("--dice-weight", "of the dice loss beside cross-entropy", type=at_least_0)
+    add_setting("--score-weight", "of the score loss beside the mask loss", type=at_least_0)
+    add_setting(
+        "--prompts",
+        "a random point in the mask (point); one that is likelier the deeper it lies (inner); "
+        "or such points, rough boxes and corrective clicks (mixed)",
+        choices=("mixed", "inner", "point"),
     )
     recipe.add_argument("--epochs", type=at_least_1, default=20, help="passes over the data")
-    recipe.add_argument("--batch-size", type=at_least_1, help="images a step")
-    recipe.add_argument("--lr", type=number(float, above=0), help="learning rate, at its highest")
-    recipe.add_argument(
-        "--schedule",
-        choices=("cosine", "constant"),
-        help="whether it warms up and falls to zero over the epochs, or stays",
-    )
     recipe.add_argument("--weight-decay", type=at_least_0, default=4e-5, help="of AdamW")
-    recipe.add_argument(
-        "--mask-loss",
-        choices=("first", "best", "all"),
-        help="which of the three masks are corrected",
-    )
-    recipe.add_argument(
-        "--dice-weight", type=at_least_0, help="weight of the dice loss beside cross-entropy"
-    )
-    recipe.add_argument(
-        "--score-weight", type=at_least_0, help="weight of the score loss beside the mask loss"
-    )
-    recipe.add_argument(
-        "--prompts",
-        choices=("mixed", "inner", "point"),
-        help="a random point in the mask (point); one that is likelier the deeper it lies (inner); "
-        "or such a point, rough boxes and corrective clicks (mixed)",
-    )
     recipe.add_argument("--seed", type=seed, default=42, help="of the order and the prompts")
 
     add_encoder_options(parser)
@@ -719,10 +722,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default="auto",
         help="compile the decoder; auto: where the run is long enough to win the time back",
     )
-    for action in recipe._group_actions:
-        if action.dest in RECIPES["guide"]:
-            action.help += f" (guide: {RECIPES['guide'][action.dest]})"
-    parser.set_defaults(**RECIPES["default"])
     parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
     args = parser.parse_args_with_demo(
         argv,
