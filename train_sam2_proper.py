@@ -730,7 +730,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         model="mini",
         epochs=8,
         batch_size=4,
-        lr=5e-4,
+        lr=1e-3,
         precision="float32",  # the same figures on every CPU
     )
     settle_encoder_options(parser, args)
