@@ -18,7 +18,6 @@ output/: sam2_best.pt (best on val), sam2_final.pt, train_log.csv, learning_curv
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import math
 import time
@@ -37,7 +36,15 @@ from encoder_training import (
     settle_encoder_options,
 )
 from feature_cache import FeatureCache, check_room, load_features, pairs_with_objects
-from image_files import DEMO_DATA, Pair, atomic_write, only_run_in, read_mask, split_pairs
+from image_files import (
+    DEMO_DATA,
+    Pair,
+    atomic_write,
+    only_run_in,
+    read_mask,
+    split_pairs,
+    write_csv,
+)
 from sam2_utils import (
     MODELS,
     Features,
@@ -420,18 +427,10 @@ def write_log(output: Path, log: list[dict[str, float]], original_iou: float) ->
     They are written whole after each epoch, so that one that is open elsewhere only has to wait.
     """
     try:
-        write_csv(output / "train_log.csv", log)
+        write_csv(output / "train_log.csv", list(log[-1]), [list(row.values()) for row in log])
         draw_learning_curve(output / "learning_curve.png", log, original_iou)
     except PermissionError as error:
         print(f"warning: {error.filename} cannot be written; is it open in another program?")
-
-
-def write_csv(path: Path, log: list[dict[str, float]]) -> None:
-    """Write the log as a table, a row an epoch."""
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(log[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(log)
 
 
 def draw_learning_curve(path: Path, log: list[dict[str, float]], original_iou: float) -> None:
@@ -440,7 +439,7 @@ def draw_learning_curve(path: Path, log: list[dict[str, float]], original_iou: f
     epochs = [row["epoch"] for row in log]
     loss_axes, iou_axes = figure.subplots(1, 2)
     loss_axes.plot(epochs, [row["loss"] for row in log], "o-", label="training loss")
-    iou_axes.plot(epochs, [row["train_iou"] for row in log], "o-", label="train (random point)")
+    iou_axes.plot(epochs, [row["train_iou"] for row in log], "o-", label="train (its own prompts)")
     iou_axes.plot(epochs, [row["val_iou"] for row in log], "o-", label="val (center point)")
     iou_axes.axhline(original_iou, color="gray", linestyle="--", label="val before training")
     for axes, name in ((loss_axes, "loss"), (iou_axes, "mean IoU")):

@@ -15,7 +15,6 @@ With --random-weights, time and memory are those of the real weights; the IoU me
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 import platform
 import shutil
@@ -32,7 +31,7 @@ import train_sam2_proper
 from command_line import ArgumentParser, UserError, number, run, seed
 from compare_models import Models, segment_with_both
 from feature_cache import FeatureCache, load_features, pairs_with_objects
-from image_files import Pair, atomic_write, read_mask, read_pair, split_pairs
+from image_files import Pair, atomic_write, read_mask, read_pair, split_pairs, write_csv
 from sam2_utils import (
     MODELS,
     add_device_option,
@@ -378,13 +377,8 @@ def main(argv: list[str] | None = None) -> None:
         f"comparing two models: {comparison['two'] / comparison['one']:.3f} times evaluating one "
         f"({comparison['one']:.3f} s an image, encoded anew)"
     )
-    with (
-        atomic_write(args.output / "benchmark.csv") as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    table = [[row[column] for column in COLUMNS] for row in rows]
+    write_csv(args.output / "benchmark.csv", COLUMNS, table)
     draw_totals(args.output / "benchmark.png", rows, title)
     print(f"wrote benchmark.csv and benchmark.png to {args.output}")
 

@@ -30,7 +30,7 @@ import train_sam2_proper
 from clicks import simulate_clicks
 from command_line import ArgumentParser, number, run
 from feature_cache import FeatureCache, check_room, load_features
-from image_files import Pair, atomic_write, read_mask, split_pairs
+from image_files import Pair, atomic_write, read_mask, split_pairs, write_csv
 from sam2_utils import (
     MODELS,
     add_device_option,
@@ -179,7 +179,7 @@ def do_runs(planned: list[dict[str, Any]], args: Namespace) -> list[dict[str, st
         done = pool.imap_unordered(functools.partial(train_and_measure, args=args), missing)
         for row in tqdm(done, desc=description, unit="run", total=len(missing)):
             rows[key_of(row)] = row
-            write_rows(path, RUN_COLUMNS, list(rows.values()))
+            write_csv(path, RUN_COLUMNS, [list(row.values()) for row in rows.values()])
     return [rows[key_of(run)] for run in planned]
 
 
@@ -190,15 +190,8 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
 def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def choose_learning_rates(args: Namespace) -> dict[str, float]:
@@ -307,7 +300,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(val_indices)} val images, {shown} shown, {args.seeds} seeds; mean IoU on val, %"
     )
     print(f"{title}; {platform.system()}, PyTorch {torch.__version__}\n\n{format_table(summaries)}")
-    write_rows(args.output / "recipes.csv", tuple(summaries[0]), summaries)
+    table = [list(summary.values()) for summary in summaries]
+    write_csv(args.output / "recipes.csv", list(summaries[0]), table)
     draw_recipes(args.output / "recipes.png", summaries, title)
     print(f"wrote runs.csv, recipes.csv and recipes.png to {args.output}")
 

@@ -190,7 +190,7 @@ def run_training(run_script, checkpoint, *options):
 
 
 def read_log(output: Path) -> list[dict[str, str]]:
-    with (output / "train_log.csv").open(encoding="utf-8", newline="") as file:
+    with (output / "train_log.csv").open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -54,7 +54,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_log(output: Path) -> list[dict[str, str]]:
-    with (output / "train_log.csv").open(encoding="utf-8", newline="") as file:
+    with (output / "train_log.csv").open(encoding="utf-8-sig", newline="") as file:
         return [
             {name: value for name, value in row.items() if name != "seconds"}
             for row in csv.DictReader(file)

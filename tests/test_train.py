@@ -65,7 +65,7 @@ def run_training(run_script, random_mini, *options):
 
 
 def read_log(output: Path = Path("output")) -> list[dict[str, str]]:
-    with (output / "train_log.csv").open(encoding="utf-8", newline="") as file:
+    with (output / "train_log.csv").open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
