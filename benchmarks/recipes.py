@@ -4,11 +4,11 @@
     python benchmarks/recipes.py --model mini --epochs 2 --seeds 1    # a quick look
 
 Each recipe takes the learning rate that is best for it with one point: found on a quarter of the
-training images, after training on the others. Then it trains on all training images, once a seed,
-and its last weights are measured on the val images, which no choice has seen: with one point (the
-deepest, as compare_models.py does, or a random one), with a box, and after 3 and 5 corrective
-clicks. Written to output/recipes/: runs.csv (a row a run; what
-it has is not run again), recipes.csv (a row a recipe), recipes.png.
+training images, after training on the others; the default keeps its own. Then it trains on all
+training images, once a seed, and its last weights are measured on the val images, which no choice
+has seen: with one point (the deepest, as compare_models.py does, or a random one), with a box, and
+after 3 and 5 corrective clicks. Written to output/recipes/: runs.csv (a row a run; what it has is
+not run again), recipes.csv (a row a recipe), recipes.png.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ RECIPES = {
     "+ dice": Recipe(DICE, MIDDLE),
     "+ cosine": Recipe(COSINE, HIGH),
     "+ inner points": Recipe(f"{COSINE} --prompts inner", HIGH),
-    "+ boxes and clicks = default": Recipe("", HIGH),
-    "default, all masks": Recipe("--mask-loss all", HIGH),
+    "+ boxes and clicks": Recipe("", HIGH),
+    "the same, all masks": Recipe("--mask-loss all", HIGH),
+    "the default": Recipe("", (train_sam2_proper.RECIPES["default"]["lr"],)),
 }
 MEASURES = ("one point", "random point", "box", "3 clicks", "5 clicks")
 RUN_COLUMNS = (
