@@ -175,7 +175,7 @@ class CompiledDecoder(torch.nn.Module):
         sparse_embeddings, dense_embeddings = self.decoder.embed_prompts(*prompts)
         # One kernel for prompts of any number of points, with masks and without
         torch._dynamo.mark_dynamic(sparse_embeddings, 1)
-        return self.compiled(features, sparse_embeddings, dense_embeddings.contiguous())
+        return self.compiled(features, sparse_embeddings, dense_embeddings.float().contiguous())
 
 
 def compile_decoder(
