@@ -23,24 +23,24 @@ def run_command(script: str, *options: object, encoding: str, folder: Path):
     )
 
 
-@pytest.mark.parametrize("encoding", ["cp949", "ascii"])
-def test_all_four_scripts_run_from_a_hangul_folder_on_an_old_console(
-    tmp_path, random_mini, encoding
-):
+def test_all_four_scripts_run_from_a_hangul_folder_on_old_consoles(tmp_path, random_mini):
     folder = tmp_path / "한글 데이터"
     write_pairs(folder / "내 자료", 5)
+    comparison = (
+        "compare_models.py", "--data", "나눈 자료", "--original", random_mini,
+        "--finetuned", "결과/sam2_best.pt", "--figures", 1, "--clicks", 2, "--output", "결과/비교",
+    )  # fmt: skip
     steps = (
-        ("download_dataset.py", "--images", "내 자료/images", "--masks", "내 자료/masks",
+        ("cp949", "download_dataset.py", "--images", "내 자료/images", "--masks", "내 자료/masks",
          "--data", "나눈 자료", "--skip-checkpoint"),
-        ("train_sam2_proper.py", "--data", "나눈 자료", "--model", "mini", "--checkpoint",
+        ("ascii", "train_sam2_proper.py", "--data", "나눈 자료", "--model", "mini", "--checkpoint",
          random_mini, "--epochs", 1, "--limit", 2, "--output", "결과"),
-        ("compare_models.py", "--data", "나눈 자료", "--original", random_mini,
-         "--finetuned", "결과/sam2_best.pt", "--figures", 1, "--clicks", 2, "--output",
-         "결과/비교"),
-        ("test_my_image.py", "--image", "내 자료/images/pair_000.jpg", "--point", "60,40",
+        ("cp949", *comparison),
+        ("ascii", *comparison),
+        ("cp949", "test_my_image.py", "--image", "내 자료/images/pair_000.jpg", "--point", "60,40",
          "--checkpoint", "결과/sam2_best.pt", "--output", "결과/내 것"),
     )  # fmt: skip
-    for script, *options in steps:
+    for encoding, script, *options in steps:
         done = run_command(script, *options, encoding=encoding, folder=folder)
         assert done.returncode == 0, done.stderr.decode(encoding, "replace")
         assert b"Traceback" not in done.stderr
@@ -50,15 +50,6 @@ def test_all_four_scripts_run_from_a_hangul_folder_on_an_old_console(
             assert "improvement:" in text and "NoC@85" in text
     assert (folder / "결과/내 것/pair_000_001_mask.png").is_file()
     assert len(list((folder / "결과/비교").glob("comparison_*.png"))) == 1
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_every_option_with_its_default(script, tmp_path):
-    done = run_command(script, "--help", encoding="ascii", folder=tmp_path)
-    text = done.stdout.decode("ascii")
-    assert done.returncode == 0
-    assert f"python {script}" in text  # the commands to copy
-    assert "default: " in text
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_status_2(tmp_path):
@@ -82,12 +73,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_operators_that_mps_lacks_fall_back_to_the_cpu(script):
+def test_help_lists_the_commands_and_mps_falls_back_to_the_cpu(script):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_ENABLE_MPS_FALLBACK"}
     done = subprocess.run(
         [sys.executable, "-c", PROBE, script], cwd=ROOT, capture_output=True, timeout=120,
-        env={k: v for k, v in os.environ.items() if k != "PYTORCH_ENABLE_MPS_FALLBACK"},
+        env={**environment, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
     )  # fmt: skip
-    assert done.stdout.startswith(b"1"), done.stderr  # set before torch is first imported
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode("ascii")
+    assert text.startswith("1")  # the fallback is set before torch is first imported
+    assert f"python {script}" in text  # the commands to copy
+    assert "default: " in text
 
 
 def test_a_notebooks_drawing_backend_does_not_stop_a_script(tmp_path):
