@@ -310,7 +310,8 @@ def add_clicks(
         mask_logits, iou_scores = predict_masks(
             predictor, features, prompts, [(size, size)] * len(prompts), decoder, mask_inputs
         )
-        chosen = mask_logits[torch.arange(len(prompts)), iou_scores.argmax(-1)][:, None]
+        order = torch.arange(len(prompts), device=mask_logits.device)
+        chosen = mask_logits[order, iou_scores.argmax(-1)][:, None]
         prompts = [
             add_click(
                 prompt,
