@@ -1,7 +1,8 @@
-# make setup   a .venv with everything that the scripts and the tests need
-# make demo    trains a small model on drawn images, compares it, segments one image
-# make test    sets up what is missing, then runs the tests
-# make lint    checks style and formatting
+# make setup         a .venv with everything that the scripts and the tests need
+# make demo          trains a small model on drawn images, compares it, segments one image
+# make test          sets up what is missing, then runs the tests
+# make test-oldest   the tests that compute, with the oldest allowed versions of what they use
+# make lint          checks style and formatting
 
 ifeq ($(OS),Windows_NT)
 PYTHON ?= python
@@ -11,8 +12,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 endif
 READY := .venv/ready
+# A second environment, for test-oldest, and what is tested in it
+OLDEST ?= .venv-oldest
+COMPUTING := clicks compare encoder_training feature_cache gradients pretended_device \
+  prompts_of_training sam2_utils train
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-oldest lint
 
 setup: $(READY)
 
@@ -33,6 +38,14 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+$(OLDEST)/ready: requirements-oldest.txt requirements-dev.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/$(notdir $(BIN))/python -m pip install --requirement requirements-oldest.txt --requirement requirements-dev.txt
+	$(OLDEST)/$(notdir $(BIN))/python -c "open('$(OLDEST)/ready', 'w').close()"
+
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/$(notdir $(BIN))/python -m pytest $(COMPUTING:%=tests/test_%.py)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check

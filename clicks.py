@@ -33,6 +33,7 @@ def simulate_clicks(
     true_mask: np.ndarray,
     count: int,
     use_mask_prompt: bool,
+    kind: str = "best",
 ) -> list[float]:
     """Return the IoU after 1, 2, ... `count` clicks on one image, each mask that of all so far.
 
@@ -40,6 +41,7 @@ def simulate_clicks(
       features: of the image.
       true_mask: HxW bool, not empty.
       use_mask_prompt: give the logits of the previous mask to the model with the clicks.
+      kind: which of the model's masks, as in choose_masks.
 
     Once a mask is perfect nothing is left to click, and its IoU counts for the clicks to come.
     """
@@ -51,7 +53,7 @@ def simulate_clicks(
         prompt = Prompt(points[:, :2].astype(np.float32), points[:, 2].astype(np.int32))
         previous = logits if use_mask_prompt else None
         mask, _, logits = segment_with_logits(
-            predictor, features, prompt, true_mask.shape, previous
+            predictor, features, prompt, true_mask.shape, previous, kind
         )
         ious.append(float(calculate_iou(mask, true_mask)))
     return ious + ious[-1:] * (count - len(ious))

@@ -19,7 +19,7 @@ if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"
 
 # What the errors of torch say when memory runs out, on GPUs and on CPUs.
-MEMORY_ERRORS = ("out of memory", "allocate memory", "not enough memory")
+MEMORY_ERRORS = ("out of memory", "allocate memory", "not enough memory", "out of shared memory")
 
 
 class UserError(Exception):
@@ -95,12 +95,17 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; check the path, its permissions and the disk")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(t in str(error) for t in MEMORY_ERRORS):
+        if not is_memory_error(error):
             raise
         _fail("the memory is full; use a smaller --batch-size or --model, or --device cpu")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def is_memory_error(error: Exception) -> bool:
+    """Say whether memory ran out, on the GPU or on the CPU; torch raises RuntimeError for it."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY_ERRORS)
 
 
 def _fail(message: str) -> NoReturn:

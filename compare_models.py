@@ -5,11 +5,12 @@
     python compare_models.py --limit 20         # a quick look
     python compare_models.py --figures 20       # more pictures
     python compare_models.py --clicks 10        # and when their masks are corrected, click by click
+    python compare_models.py --mask single      # the mask that other tools take
     python compare_models.py --demo             # what train_sam2_proper.py --demo made
 
 Both models get the same prompts, and of three masks each the one with the highest predicted
-score counts. Written to output/comparison/: results.csv and the pictures; with --clicks, also
-clicks.csv and clicks.png.
+score counts; or SAM 2's single mask, with --mask single. Written to output/comparison/:
+results.csv and the pictures; with --clicks, also clicks.csv and clicks.png.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from clicks import (
     write_clicks,
 )
 from command_line import ArgumentParser, UserError, number, run, seed
+from device_check import trusted_device
 from feature_cache import FeatureCache, hash_encoder, load_features
 from image_files import (
     DEMO_DATA,
@@ -109,8 +111,8 @@ def segment_with_both(
     """Return the HxW bool masks of the original and of the fine-tuned model for one prompt."""
     original_features, finetuned_features = load_both_features(models, index, pair, args)
     with autocast(args.device, args.precision):
-        original_mask, _ = segment(models.original, original_features, prompt, size)
-        finetuned_mask, _ = segment(models.finetuned, finetuned_features, prompt, size)
+        original_mask, _ = segment(models.original, original_features, prompt, size, args.mask)
+        finetuned_mask, _ = segment(models.finetuned, finetuned_features, prompt, size, args.mask)
     return original_mask, finetuned_mask
 
 
@@ -141,13 +143,16 @@ def compare(models: Models, pairs: list[Pair], args: Namespace) -> list[Result]:
     return results
 
 
-def format_table(results: list[Result], split: str) -> str:
-    """Return the guide's box: mean IoU of both models, and the improvement in %p."""
+def format_table(results: list[Result], measured: str) -> str:
+    """Return the guide's box: mean IoU of both models, and the improvement in %p.
+
+    measured: on what, like "val".
+    """
     original = np.mean([result.original_iou for result in results])
     finetuned = np.mean([result.finetuned_iou for result in results])
     rule = "─" * BOX_WIDTH
     rows = [
-        f"mean IoU ({split})".center(BOX_WIDTH),
+        f"mean IoU ({measured})".center(BOX_WIDTH),
         None,
         f"  original SAM 2:    {original:.2%}",
         f"  fine-tuned SAM 2:  {finetuned:.2%}",
@@ -286,7 +291,12 @@ def measure_clicks(models: Models, results: list[Result], args: Namespace) -> np
         for of_model, predictor, features in zip(ious, models[:2], both, strict=True):
             with autocast(args.device, args.precision):
                 of_model[row] = simulate_clicks(
-                    predictor, features, true_mask, args.clicks, not args.no_mask_prompt
+                    predictor,
+                    features,
+                    true_mask,
+                    args.clicks,
+                    not args.no_mask_prompt,
+                    args.mask,
                 )
     return ious
 
@@ -300,16 +310,18 @@ def report_clicks(models: Models, results: list[Result], args: Namespace) -> Non
     draw_clicks(args.output / "clicks.png", ious, not args.no_mask_prompt)
 
 
-def load_models(pairs: list[Pair], args: Namespace) -> Models:
+def load_models(pairs: list[Pair], insists_on_mps: bool, args: Namespace) -> Models:
     """Load the original and the fine-tuned model, which must be of the same size.
 
     The original is what training started from, if it is there. args.precision becomes a dtype:
-    that of the training, unless another is asked for.
+    that of the training, unless another is asked for. args.device becomes the CPU where MPS
+    computes wrongly, unless that was insisted on.
     """
     if not args.finetuned.is_file():
         command = "python train_sam2_proper.py" + " --demo" * args.demo
         raise UserError(f"no fine-tuned model at {args.finetuned}; run: {command}")
     finetuned, facts = load_predictor(args.model, args.finetuned, args.device)
+    args.device = trusted_device(finetuned, args.device, insists_on_mps)
     name, settings = facts["model_name"], facts.get("settings")
     settings = settings if isinstance(settings, dict) else {}  # of another program
     started_from = Path(settings.get("checkpoint", ""))
@@ -318,6 +330,8 @@ def load_models(pairs: list[Pair], args: Namespace) -> Models:
     )
     original, _ = load_predictor(name, checkpoint, args.device)
     print(f"original:   {checkpoint}\nfine-tuned: {args.finetuned} (SAM 2.1 {name})")
+    if facts.get("epoch") == 0:
+        print("            which is the original: no epoch of the training was better")
     args.precision = choose_precision(args, settings)
     share_encoder = hash_encoder(original.model) == hash_encoder(finetuned.model)
     folder, cache = args.cache or settings.get("cache"), None
@@ -357,6 +371,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
         choices=("center", "random", "box"),
         default="center",
         help="the point deepest inside the mask, a random point in it, or its box",
+    )
+    data.add_argument(
+        "--mask",
+        choices=("best", "single"),
+        default="best",
+        help="best: of the three masks, the one that the model scores highest; single: the single "
+        "mask, or the best where that is not stable, as video and other tools take it",
     )
     data.add_argument("--seed", type=seed, default=42, help="of random points and of the interval")
     data.add_argument(
@@ -402,12 +423,14 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    insists_on_mps = args.device == "mps"
     args.device = select_device(args.device)
     pairs = split_pairs(args.data, args.split, args.limit)
-    models = load_models(pairs, args)
+    models = load_models(pairs, insists_on_mps, args)
 
     results = compare(models, pairs, args)
-    print_anywhere(format_table(results, args.split))
+    measured = args.split + (", single mask" if args.mask == "single" else "")
+    print_anywhere(format_table(results, measured))
     print(format_details(results, args.seed))
     write_results(args.output / "results.csv", results)
     remove_earlier(args.output)

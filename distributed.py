@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import command_line  # noqa: F401, which sets what torch and tqdm read when first imported
+from command_line import UserError
 
 import torch
 import torch.distributed as dist
@@ -31,10 +31,22 @@ def world_size() -> int:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return the GPU of this process, where each has one of its own."""
-    if device.type == "cuda" and world_size() > 1:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+    """Return the device of this process: a GPU of its own, or the CPU, which all share.
+
+    A Mac's GPU cannot be shared by processes, nor do they have a way to add up what is on it.
+    Raises UserError where there are more processes than GPUs.
+    """
+    if world_size() == 1 or device.type == "cpu":
+        return device
+    if device.type == "mps":
+        return torch.device("cpu")
+    local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank + 1} has no GPU, there are {count}; start torchrun with "
+            f"--nproc_per_node={count}"
+        )
+    return torch.device("cuda", local_rank)
 
 
 @contextmanager
@@ -45,7 +57,10 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     printed = sys.stdout
     try:
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
@@ -71,7 +86,7 @@ def sum_over_all(values: list[float], device: torch.device) -> list[float]:
     """Return each value's sum over all processes."""
     if world_size() == 1:
         return values
-    total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    total = total.to(device)
+    total = torch.tensor(values, dtype=torch.float64)
+    total = total.to(device if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total)
     return total.tolist()

@@ -138,6 +138,8 @@ def settle_encoder_options(parser: ArgumentParser, args: Namespace) -> None:
         return
     if args.train_encoder == "full" and args.lora_rank is not None:
         parser.error("--lora-rank is for --train-encoder lora, not full")
+    if args.lr == "auto":
+        parser.error("--lr auto is not for --train-encoder, whose trials would take hours")
     if args.cache is not None:
         parser.error("--cache is of no use with --train-encoder: features change as it learns")
     if args.compile == "on":

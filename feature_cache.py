@@ -13,14 +13,13 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import distributed
-from command_line import UserError
+from command_line import UserError, is_memory_error
 from image_files import Pair, read_mask, read_pair
-from sam2_utils import Features, autocast, encode_images, feature_shapes
+from sam2_utils import Features, NotFiniteError, autocast, encode_images, feature_shapes
 
 import cv2
 import numpy as np
@@ -32,6 +31,7 @@ from tqdm import tqdm
 FORMAT = 1  # of the records; another one makes a cache stale
 KEY_BYTES = 64
 SECONDS_BETWEEN_COMMITS = 5.0  # what a pulled plug may cost
+ENCODED_AT_ONCE = {"cuda": 8}  # images; one elsewhere
 FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
 
 
@@ -184,23 +184,29 @@ class FeatureCache:
         self, file: BinaryIO, places: list[tuple[int, int]], predictor: SAM2ImagePredictor
     ) -> None:
         """Write the records of (index, slot), and every few seconds the keys of those written."""
+        batch_size = ENCODED_AT_ONCE.get(predictor.device.type, 1)
         written: list[tuple[int, int]] = []
         last_commit = time.monotonic()
+        progress = tqdm(total=len(places), desc=f"Encoding {self.path.stem}", unit="image")
         try:
-            for batch in tqdm(
-                list(_batches(places, 8 if predictor.device.type == "cuda" else 1)),
-                desc=f"Encoding {self.path.stem}",
-                unit="step",
-            ):
-                records = self._compute([index for index, _ in batch], predictor)
+            while places:
+                batch = places[:batch_size]
+                try:
+                    records = self._compute([index for index, _ in batch], predictor)
+                except RuntimeError as error:
+                    batch_size = _smaller_batch(batch_size, error)
+                    continue
                 for (_, slot), record in zip(batch, records, strict=True):
                     file.seek(slot * self.record.itemsize + KEY_BYTES)
                     file.write(record.tobytes()[KEY_BYTES:])
+                places = places[len(batch) :]
                 written += batch
+                progress.update(len(batch))
                 if time.monotonic() - last_commit > SECONDS_BETWEEN_COMMITS:
                     self._commit(file, written)
                     written, last_commit = [], time.monotonic()
         finally:  # also when interrupted
+            progress.close()
             self._commit(file, written)
 
     def _commit(self, file: BinaryIO, written: list[tuple[int, int]]) -> None:
@@ -212,7 +218,10 @@ class FeatureCache:
         _flush(file)
 
     def _compute(self, indices: list[int], predictor: SAM2ImagePredictor) -> np.ndarray:
-        """Return the records of some pairs, without their keys."""
+        """Return the records of some pairs, without their keys.
+
+        Raises NotFiniteError rather than keep features that are NaN or beyond half precision.
+        """
         images, masks = zip(*(read_pair(self.pairs[index]) for index in indices), strict=True)
         with autocast(predictor.device, self.precision):
             features = encode_images(predictor, list(images))
@@ -220,6 +229,13 @@ class FeatureCache:
         maps = (features.image_embed, *features.high_res_feats)
         for name, feature_map in zip(FEATURES, maps, strict=True):
             records[name] = feature_map.permute(0, 2, 3, 1).half().cpu().numpy()
+            for index, values in zip(indices, records[name], strict=True):
+                if not np.isfinite(values).all():
+                    raise NotFiniteError(
+                        f"the features of {self.pairs[index].image} are not finite (NaN) in "
+                        f"{str(self.precision).removeprefix('torch.')}; use --precision float32, "
+                        "or another --checkpoint"
+                    )
         for record, mask in zip(records, masks, strict=True):
             record["has_object"] = mask.any()
             record["mask"] = np.packbits(mask_on_grid(mask, self.image_size))
@@ -253,7 +269,7 @@ def load_features(
     image, _ = read_pair(pair)
     with autocast(predictor.device, precision):
         features = encode_images(predictor, [image])
-    return features.to(torch.float32)
+    return features.to(predictor.device, torch.float32)
 
 
 def pairs_with_objects(pairs: list[Pair], cache: FeatureCache | None) -> list[int]:
@@ -278,6 +294,17 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _batches(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _smaller_batch(batch_size: int, error: RuntimeError) -> int:
+    """Return half a batch size where memory ran out; any other error is raised again.
+
+    Raises UserError where even one image was too many.
+    """
+    if not is_memory_error(error):
+        raise error
+    if batch_size == 1:
+        raise UserError(
+            "the memory is too small to encode even one image; use a smaller --model, "
+            "or --device cpu"
+        ) from error
+    torch.cuda.empty_cache()  # does nothing where there is no CUDA
+    return batch_size // 2

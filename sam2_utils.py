@@ -15,6 +15,7 @@ import warnings
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from command_line import UserError
 from image_files import atomic_write
@@ -40,6 +41,10 @@ NETWORK_ERRORS = (
     TimeoutError,
     ValueError,  # an answer that makes no sense, of a proxy perhaps
 )
+
+
+class NotFiniteError(UserError):
+    """The model computes NaN or infinity: it has been spoilt, or the precision is too low."""
 
 
 # ----------------------------------------------------------------------------------------------
@@ -80,6 +85,8 @@ def select_device(name: str = "auto") -> torch.device:
     if not available[device.type] or (device.index or 0) >= count:
         present = ", ".join(kind for kind, is_present in available.items() if is_present)
         raise UserError(f"--device {name} is not available here; use one of: auto, {present}")
+    if device.index:
+        torch.cuda.set_device(device)  # or what names no GPU takes memory of the first one
     return device
 
 
@@ -87,7 +94,8 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in: `name` is auto, float32, bfloat16 or float16.
 
     auto is bfloat16 where the hardware multiplies it (GPUs and CPUs), else float16 on CUDA, and
-    float32 on MPS and on other CPUs. Raises UserError for one that the device cannot train in.
+    float32 on MPS, on other CPUs, and on GTX 16xx cards, whose float16 gives NaN (pytorch issue
+    77955). Raises UserError for one that the device cannot train in.
     """
     if name == "auto":
         if device.type == "cpu" and cpu_has_bfloat16():
@@ -96,7 +104,9 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
             return torch.float32
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        if native:
+            return torch.bfloat16
+        return torch.float32 if "GTX 16" in torch.cuda.get_device_name(device) else torch.float16
     if device.type == "mps" and name != "float32":
         raise UserError(f"--precision {name} is not supported on MPS; use --precision float32")
     if device.type == "cpu" and name == "float16":
@@ -111,10 +121,23 @@ def cpu_has_bfloat16() -> bool:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
-    """Return the context in which SAM 2's components compute in `precision`."""
+    """Return the context in which SAM 2's components compute in `precision`.
+
+    Weights are cast anew at each use. Kept casts, torch's default, would be without gradients once
+    a forward under no_grad has made them: until torch 2.10 what follows it in the same context
+    then learns next to nothing (pytorch issue 112583).
+    """
     if precision == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=precision)
+    return torch.autocast(device.type, dtype=precision, cache_enabled=False)
+
+
+def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to a device, without waiting where that is safe: from pinned memory to CUDA.
+
+    MPS would read a source that may be freed by then (pytorch issue 139550).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda" and tensor.is_pinned())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -326,7 +349,11 @@ def load_predictor(
 def build_predictor(model_name: str, device: torch.device) -> SAM2ImagePredictor:
     """Build SAM 2.1 `model_name` with random weights, in eval mode on `device`."""
     spec = MODELS[model_name]
-    model = build_sam2(spec.config, None, device=device, hydra_overrides_extra=list(spec.overrides))
+    # Where SAM 2 sees CUDA it puts position encodings on the first GPU, whatever `device` is.
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        model = build_sam2(
+            spec.config, None, device=device, hydra_overrides_extra=list(spec.overrides)
+        )
     return make_predictor(model)
 
 
@@ -342,15 +369,25 @@ def save_checkpoint(
 ) -> None:
     """Save the weights so that SAM 2's own build_sam2(config, path) loads them.
 
-    The weights are a model's, or a state_dict. `plain_values` (numbers, strings, lists, dicts) are
-    kept beside them.
+    The weights are a model's, or a state_dict. `plain_values` (numbers, strings, lists, dicts, and
+    tensors in them) are kept beside them. Tensors are saved as those of the CPU: any computer
+    can load them.
     """
     weights = model if isinstance(model, dict) else model.state_dict()
     with atomic_write(path) as temporary:
         try:
-            torch.save({"model": weights, **plain_values}, temporary)
+            torch.save(_on_cpu({"model": weights, **plain_values}), temporary)
         except RuntimeError as error:  # what torch makes of a disk that is full
             raise OSError(errno.ENOSPC, "cannot be written (is the disk full?)") from error
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return nested dicts and lists with their tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in value]
+    return value.cpu() if torch.is_tensor(value) else value
 
 
 # ----------------------------------------------------------------------------------------------
@@ -465,11 +502,25 @@ class Features(NamedTuple):
     image_embed: torch.Tensor
     high_res_feats: list[torch.Tensor]
 
-    def to(self, *target: torch.device | torch.dtype) -> Features:
-        """Move to a device and a dtype, like torch.Tensor.to."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> Features:
+        """Move to a device, and convert there: half precision is half as much to copy."""
         maps = (self.image_embed, *self.high_res_feats)
-        moved = [feature_map.to(*target, non_blocking=True) for feature_map in maps]
+        moved = [copy_to(device, feature_map).to(dtype) for feature_map in maps]
         return Features(moved[0], moved[1:])
+
+
+class Prediction(NamedTuple):
+    """What the mask decoder answers to B prompts.
+
+    mask_logits: Bx4x(S/4)x(S/4) float32, for upscale_masks: the single mask, then the three that
+      are for prompts of several meanings.
+    iou_scores: Bx4 float32, the model's own estimate of each mask's IoU.
+    object_logits: Bx1 float32, whether there is an object at all.
+    """
+
+    mask_logits: torch.Tensor
+    iou_scores: torch.Tensor
+    object_logits: torch.Tensor
 
 
 def feature_shapes(model: SAM2Base) -> list[tuple[int, int, int]]:
@@ -493,7 +544,7 @@ class PromptedDecoder(torch.nn.Module):
         point_coords: torch.Tensor,
         point_labels: torch.Tensor,
         mask_inputs: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Do what predict_masks does, with BxNx2 points in pixels of the input and BxN labels."""
         prompt_embeddings = self.embed_prompts(point_coords, point_labels, mask_inputs)
         return self.decode_masks(features, *prompt_embeddings)
@@ -511,21 +562,21 @@ class PromptedDecoder(torch.nn.Module):
 
     def decode_masks(
         self, features: Features, sparse_embeddings: torch.Tensor, dense_embeddings: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what predict_masks does, of embedded prompts."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what a Prediction holds, of embedded prompts."""
         # On a CPU, plain attention between few tokens and many is faster than the flash kernel.
         on_cpu = features.image_embed.device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
-            mask_logits, iou_scores, _, _ = self.mask_decoder(
+            # What the decoder's forward chooses from: three masks, or the single one
+            mask_logits, iou_scores, _, object_logits = self.mask_decoder.predict_masks(
                 image_embeddings=features.image_embed,
                 image_pe=self.prompt_encoder.get_dense_pe(),
                 sparse_prompt_embeddings=sparse_embeddings,
                 dense_prompt_embeddings=dense_embeddings,
-                multimask_output=True,
                 repeat_image=False,
                 high_res_features=features.high_res_feats,
             )
-        return mask_logits.float(), iou_scores.float()
+        return mask_logits.float(), iou_scores.float(), object_logits.float()
 
 
 def encode_images(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
@@ -541,7 +592,7 @@ def predict_masks(
     image_sizes: list[tuple[int, int]],
     decoder: torch.nn.Module | None = None,
     mask_inputs: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Prediction:
     """Turn features and prompts into masks and scores; gradients flow, unlike in predict().
 
     Arguments:
@@ -550,10 +601,6 @@ def predict_masks(
       image_sizes: (H,W) of the original images, in whose pixels the prompts are given.
       decoder: the predictor's PromptedDecoder, where it is wrapped to be faster or distributed.
       mask_inputs: Bx1x(S/4)x(S/4) logits of the masks that the prompts are to correct, if any.
-
-    Returns:
-      mask_logits: Bx3x(S/4)x(S/4) float32, for upscale_masks.
-      iou_scores: Bx3 float32, the model's own estimate of each mask's IoU.
     """
     model, transforms = predictor.model, predictor._transforms
 
@@ -566,7 +613,24 @@ def predict_masks(
     points = torch.stack(coords).to(model.device), torch.stack(labels).to(model.device)
 
     # Prompt encoder and mask decoder
-    return (decoder or PromptedDecoder(model))(features, *points, mask_inputs)
+    return Prediction(*(decoder or PromptedDecoder(model))(features, *points, mask_inputs))
+
+
+def choose_masks(
+    predictor: SAM2ImagePredictor, prediction: Prediction, kind: str = "best"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose one mask an image; return Bx1x(S/4)x(S/4) logits and Bx1 scores.
+
+    kind: best (of the three, the one with the highest score) or single (what other tools take: the
+    single mask, or the best of three where it is not stable, as SAM 2 decides it).
+    """
+    if kind == "single":
+        return predictor.model.sam_mask_decoder._dynamic_multimask_via_stability(
+            prediction.mask_logits, prediction.iou_scores
+        )
+    mask_logits, iou_scores = prediction.mask_logits[:, 1:], prediction.iou_scores[:, 1:]
+    best = iou_scores.argmax(-1, keepdim=True)
+    return mask_logits.take_along_dim(best[..., None, None], 1), iou_scores.gather(-1, best)
 
 
 def upscale_masks(
@@ -583,21 +647,19 @@ def segment_with_logits(
     prompt: Prompt,
     image_size: tuple[int, int],
     mask_input: torch.Tensor | None = None,
+    kind: str = "best",
 ) -> tuple[np.ndarray, float, torch.Tensor]:
     """Do what segment does, after `mask_input`, the logits that an earlier prompt led to.
 
     Returns the HxW bool mask, its score, and its logits for the next call, 1x1x(S/4)x(S/4) and
     clamped as SAM2ImagePredictor does.
     """
-    mask_logits, iou_scores = predict_masks(
-        predictor, features, [prompt], [image_size], mask_inputs=mask_input
-    )
-    if not torch.isfinite(iou_scores).all():
-        raise UserError("the model's scores are not finite (NaN); lower --lr, or use float32")
-    best = int(iou_scores[0].argmax())
-    best_logits = mask_logits[:, best : best + 1]
-    mask = upscale_masks(predictor, best_logits, image_size)[0, 0] > 0
-    return mask.cpu().numpy(), float(iou_scores[0, best]), best_logits.clamp(-32, 32)
+    prediction = predict_masks(predictor, features, [prompt], [image_size], mask_inputs=mask_input)
+    if not torch.isfinite(prediction.iou_scores).all():
+        raise NotFiniteError("the model's scores are not finite (NaN); lower --lr, or use float32")
+    mask_logits, scores = choose_masks(predictor, prediction, kind)
+    mask = upscale_masks(predictor, mask_logits, image_size)[0, 0] > 0
+    return mask.cpu().numpy(), float(scores), mask_logits.clamp(-32, 32)
 
 
 def segment(
@@ -605,12 +667,13 @@ def segment(
     features: Features,
     prompt: Prompt,
     image_size: tuple[int, int],
+    kind: str = "best",
 ) -> tuple[np.ndarray, float]:
-    """Segment one image: of the three masks, the one with the highest predicted score.
+    """Segment one image; `kind` says which mask, as in choose_masks.
 
-    Returns the HxW bool mask and its score. Raises UserError where the scores are not finite.
+    Returns the HxW bool mask and its score. Raises NotFiniteError where the scores are not finite.
     """
-    return segment_with_logits(predictor, features, prompt, image_size)[:2]
+    return segment_with_logits(predictor, features, prompt, image_size, kind=kind)[:2]
 
 
 def calculate_iou(predicted, true):

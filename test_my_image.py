@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import ArgumentParser, UserError, run
+from device_check import trusted_device
 from image_files import DEMO_DATA, read_image, read_mask, write_image
 from sam2_utils import (
     MODELS,
@@ -226,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     height, width = image.shape[:2]
     checkpoint = choose_checkpoint(args)
     predictor, facts = load_predictor(args.model, checkpoint, device)
+    device = trusted_device(predictor, device, insists=args.device == "mps")
     prompt = choose_prompt(args, image)
     check_inside(prompt, width, height)
 

@@ -4,6 +4,7 @@
     python train_sam2_proper.py --model tiny --epochs 5    # a smaller model, a shorter run
     python train_sam2_proper.py --limit 20 --epochs 1      # a quick look
     python train_sam2_proper.py --resume                   # go on after an interruption
+    python train_sam2_proper.py --lr auto                  # find the learning rate first
     python train_sam2_proper.py --demo                     # see it work in a minute
     python train_sam2_proper.py --recipe guide             # the guide's settings, not ours
     python train_sam2_proper.py --train-encoder lora       # the image encoder learns too
@@ -11,15 +12,16 @@
 
 The image encoder stays frozen, so it sees each image once; what it says is kept in output/cache/
 (not with --train-encoder, where that changes). Each step shows SAM 2 a point, a box, or clicks that
-correct its own mask, and corrects the mask and the scores that it answers with. What is written to
-output/: sam2_best.pt (best on val), sam2_final.pt, train_log.csv, learning_curve.png.
+correct its own mask, and corrects the masks and the scores that it answers with. What is written to
+output/: sam2_best.pt (best on val: the original where no epoch is better), sam2_final.pt,
+train_log.csv, learning_curve.png.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-import math
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 
 import distributed
 from command_line import ArgumentParser, UserError, number, run, seed
+from device_check import trusted_device
 from download_dataset import draw_demo, is_filled
 from encoder_training import (
     add_encoder_options,
@@ -45,15 +48,25 @@ from image_files import (
     split_pairs,
     write_csv,
 )
+from learning_rate import (
+    find_learning_rate,
+    learning_rate_factor,
+    parse_rate,
+    split_for_trials,
+)
 from sam2_utils import (
     MODELS,
     Features,
+    NotFiniteError,
+    Prediction,
     Prompt,
     PromptedDecoder,
     add_device_option,
     add_precision_option,
     autocast,
     calculate_iou,
+    choose_masks,
+    copy_to,
     encode_images,
     ensure_checkpoint,
     feature_shapes,
@@ -83,9 +96,11 @@ STATE_FILE = "train_state.pt"
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "batch_size": 4,
-        "lr": 3e-4,
+        "lr": 1e-4,
         "schedule": "cosine",
+        "max_grad_norm": 1.0,
         "mask_loss": "first",
+        "single_weight": 1.0,
         "dice_weight": 1.0,
         "score_weight": 0.05,
         "prompts": "mixed",
@@ -94,13 +109,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 1,
         "lr": 1e-5,
         "schedule": "constant",
+        "max_grad_norm": 0.0,
         "mask_loss": "first",
+        "single_weight": 0.0,
         "dice_weight": 0.0,
         "score_weight": 0.05,
         "prompts": "point",
     },
 }
-WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
+MINI_LR = 3e-4  # mini was pretrained for an hour only, and has less to forget
+# What is reported of a training image, beside the epoch's other figures
+REPORTED = ("loss", "seg_loss", "score_loss", "train_iou", "clipped")
 # What a resumed run must have in common with the run that it goes on with.
 RESUME_SETTINGS = (
     "model", *RECIPES["guide"], "weight_decay", "precision", "seed", "limit",
@@ -168,7 +187,7 @@ class CompiledDecoder(torch.nn.Module):
 
     def forward(
         self, features: Features, point_coords: torch.Tensor, *prompts: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if len(point_coords) != self.batch_size:
             return self.decoder(features, point_coords, *prompts)
         prompts = point_coords, *prompts
@@ -197,8 +216,8 @@ def compile_decoder(
             if args.prompts == "mixed":  # clicks are placed without gradients
                 with torch.no_grad():
                     compiled(features, points, labels, None)
-            mask_logits, iou_scores = compiled(features, points, labels, None)
-        (mask_logits.mean() + iou_scores.mean()).backward()
+            answers = compiled(features, points, labels, None)
+        sum(answer.mean() for answer in answers).backward()
     except Exception as error:  # whatever compilers raise: the run can go on without one
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"torch.compile does not work here ({reason}); going on without it, only slower")
@@ -208,54 +227,62 @@ def compile_decoder(
     return compiled
 
 
-def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
-    """Return what the learning rate of step 0, 1, ... of all `steps` is of its highest value.
-
-    cosine: a linear warm-up, then along a cosine to zero (Loshchilov and Hutter, SGDR, 2017).
-    """
-    if schedule == "constant":
-        return 1.0
-    warmup = WARMUP_SHARE * steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
 def image_losses(
-    mask_logits: torch.Tensor, iou_scores: torch.Tensor, true_mask: torch.Tensor, args: Namespace
+    prediction: Prediction, true_mask: torch.Tensor, args: Namespace
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss of each image, and what to report of each.
 
-    seg_loss: binary cross-entropy between sigmoid(logits) and the true mask, mean over pixels,
-    and args.dice_weight times the dice loss; of the first, the best or all of the three masks
-    (args.mask_loss). score_loss: mean |predicted score - actual IoU of the thresholded mask|,
-    over all three, so that choosing by score stays honest. The guide's loss is that of the first
-    mask without dice.
+    seg_loss: the mask_losses of the first, the best or all of the three masks (args.mask_loss).
+    score_loss: mean |predicted score - actual IoU of the thresholded mask|, over all three, so
+    that choosing by score stays honest. The guide's loss is that of the first mask without dice.
+    With args.single_weight the single mask, which other tools take, learns as much: its mask and
+    its score, and that there is an object (cross-entropy, weighted like a score).
 
     Arguments:
-      mask_logits: ...x3xHxW, at the true mask's resolution.
-      iou_scores: ...x3.
+      prediction: ...x4xHxW mask logits, at the true mask's resolution; ...x4 scores; ...x1.
       true_mask: ...xHxW float in [0, 1]; where cells are larger than pixels, the part covered.
     """
+    mask_logits, iou_scores, object_logits = prediction
     actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5)
-    if args.mask_loss == "first":
-        mask_logits = mask_logits[..., :1, :, :]
-    targets = true_mask.unsqueeze(-3).expand_as(mask_logits)
-    mask_losses = F.binary_cross_entropy_with_logits(mask_logits, targets, reduction="none")
-    mask_losses = mask_losses.mean((-2, -1))
-    if args.dice_weight:
-        mask_losses = mask_losses + args.dice_weight * dice_loss(mask_logits.sigmoid(), targets)
-    seg_loss = mask_losses.min(-1).values if args.mask_loss == "best" else mask_losses.mean(-1)
-    score_loss = (iou_scores - actual_iou).abs().mean(-1)
+    score_losses = (iou_scores - actual_iou).abs()
+
+    # The three masks
+    learning = slice(1, 2) if args.mask_loss == "first" else slice(1, 4)
+    losses = mask_losses(mask_logits[..., learning, :, :], true_mask, args.dice_weight)
+    seg_loss = losses.min(-1).values if args.mask_loss == "best" else losses.mean(-1)
+    score_loss = score_losses[..., 1:].mean(-1)
     loss = seg_loss + args.score_weight * score_loss
-    chosen = iou_scores.argmax(-1, keepdim=True)
+
+    # The single mask
+    if args.single_weight:
+        single_loss = mask_losses(mask_logits[..., :1, :, :], true_mask, args.dice_weight)[..., 0]
+        scores_loss = score_losses[..., 0] + F.softplus(-object_logits)[..., 0]
+        loss = loss + args.single_weight * (single_loss + args.score_weight * scores_loss)
+
+    chosen = iou_scores[..., 1:].argmax(-1, keepdim=True)
     report = {
         "loss": loss.detach(),
         "seg_loss": seg_loss.detach(),
         "score_loss": score_loss.detach(),
-        "train_iou": actual_iou.gather(-1, chosen).squeeze(-1),
+        "train_iou": actual_iou[..., 1:].gather(-1, chosen).squeeze(-1),
     }
     return loss, report
+
+
+def mask_losses(
+    mask_logits: torch.Tensor, true_mask: torch.Tensor, dice_weight: float
+) -> torch.Tensor:
+    """Return the loss of each mask, ...xC: cross-entropy, and dice_weight times the dice loss.
+
+    Cross-entropy is that between sigmoid(logits) and the true mask, mean over pixels. Takes
+    ...xCxHxW logits and the ...xHxW true mask, as in image_losses.
+    """
+    targets = true_mask.unsqueeze(-3).expand_as(mask_logits)
+    losses = F.binary_cross_entropy_with_logits(mask_logits, targets, reduction="none")
+    losses = losses.mean((-2, -1))
+    if dice_weight:
+        losses = losses + dice_weight * dice_loss(mask_logits.sigmoid(), targets)
+    return losses
 
 
 def dice_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
@@ -270,25 +297,25 @@ def dice_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 
 def batch_loss(
     predictor: SAM2ImagePredictor,
-    mask_logits: torch.Tensor,
-    iou_scores: torch.Tensor,
+    prediction: Prediction,
     true_masks: list[torch.Tensor],
     args: Namespace,
 ) -> tuple[torch.Tensor, list[dict[str, float]]]:
     """Return the mean of B images' losses, each at its true mask's resolution, and B reports."""
     if len({mask.shape for mask in true_masks}) == 1:  # all at once
-        groups = [(mask_logits, iou_scores, torch.stack(true_masks))]
+        groups = [(prediction, torch.stack(true_masks))]
     else:
         groups = [
-            (mask_logits[i : i + 1], iou_scores[i : i + 1], mask[None])
+            (Prediction(*(answer[i : i + 1] for answer in prediction)), mask[None])
             for i, mask in enumerate(true_masks)
         ]
     losses, reports = [], []
-    for logits, scores, masks in groups:
-        masks = masks.to(logits.device, non_blocking=True)
+    for answers, masks in groups:
+        logits = answers.mask_logits
+        masks = copy_to(logits.device, masks)
         if logits.shape[-2:] != masks.shape[-2:]:
             logits = upscale_masks(predictor, logits, masks.shape[-2:])
-        loss, report = image_losses(logits, scores, masks, args)
+        loss, report = image_losses(answers._replace(mask_logits=logits), masks, args)
         losses.append(loss)
         columns = [values.tolist() for values in report.values()]
         reports += [dict(zip(report, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -307,11 +334,10 @@ def add_clicks(
     prompts, mask_inputs = batch.prompts, None
     size = predictor.model.image_size
     for _ in range(batch.plan.clicks):
-        mask_logits, iou_scores = predict_masks(
+        prediction = predict_masks(
             predictor, features, prompts, [(size, size)] * len(prompts), decoder, mask_inputs
         )
-        order = torch.arange(len(prompts), device=mask_logits.device)
-        chosen = mask_logits[order, iou_scores.argmax(-1)][:, None]
+        chosen, _ = choose_masks(predictor, prediction)
         prompts = [
             add_click(
                 prompt,
@@ -334,7 +360,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Go once through the training images in random order; return the means of what is reported.
 
-    The order and the prompts follow from the seed and the epoch alone. Raises UserError when
+    The order and the prompts follow from the seed and the epoch alone. Raises NotFiniteError when
     the loss is not finite.
     """
     loader.sampler.epoch = epoch
@@ -357,7 +383,7 @@ def train_one_epoch(
             prompts, mask_inputs = add_clicks(predictor, features, batch, learner.decoder)
 
             # Prompt encoder and mask decoder, with gradients
-            mask_logits, iou_scores = predict_masks(
+            prediction = predict_masks(
                 predictor,
                 features,
                 prompts,
@@ -367,9 +393,9 @@ def train_one_epoch(
             )
 
         # The loss, mean over the batch
-        loss, batch_reports = batch_loss(predictor, mask_logits, iou_scores, batch.true_masks, args)
+        loss, batch_reports = batch_loss(predictor, prediction, batch.true_masks, args)
         if not torch.isfinite(loss):
-            raise UserError(
+            raise NotFiniteError(
                 f"the loss became {loss.item()} in epoch {epoch}; the files of the epochs before "
                 f"it are kept in {args.output}; use a smaller --lr, or --precision float32"
             )
@@ -378,21 +404,33 @@ def train_one_epoch(
         learner.optimizer.zero_grad()
         share = batch.fraction * distributed.world_size()
         learner.scaler.scale(loss * share).backward()
+        clipped = clip_gradients(learner, args.max_grad_norm)
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
-        reports += batch_reports if batch.fraction else []
+        reports += [{**report, "clipped": clipped} for report in batch_reports if batch.fraction]
         if reports:
             recent = mean_of(reports[-50:])
             progress.set_postfix(loss=f"{recent['loss']:.4f}", IoU=f"{recent['train_iou']:.3f}")
     return mean_over_all(reports, args.device)
 
 
+def clip_gradients(learner: Learner, max_norm: float) -> float:
+    """Scale the gradients down to a norm of max_norm, over all weights; 0 leaves them alone.
+
+    Returns 1.0 where they were longer, else 0.0.
+    """
+    if not max_norm:
+        return 0.0
+    learner.scaler.unscale_(learner.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(learner.weights.parameters(), max_norm)
+    return float(norm > max_norm)
+
+
 def mean_over_all(reports: list[dict[str, float]], device: torch.device) -> dict[str, float]:
     """Return the mean of each value over the reports of all processes."""
-    names = ("loss", "seg_loss", "score_loss", "train_iou")
-    sums = [float(sum(report[name] for report in reports)) for name in names]
+    sums = [float(sum(report[name] for report in reports)) for name in REPORTED]
     *sums, count = distributed.sum_over_all([*sums, float(len(reports))], device)
-    return {name: total / count for name, total in zip(names, sums, strict=True)}
+    return {name: total / count for name, total in zip(REPORTED, sums, strict=True)}
 
 
 def mean_of(reports: list[dict[str, float]]) -> dict[str, float]:
@@ -401,14 +439,21 @@ def mean_of(reports: list[dict[str, float]]) -> dict[str, float]:
 
 
 def evaluate(
-    predictor: SAM2ImagePredictor, pairs: list[Pair], cache: FeatureCache | None, args: Namespace
+    predictor: SAM2ImagePredictor,
+    pairs: list[Pair],
+    cache: FeatureCache | None,
+    args: Namespace,
+    indices: list[int] | None = None,
 ) -> float:
     """Return the mean IoU over pairs, each prompted with the point deepest inside its mask.
 
-    compare_models.py measures in the same way. Pairs with an empty mask are left out.
+    compare_models.py measures in the same way. Pairs with an empty mask are left out, and so are
+    those that are not among the indices, if any are given.
     """
     ious = []
-    for index, pair in enumerate(tqdm(pairs, desc="Validating", unit="image", leave=False)):
+    indices = range(len(pairs)) if indices is None else indices
+    for index in tqdm(indices, desc="Validating", unit="image", leave=False):
+        pair = pairs[index]
         true_mask = read_mask(pair.mask)
         if not true_mask.any():
             continue
@@ -422,27 +467,32 @@ def evaluate(
     return float(np.mean(ious))
 
 
-def write_log(output: Path, log: list[dict[str, float]], original_iou: float) -> None:
-    """Write train_log.csv and learning_curve.png, a row and a point an epoch.
+def write_log(output: Path, log: list[dict[str, float]]) -> None:
+    """Write train_log.csv and learning_curve.png, a row and a point an epoch; 0 is the original.
 
     They are written whole after each epoch, so that one that is open elsewhere only has to wait.
     """
+    columns = list(log[-1])
     try:
-        write_csv(output / "train_log.csv", list(log[-1]), [list(row.values()) for row in log])
-        draw_learning_curve(output / "learning_curve.png", log, original_iou)
+        rows = [[row.get(column, "") for column in columns] for row in log]
+        write_csv(output / "train_log.csv", columns, rows)
+        draw_learning_curve(output / "learning_curve.png", log)
     except PermissionError as error:
         print(f"warning: {error.filename} cannot be written; is it open in another program?")
 
 
-def draw_learning_curve(path: Path, log: list[dict[str, float]], original_iou: float) -> None:
+def draw_learning_curve(path: Path, log: list[dict[str, float]]) -> None:
     """Draw the loss and the mean IoU over the epochs."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    epochs = [row["epoch"] for row in log]
     loss_axes, iou_axes = figure.subplots(1, 2)
-    loss_axes.plot(epochs, [row["loss"] for row in log], "o-", label="training loss")
-    iou_axes.plot(epochs, [row["train_iou"] for row in log], "o-", label="train (its own prompts)")
-    iou_axes.plot(epochs, [row["val_iou"] for row in log], "o-", label="val (center point)")
-    iou_axes.axhline(original_iou, color="gray", linestyle="--", label="val before training")
+    for axes, column, label in (
+        (loss_axes, "loss", "training loss"),
+        (iou_axes, "train_iou", "train (its own prompts)"),
+        (iou_axes, "val_iou", "val (center point)"),
+    ):
+        rows = [row for row in log if column in row]
+        axes.plot([row["epoch"] for row in rows], [row[column] for row in rows], "o-", label=label)
+    iou_axes.axhline(log[0]["val_iou"], color="gray", linestyle="--", label="val before training")
     for axes, name in ((loss_axes, "loss"), (iou_axes, "mean IoU")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -467,11 +517,7 @@ def run_settings(args: Namespace, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def save_state(
-    learner: Learner,
-    log: list[dict[str, float]],
-    original_iou: float,
-    settings: dict[str, Any],
-    args: Namespace,
+    learner: Learner, log: list[dict[str, float]], settings: dict[str, Any], args: Namespace
 ) -> None:
     """Save what load_state needs to go on after this epoch."""
     save_checkpoint(
@@ -480,13 +526,12 @@ def save_state(
         optimizer=learner.optimizer.state_dict(),
         scaler=learner.scaler.state_dict(),
         log=log,
-        original_iou=original_iou,
         settings=settings,
     )
 
 
 def load_state(settings: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """Read what save_state saved.
+    """Read what save_state saved; settings["lr"] becomes the run's where it is auto.
 
     Raises UserError if there is no such run, or its settings, its data or its model differ.
     """
@@ -496,6 +541,8 @@ def load_state(settings: dict[str, Any], args: Namespace) -> dict[str, Any]:
     state = load_checkpoint(path)
     # Files from before there were recipes or --train-encoder do not say these.
     before = {**RECIPES["guide"], "train_encoder": "none", **state.get("settings", {})}
+    if settings["lr"] == "auto":
+        settings["lr"] = before["lr"]
     for name in RESUME_SETTINGS:
         if before.get(name) != settings[name]:
             option = f"--{name.replace('_', '-')}"
@@ -509,6 +556,8 @@ def load_state(settings: dict[str, Any], args: Namespace) -> dict[str, Any]:
     ):
         if before.get(name) != settings[name]:
             raise UserError(f"the run in {args.output} {what}; resume with the same, or start anew")
+    if "original_iou" in state:  # a file from before epoch 0 had a row
+        state["log"].insert(0, {"epoch": 0, "val_iou": state["original_iou"]})
     return state
 
 
@@ -523,38 +572,31 @@ def train(
     predictor: SAM2ImagePredictor, train_pairs: list[Pair], val_pairs: list[Pair], args: Namespace
 ) -> None:
     """Fine-tune for args.epochs epochs, or for those that are left, and write the results."""
-    is_first = distributed.rank() == 0
     settings = run_settings(args, train_pairs + val_pairs)
-    learner = make_learner(predictor, args)
-    log, original_iou = [], None
-    if args.resume:
-        state = load_state(settings, args)
-        log, original_iou = state["log"], state["original_iou"]
-        restore(learner, state)
-        print(f"going on after epoch {len(log)}")
+    state = load_state(settings, args) if args.resume else None
     print(f"{len(train_pairs)} training and {len(val_pairs)} validation images from {args.data}")
     print(f"SAM 2.1 {args.model} on {args.device} in {settings['precision']}")
-    if args.train_encoder != "none":
-        count = sum(weight.numel() for weight in learner.weights.encoder)
-        print(
-            f"the image encoder learns too ({args.train_encoder}, {count / 1e6:.2f} M weights): "
-            "its features change, so no cache; each image is encoded in each epoch (slow)"
-        )
     train_cache, val_cache = open_caches(predictor, train_pairs, val_pairs, args)
     loader = load_training_set(predictor, train_pairs, train_cache, args)
-    image_count = len(loader.sampler.indices)
-    if not args.resume and is_first:
-        original_iou = evaluate(predictor, val_pairs, val_cache, args)
-        print(f"before training: val IoU {original_iou:.4f}")
-        save_state(learner, log, original_iou, settings, args)  # from here on it can be resumed
-    if len(log) < args.epochs:
-        learner = speed_up(learner, predictor, image_count * args.epochs, args)
-    elif args.resume:
-        print(f"all {len(log)} epochs are done; for more, raise --epochs")
+
+    is_first = distributed.rank() == 0
+    if state:
+        log = state["log"]
+    elif is_first:
+        log = [{"epoch": 0, "val_iou": evaluate(predictor, val_pairs, val_cache, args)}]
+        print(f"before training: val IoU {log[0]['val_iou']:.4f}")
+    else:
+        log = [{"epoch": 0}]
+    if settings["lr"] == "auto":
+        settings["lr"] = try_learning_rates(predictor, loader, train_pairs, train_cache, args)
+    if is_first and best_of(log)["epoch"] == 0:
+        save_model(args.output / "sam2_best.pt", predictor, log[:1], settings)
+    args.lr = settings["lr"]
+    learner = start(predictor, loader, state, log, settings, args)
 
     try:
-        for epoch in range(len(log) + 1, args.epochs + 1):
-            start = time.perf_counter()
+        for epoch in range(log[-1]["epoch"] + 1, args.epochs + 1):
+            begun = time.perf_counter()
             report = train_one_epoch(predictor, loader, learner, epoch, args)
             if is_first:
                 val_iou = evaluate(predictor, val_pairs, val_cache, args)
@@ -564,33 +606,110 @@ def train(
                     "val_iou": val_iou,
                     "lr": learner.optimizer.param_groups[0]["lr"],
                 }
-                log.append({**row, "seconds": time.perf_counter() - start})
-                save_epoch(predictor, learner, log, original_iou, settings, args)
+                log.append({**row, "seconds": time.perf_counter() - begun})
+                save_epoch(predictor, learner, log, settings, args)
     except KeyboardInterrupt:
         print("\nstopped; to go on after the last finished epoch, add --resume")
         raise
     if is_first:
-        write_log(args.output, log, original_iou)  # a killed run may not have come to it
+        write_log(args.output, log)  # a killed run may not have come to it
         save_model(args.output / "sam2_final.pt", predictor, log, settings)
-        best_iou = max(row["val_iou"] for row in log)
-        print(f"val IoU {original_iou:.4f} before training, {best_iou:.4f} at best")
+        print(conclude(log))
+
+
+def start(
+    predictor: SAM2ImagePredictor,
+    loader: DataLoader,
+    state: dict[str, Any] | None,
+    log: list[dict[str, float]],
+    settings: dict[str, Any],
+    args: Namespace,
+) -> Learner:
+    """Return what learns, as it is now or as it was in an interrupted run's state; say so."""
+    learner = make_learner(predictor, args)
+    done = log[-1]["epoch"]
+    if state:
+        restore(learner, state)
+        print(f"going on after epoch {done}")
+    elif distributed.rank() == 0:
+        save_state(learner, log, settings, args)  # from here on it can be resumed
+    if args.train_encoder != "none":
+        count = sum(weight.numel() for weight in learner.weights.encoder)
+        print(
+            f"the image encoder learns too ({args.train_encoder}, {count / 1e6:.2f} M weights): "
+            "its features change, so no cache; each image is encoded in each epoch (slow)"
+        )
+    if done < args.epochs:
+        return speed_up(learner, predictor, len(loader.sampler.indices) * args.epochs, args)
+    print(f"all {done} epochs are done; for more, raise --epochs")
+    return learner
+
+
+def best_of(log: list[dict[str, float]]) -> dict[str, float]:
+    """Return the row of the epoch with the highest val IoU; the earliest of several."""
+    return max(log, key=lambda row: row["val_iou"])
+
+
+def conclude(log: list[dict[str, float]]) -> str:
+    """Return the last word on a run: how good it became, or that it did not help."""
+    before, best = log[0]["val_iou"], best_of(log)
+    if best["epoch"]:
+        return (
+            f"val IoU {before:.4f} before training, {best['val_iou']:.4f} at best "
+            f"(epoch {best['epoch']})"
+        )
+    return (
+        f"fine-tuning did not help: no epoch was better than the original (val IoU {before:.4f}), "
+        "so sam2_best.pt is the original; try --lr auto or a smaller --lr, or more images"
+    )
+
+
+def try_learning_rates(
+    predictor: SAM2ImagePredictor,
+    loader: DataLoader,
+    pairs: list[Pair],
+    cache: FeatureCache | None,
+    args: Namespace,
+) -> float:
+    """Find a learning rate on a loader's training images; it and the model stay as they are."""
+    indices = loader.sampler.indices
+    learn_from, held_out, epochs = split_for_trials(indices, args.seed)
+    before = evaluate(predictor, pairs, cache, args, held_out)
+    original = copy.deepcopy(predictor.model.state_dict())
+
+    def try_rate(rate: float) -> float:
+        trial = Namespace(**{**vars(args), "lr": rate, "epochs": epochs})
+        learner = make_learner(predictor, trial)
+        try:
+            for epoch in range(1, epochs + 1):
+                train_one_epoch(predictor, loader, learner, epoch, trial)
+            return evaluate(predictor, pairs, cache, args, held_out)
+        except NotFiniteError:
+            return float("nan")
+        finally:
+            predictor.model.load_state_dict(original)
+
+    loader.sampler.indices = learn_from
+    try:
+        return find_learning_rate(try_rate, before)
+    finally:
+        loader.sampler.indices = indices
 
 
 def save_epoch(
     predictor: SAM2ImagePredictor,
     learner: Learner,
     log: list[dict[str, float]],
-    original_iou: float,
     settings: dict[str, Any],
     args: Namespace,
 ) -> None:
     """Save the model if it is the best so far, the state and the log; print the log's last row."""
     row = log[-1]
-    is_best = all(row["val_iou"] > earlier["val_iou"] for earlier in log[:-1])
+    is_best = best_of(log) is row
     if is_best:
         save_model(args.output / "sam2_best.pt", predictor, log, settings)
-    save_state(learner, log, original_iou, settings, args)
-    write_log(args.output, log, original_iou)
+    save_state(learner, log, settings, args)
+    write_log(args.output, log)
     print(
         f"epoch {row['epoch']:3}  loss {row['loss']:.4f}  train IoU {row['train_iou']:.4f}  "
         f"val IoU {row['val_iou']:.4f}  {row['seconds']:.1f} s{'  best' if is_best else ''}"
@@ -644,7 +763,7 @@ def save_model(
         path,
         merged_state_dict(predictor.model),
         model_name=settings["model"],
-        epoch=len(log),
+        epoch=log[-1]["epoch"],
         val_iou=log[-1]["val_iou"],
         settings=settings,
     )
@@ -685,16 +804,29 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--recipe", choices=RECIPES, default="default", help="what sets the defaults below"
     )
     add_setting("--batch-size", "images a step", type=at_least_1)
-    add_setting("--lr", "learning rate, at its highest", type=number(float, above=0))
+    add_setting(
+        "--lr",
+        "learning rate, at its highest; auto: the best of some that are tried before training, "
+        f"on a part of the training images; mini's default is {MINI_LR:g}",
+        type=parse_rate,
+    )
     add_setting(
         "--schedule",
         "whether the learning rate warms up and falls to zero over the epochs, or stays",
         choices=("cosine", "constant"),
     )
     add_setting(
+        "--max-grad-norm", "longer gradients are scaled down to it (0: none are)", type=at_least_0
+    )
+    add_setting(
         "--mask-loss",
         "which of the three masks are corrected",
         choices=("first", "best", "all"),
+    )
+    add_setting(
+        "--single-weight",
+        "of the loss of the single mask, which other tools take, beside the three (0: none)",
+        type=at_least_0,
     )
     add_setting("--dice-weight", "of the dice loss beside cross-entropy", type=at_least_0)
     add_setting("--score-weight", "of the score loss beside the mask loss", type=at_least_0)
@@ -722,7 +854,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default="auto",
         help="compile the decoder; auto: where the run is long enough to win the time back",
     )
-    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
+    typed = parser.parse_args(argv)
+    parser.set_defaults(**RECIPES[typed.recipe])
+    if typed.recipe == "default" and typed.model == "mini":
+        parser.set_defaults(lr=MINI_LR)
     args = parser.parse_args_with_demo(
         argv,
         data=DEMO_DATA,
@@ -734,6 +869,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         precision="float32",  # the same figures on every CPU
     )
     settle_encoder_options(parser, args)
+    if args.lr == "auto" and distributed.world_size() > 1:
+        raise UserError("--lr auto runs in one process; find the rate without torchrun first")
     args.cache = args.cache or args.output / "cache"
     return args
 
@@ -748,6 +885,7 @@ def next_command(args: Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    insists_on_mps = args.device == "mps"
     args.device = distributed.local_device(select_device(args.device))
     args.precision = select_precision(args.precision, args.device)
     torch.manual_seed(args.seed)
@@ -759,6 +897,7 @@ def main(argv: list[str] | None = None) -> None:
         val_pairs = split_pairs(args.data, "val", args.limit)
         args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
         predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
+        args.device = trusted_device(predictor, args.device, insists_on_mps)
         if distributed.rank() == 0:
             for folder in [args.output] if args.no_cache else [args.output, args.cache]:
                 locks.enter_context(only_run_in(folder))

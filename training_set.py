@@ -6,11 +6,15 @@ and often with some corrective clicks after it, which depend on what the model h
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import distributed
+from command_line import UserError
 from feature_cache import FeatureCache, mask_on_grid
 from image_files import Pair, read_pair
 from sam2_utils import (
@@ -33,6 +37,7 @@ BOX_SHARE = 0.25  # of the steps; the others start with a point
 CLICK_SHARE = 0.35  # of the steps have 1 to MAX_CLICKS corrective clicks
 MAX_CLICKS = 3
 MASK_SHARE = 0.5  # of the steps with clicks get the mask to be corrected as a prompt, too
+PREFETCH = 2  # batches that each loading process has ready
 BOX_JITTER = 0.1  # standard deviation of a box's edges, in its sides; at most twice of it
 
 
@@ -118,7 +123,14 @@ class TrainingSet(Dataset):
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
         self.prompt_mix = prompt_mix
 
-    def __getitem__(self, step: Step) -> Batch:
+    def __getitem__(self, step: Step) -> Batch | Exception:
+        """Return the batch of a step, or why there is none, for BatchLoader to raise."""
+        try:
+            return self._load(step)
+        except (UserError, OSError) as error:
+            return error
+
+    def _load(self, step: Step) -> Batch:
         epoch, indices, fraction, number = step
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
         plan = plan_prompts(self.prompt_mix, rng)
@@ -161,24 +173,60 @@ class EpochSampler(Sampler):
             yield Step(self.epoch, mine or batch[:1], len(mine) / len(batch), number)
 
 
+class BatchLoader(DataLoader):
+    """A DataLoader that raises the errors of its worker processes as they are.
+
+    DataLoader itself would raise them with the worker's traceback as their message.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
 def make_loader(
     training_set: TrainingSet, sampler: EpochSampler, device: torch.device
-) -> DataLoader:
+) -> BatchLoader:
     """Load batches ahead in other processes where the device would wait for them: Linux with CUDA.
 
     Elsewhere a process costs more to start, or takes a core from the decoder.
     """
-    workers = 4 if device.type == "cuda" and sys.platform == "linux" else 0
-    return DataLoader(
+    workers = 0
+    if device.type == "cuda" and sys.platform == "linux":
+        step = next(iter(sampler))
+        workers = count_workers(_bytes_of(training_set[step]))
+    return BatchLoader(
         training_set,
         sampler=sampler,
         batch_size=None,  # the sampler's steps are batches
         collate_fn=_as_it_is,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def count_workers(batch_bytes: int, shared_memory: Path = Path("/dev/shm")) -> int:
+    """Return how many processes to load with: up to 4, one a core, and as shared memory allows.
+
+    Their batches wait there: PREFETCH of each process, and two on their way to the GPU. Docker
+    gives a container 64 MB of it.
+    """
+    free = shutil.disk_usage(shared_memory).free if shared_memory.is_dir() else 0
+    batches = free // (max(1, batch_bytes) * distributed.world_size())
+    return int(np.clip((batches - 2) // PREFETCH, 0, min(4, os.cpu_count() or 1)))
+
+
+def _bytes_of(batch: Batch | Exception) -> int:
+    """Return the size of a batch's tensors and images."""
+    if isinstance(batch, Exception):
+        raise batch
+    maps = [batch.features.image_embed, *batch.features.high_res_feats] if batch.features else []
+    return sum(array.nbytes for array in (*maps, *batch.images, *batch.true_masks))
+
+
+def _as_it_is(batch: Batch | Exception) -> Batch | Exception:
     return batch

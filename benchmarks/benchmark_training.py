@@ -176,15 +176,15 @@ def measure_floor(args: Namespace, compiling: str) -> float:
     batch = pairs[: settings.batch_size]
     images, masks = zip(*map(read_pair, batch), strict=True)
     with autocast(args.device, settings.precision):
-        features = encode_images(predictor, list(images)).to(torch.float32)
+        features = encode_images(predictor, list(images)).to(args.device, torch.float32)
     prompts = [prompt_from_mask(mask, "center") for mask in masks]
     sizes = [mask.shape for mask in masks]
 
     def step() -> None:
         learner.weights.zero_grad()
         with autocast(args.device, settings.precision):
-            logits, scores = predict_masks(predictor, features, prompts, sizes, learner.decoder)
-        (logits[:, 0].mean() + scores.mean()).backward()
+            prediction = predict_masks(predictor, features, prompts, sizes, learner.decoder)
+        sum(answer.mean() for answer in prediction).backward()
 
     return time_repeated(step, args.device, times=40) / len(batch)
 
@@ -195,6 +195,7 @@ def measure_comparison(args: Namespace) -> dict[str, float]:
     finetuned, _ = load_predictor(args.model, args.checkpoint, args.device)
     models = Models(predictor, finetuned, share_encoder=True, cache=None)
     examples = [(pair, read_mask(pair.mask)) for pair in pairs[:5]]
+    of_comparison = Namespace(**vars(settings), mask="best")
 
     def evaluate_one() -> None:
         for pair, mask in examples:
@@ -205,7 +206,7 @@ def measure_comparison(args: Namespace) -> dict[str, float]:
     def compare_two() -> None:
         for pair, mask in examples:
             prompt = prompt_from_mask(mask, "center")
-            segment_with_both(models, 0, pair, prompt, mask.shape, settings)
+            segment_with_both(models, 0, pair, prompt, mask.shape, of_comparison)
 
     return {
         "one": time_repeated(evaluate_one, args.device, times=2) / len(examples),

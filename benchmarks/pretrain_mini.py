@@ -175,9 +175,10 @@ def training_step(
         [feat.repeat_interleave(PROMPTS_PER_IMAGE, dim=0) for feat in features.high_res_feats],
     )
     sizes = [mask.shape for mask in masks]
-    mask_logits, iou_scores = predict_masks(predictor, repeated, prompts, sizes)
+    prediction = predict_masks(predictor, repeated, prompts, sizes)
+    mask_logits, iou_scores = prediction.mask_logits[:, 1:], prediction.iou_scores[:, 1:]
 
-    # Loss, at the resolution of the logits
+    # Loss of the three masks, at the resolution of the logits
     true_masks = torch.from_numpy(np.stack(masks)).float()[:, None]
     true_masks = F.adaptive_avg_pool2d(true_masks, mask_logits.shape[-2:])
     return calculate_loss(mask_logits, iou_scores, true_masks)

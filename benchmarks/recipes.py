@@ -7,8 +7,9 @@ Each recipe takes the learning rate that is best for it with one point: found on
 training images, after training on the others; the default keeps its own. Then it trains on all
 training images, once a seed, and its last weights are measured on the val images, which no choice
 has seen: with one point (the deepest, as compare_models.py does, or a random one), with a box, and
-after 3 and 5 corrective clicks. Written to output/recipes/: runs.csv (a row a run; what it has is
-not run again), recipes.csv (a row a recipe), recipes.png.
+after 3 and 5 corrective clicks; and, of the single mask that other tools take, with one point and
+a box. Written to output/recipes/: runs.csv (a row a run; what it has is not run again), recipes.csv
+(a row a recipe), recipes.png.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ GUIDE = "--recipe guide"
 BATCH = f"{GUIDE} --batch-size 4"
 DICE = f"{BATCH} --dice-weight 1"
 COSINE = f"{DICE} --schedule cosine"
+PLAIN = "--single-weight 0 --max-grad-norm 0"
+MINI_LR = (train_sam2_proper.MINI_LR,)
 LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 RECIPES = {
     "guide": Recipe(GUIDE, LOW),
@@ -69,11 +72,15 @@ RECIPES = {
     "+ dice": Recipe(DICE, MIDDLE),
     "+ cosine": Recipe(COSINE, HIGH),
     "+ inner points": Recipe(f"{COSINE} --prompts inner", HIGH),
-    "+ boxes and clicks": Recipe("", HIGH),
-    "the same, all masks": Recipe("--mask-loss all", HIGH),
-    "the default": Recipe("", (train_sam2_proper.RECIPES["default"]["lr"],)),
+    "+ boxes and clicks": Recipe(PLAIN, HIGH),
+    "the same, all masks": Recipe(f"{PLAIN} --mask-loss all", HIGH),
+    "the default, but the single mask": Recipe("--single-weight 0", MINI_LR),
+    "the default, not clipped": Recipe("--max-grad-norm 0", MINI_LR),
+    "the default": Recipe("", MINI_LR),
 }
-MEASURES = ("one point", "random point", "box", "3 clicks", "5 clicks")
+MEASURES = (
+    "one point", "random point", "box", "3 clicks", "5 clicks", "single: one point", "single: box",
+)  # fmt: skip
 RUN_COLUMNS = (
     "recipe", "options", "model", "epochs", "lr", "seed", "measured on", *MEASURES, "seconds",
 )  # fmt: skip
@@ -146,12 +153,14 @@ def measure(
         with autocast(args.device, args.precision):
             by_click = simulate_clicks(predictor, features, true_mask, clicks, use_mask_prompt=True)
             by_kind = []
-            for kind in ("random", "box"):
+            for kind, of in (
+                ("random", "best"), ("box", "best"), ("center", "single"), ("box", "single"),
+            ):  # fmt: skip
                 prompt = prompt_from_mask(true_mask, kind, np.random.default_rng(index))
-                mask, _ = segment(predictor, features, prompt, true_mask.shape)
+                mask, _ = segment(predictor, features, prompt, true_mask.shape, of)
                 by_kind.append(calculate_iou(mask, true_mask))
         by_click += [np.nan] * (5 - len(by_click))
-        ious.append((by_click[0], *by_kind, by_click[2], by_click[4]))
+        ious.append((by_click[0], *by_kind[:2], by_click[2], by_click[4], *by_kind[2:]))
     means = np.mean(ious, axis=0)
     return {name: f"{mean:.6f}" for name, mean in zip(MEASURES, means, strict=True)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,20 @@ import pytest
 import torch
 
 CPU = torch.device("cpu")
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--device", choices=("cpu", "auto"), default="cpu",
+        help="cpu, or auto: what the scripts choose by themselves here, as a GPU",
+    )  # fmt: skip
+
+
+def pytest_configure(config) -> None:
+    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used."""
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.backends.mps.is_available = lambda: False
 
 
 class Outcome(NamedTuple):

@@ -198,8 +198,8 @@ def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
 def gradients(predictor) -> dict[str, torch.Tensor]:
     """Return the encoder's gradients after a step's forward and backward pass."""
     features = encode_with_gradients(predictor, IMAGES)
-    mask_logits, iou_scores = predict_masks(predictor, features, PROMPTS, SIZES)
-    (mask_logits.sigmoid().mean() + iou_scores.mean()).backward()
+    prediction = predict_masks(predictor, features, PROMPTS, SIZES)
+    (prediction.mask_logits.sigmoid().mean() + prediction.iou_scores.mean()).backward()
     encoder = predictor.model.image_encoder
     return {
         name: weight.grad for name, weight in encoder.named_parameters() if weight.requires_grad

@@ -1,6 +1,7 @@
 """Features that are kept are those that set_image computes, and train as the guide does."""
 
 import csv
+import functools
 import os
 import re
 import subprocess
@@ -166,8 +167,8 @@ def training_loss(predictor, batch: Batch) -> torch.Tensor:
     features = batch.features or encode_images(predictor, batch.images)
     input_sizes = [(predictor.model.image_size,) * 2] * len(batch.prompts)
     features = features.to(CPU, torch.float32)
-    mask_logits, iou_scores = predict_masks(predictor, features, batch.prompts, input_sizes)
-    return batch_loss(predictor, mask_logits, iou_scores, batch.true_masks, GUIDE)[0]
+    prediction = predict_masks(predictor, features, batch.prompts, input_sizes)
+    return batch_loss(predictor, prediction, batch.true_masks, GUIDE)[0]
 
 
 def coverage(mask: np.ndarray, size: int) -> np.ndarray:
@@ -652,6 +653,49 @@ def test_compiling_is_left_to_long_runs_of_full_size_models_on_a_cpu(predictor):
     assert not compiling_pays(Namespace(device=torch.device("cuda"), model=full_size), 10**9)
 
 
+def test_a_gpu_too_small_for_eight_images_encodes_fewer_at_once(predictor, path, monkeypatch):
+    """And where not even one fits, a line says what to do: a smaller batch would not help."""
+    pairs = [Pair(str(i), path.parent / f"{i}.png", path.parent / f"m{i}.png") for i in range(5)]
+    for index, pair in enumerate(pairs):
+        write_drawing(pair, *draw_pair(index))
+    tried = []
+
+    def encode(predictor, images, room):
+        tried.append(len(images))
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return encode_images(predictor, images)
+
+    monkeypatch.setattr(feature_cache, "ENCODED_AT_ONCE", {"cpu": 8})
+    monkeypatch.setattr(feature_cache, "encode_images", functools.partial(encode, room=2))
+    cache = fill(path, predictor, pairs)
+    assert tried == [5, 4, 2, 2, 1]
+    monkeypatch.setattr(feature_cache, "encode_images", encode_images)
+    assert_fresh(cache, predictor, pairs)
+    path.unlink()
+    monkeypatch.setattr(feature_cache, "encode_images", functools.partial(encode, room=0))
+    with pytest.raises(UserError, match="even one image; use a smaller --model") as caught:
+        fill(path, predictor, pairs)
+    assert "batch-size" not in str(caught.value)
+    monkeypatch.setattr(feature_cache, "encode_images", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fill(path, predictor, pairs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e9])  # the latter is beyond half precision
+def test_features_that_are_not_finite_are_never_kept(predictor, pairs, path, monkeypatch, value):
+    def encode(predictor, images):
+        features = encode_images(predictor, images)
+        if images[0].shape[:2] == SIZES[2]:
+            features.high_res_feats[0][0, 1, 2, 3] = value
+        return features
+
+    monkeypatch.setattr(feature_cache, "encode_images", encode)
+    with pytest.raises(UserError, match=r"2\.png are not finite .*--precision float32"):
+        fill(path, predictor, pairs)
+    assert held(path, predictor, pairs) == [0, 1]
+
+
 # ----------------------------------------------------------------------------------------------
 # torchrun
 # ----------------------------------------------------------------------------------------------
@@ -693,8 +737,8 @@ def test_two_processes_learn_what_one_learns(torchrun, run_script, predictor, ra
     assert difference(*moved) < 0.002
     for rows in zip(read_log(folder / "output"), read_log(Path("output")), strict=True):
         ours, theirs = ({**row, "seconds": 0} for row in rows)
-        assert {name: float(value) for name, value in ours.items()} == pytest.approx(
-            {name: float(value) for name, value in theirs.items()}, abs=0.001
+        assert {name: float(value or 0) for name, value in ours.items()} == pytest.approx(
+            {name: float(value or 0) for name, value in theirs.items()}, abs=0.001
         )
     load_predictor("mini", folder / "output/sam2_final.pt", CPU)
 

@@ -10,6 +10,7 @@ from download_dataset import split_names
 from feature_cache import mask_on_grid
 from image_files import IMAGE_SUFFIXES, find_pairs, read_image, read_mask, write_image
 from sam2_utils import (
+    Prediction,
     calculate_dice,
     calculate_iou,
     deepest_point,
@@ -100,9 +101,13 @@ def test_the_loss_is_the_guides_formula_at_every_shape(
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, spread, (batch, 3, height, width)).clip(-15, 15)
     scores, true = rng.random((batch, 3)), rng.random((batch, height, width))
-    tensors = map(torch.from_numpy, (logits, scores, true))
+    # The single mask, whatever it is, is not part of the guide's loss
+    all_logits = np.concatenate([rng.normal(0, 1, (batch, 1, height, width)), logits], axis=1)
+    all_scores = np.concatenate([rng.random((batch, 1)), scores], axis=1)
+    answers = all_logits, all_scores, rng.normal(0, 1, (batch, 1))
+    prediction = Prediction(*map(torch.from_numpy, answers))
     args = argparse.Namespace(**{**RECIPES["guide"], "score_weight": score_weight})
-    losses, report = image_losses(*tensors, args)
+    losses, report = image_losses(prediction, torch.from_numpy(true), args)
     for i in range(batch):
         expected = literal_loss(logits[i], scores[i], true[i], score_weight)
         assert losses[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)

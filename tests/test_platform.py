@@ -13,7 +13,8 @@ SCRIPTS = ("download_dataset.py", "train_sam2_proper.py", "compare_models.py", "
 
 
 def run_command(script: str, *options: object, encoding: str, folder: Path):
-    """Run a script in a process of its own, on a console of the given encoding."""
+    """Run a script in a process of its own, on a console of the given encoding, on the CPU."""
+    options += ("--device", "cpu") if script != "download_dataset.py" else ()
     return subprocess.run(
         [sys.executable, ROOT / script, *map(str, options)],
         cwd=folder,

@@ -77,7 +77,12 @@ def test_precision_follows_the_device(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 2070")
     assert select_precision("auto", cuda) == torch.float16
+    # These give NaN in float16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce GTX 1660 Ti")
+    assert select_precision("auto", cuda) == torch.float32
+    assert select_precision("float16", cuda) == torch.float16
     assert select_precision("auto", mps) == torch.float32
     for in_hardware, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(sam2_utils, "cpu_has_bfloat16", lambda answer=in_hardware: answer)
@@ -250,15 +255,39 @@ def test_masks_and_scores_equal_those_of_sam2_image_predictor(predictor, size, k
 
     features = encode_images(predictor, [image])
     prompt = make_prompt(**options)
-    mask_logits, iou_scores = predict_masks(predictor, features, [prompt], [size])
-    masks = upscale_masks(predictor, mask_logits, size)[0].detach().numpy()
+    prediction = predict_masks(predictor, features, [prompt], [size])
+    masks = upscale_masks(predictor, prediction.mask_logits[:, 1:], size)[0].detach().numpy()
     assert masks.shape == (3, *size)
     assert np.abs(masks - expected_masks).max() < 1e-5
-    assert np.abs(iou_scores[0].detach().numpy() - expected_scores).max() < 1e-5
+    assert np.abs(prediction.iou_scores[0, 1:].detach().numpy() - expected_scores).max() < 1e-5
 
     mask, score = segment(predictor, features, prompt, size)
     assert np.array_equal(mask, expected_masks[expected_scores.argmax()] > 0)
     assert score == pytest.approx(expected_scores.max(), abs=1e-5)
+
+
+@pytest.mark.parametrize("stable", [True, False])
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_the_single_mask_equals_that_of_sam2_image_predictor(random_mini, kind, stable):
+    """With SAM 2's own fallback to the best of three where the single mask is not stable."""
+    predictor = load_predictor("mini", random_mini, CPU)[0]
+    predictor.model.sam_mask_decoder.dynamic_multimask_stability_thresh = 0.0 if stable else 1.1
+    size = (96, 128)
+    image, options = draw_pair(1, size)[0], PROMPTS[kind]
+    prompt = make_prompt(**options)
+    is_point = prompt.point_labels < 2
+    predictor.set_image(image)
+    (expected,), (expected_score,), _ = predictor.predict(
+        prompt.point_coords[is_point] if is_point.any() else None,
+        prompt.point_labels[is_point] if is_point.any() else None,
+        np.array(options["box"]) if "box" in options else None,
+        multimask_output=False,
+    )
+    features = encode_images(predictor, [image])
+    mask, score = segment(predictor, features, prompt, size, "single")
+    assert np.array_equal(mask, expected > 0) and score == pytest.approx(expected_score, abs=1e-5)
+    best_score = segment(predictor, features, prompt, size)[1]
+    assert (score == pytest.approx(best_score, abs=1e-5)) == (not stable)
 
 
 def test_a_click_after_a_mask_equals_that_of_sam2_image_predictor(predictor):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import train_sam2_proper
 from image_files import split_pairs, write_image
-from sam2_utils import MODELS, load_predictor
+from sam2_utils import MODELS, Prediction, load_predictor
 from train_sam2_proper import (
     RECIPES,
     image_losses,
@@ -27,8 +27,8 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.build_sam import build_sam2, build_sam2_video_predictor
 
 # A foreground point reaches all of the prompt encoder and mask decoder but these: other kinds of
-# prompt, the convolutions that set_image applies without gradients, the object score that images
-# do not use, and what makes the masks beside the first of the three.
+# prompt, the convolutions that set_image applies without gradients, and what makes the masks beside
+# the single one and the first of the three.
 UNUSED = (
     "sam_prompt_encoder.point_embeddings.0",
     "sam_prompt_encoder.point_embeddings.2",
@@ -36,10 +36,14 @@ UNUSED = (
     "sam_prompt_encoder.mask_downscaling",
     "sam_prompt_encoder.pe_layer",
     "sam_mask_decoder.conv_s",
-    "sam_mask_decoder.pred_obj_score_head",
-    "sam_mask_decoder.output_hypernetworks_mlps.0",
     "sam_mask_decoder.output_hypernetworks_mlps.2",
     "sam_mask_decoder.output_hypernetworks_mlps.3",
+)
+# The guide's recipe does not reach the single mask and the object score either.
+UNUSED_BY_THE_GUIDE = (
+    *UNUSED,
+    "sam_mask_decoder.pred_obj_score_head",
+    "sam_mask_decoder.output_hypernetworks_mlps.0",
 )
 TRAINED = ("sam_prompt_encoder.", "sam_mask_decoder.")
 
@@ -64,6 +68,17 @@ def run_training(run_script, random_mini, *options):
     )
 
 
+def loss_of(mask_logits, iou_scores, true_mask, args, single=None, object_logit=0.0):
+    """Return image_losses of the three masks, beside a single mask that is 0 unless given."""
+    single = torch.zeros_like(mask_logits[:1]) if single is None else single[None]
+    prediction = Prediction(
+        torch.cat([single, mask_logits]),
+        torch.cat([torch.zeros(1), iou_scores]),
+        torch.tensor([object_logit]),
+    )
+    return image_losses(prediction, true_mask, args)
+
+
 def read_log(output: Path = Path("output")) -> list[dict[str, str]]:
     with (output / "train_log.csv").open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
@@ -78,7 +93,7 @@ def test_the_loss_is_the_guides_literal_formula():
     logits = torch.randn(3, 40, 30, generator=generator, requires_grad=True)
     scores = torch.rand(3, generator=generator, requires_grad=True)
     true = torch.rand(40, 30, generator=generator) > 0.5
-    loss, report = image_losses(logits, scores, true.float(), parse_args(["--recipe", "guide"]))
+    loss, report = loss_of(logits, scores, true.float(), parse_args(["--recipe", "guide"]))
 
     probability, truth = torch.sigmoid(logits[0]), true.float()
     seg_loss = -(truth * probability.log() + (1 - truth) * (1 - probability).log()).mean()
@@ -123,15 +138,15 @@ def test_the_dice_loss_weighs_small_objects_as_large_ones():
     nothing, scores = torch.full((3, 100, 100), -20.0), torch.zeros(3)
     small, large = torch.zeros(2, 100, 100)
     small[:2], large[:50] = 1, 1
-    losses = [image_losses(nothing, scores, true, args)[0].item() for true in (small, large)]
+    losses = [loss_of(nothing, scores, true, args)[0].item() for true in (small, large)]
     without = [
-        image_losses(nothing, scores, true, settings(score_weight=0.0))[0].item()
+        loss_of(nothing, scores, true, settings(score_weight=0.0))[0].item()
         for true in (small, large)
     ]
     dice = np.subtract(losses, without)
     assert dice == pytest.approx([1, 1], abs=0.01)
     perfect = torch.where(large > 0, 20.0, -20.0).expand(3, -1, -1)
-    assert image_losses(perfect, scores, large, args)[0].item() == pytest.approx(0, abs=1e-4)
+    assert loss_of(perfect, scores, large, args)[0].item() == pytest.approx(0, abs=1e-4)
 
 
 def test_the_mask_loss_is_of_the_first_the_best_or_all_masks():
@@ -139,22 +154,50 @@ def test_the_mask_loss_is_of_the_first_the_best_or_all_masks():
     true[5:15, 5:15] = 1
     right = torch.where(true > 0, 4.0, -4.0)
     logits, scores = torch.stack([-right, right, 0 * right]), torch.zeros(3)
-    loss_of = {
-        name: image_losses(logits, scores, true, settings(mask_loss=name, score_weight=0.0))[0]
+    losses = {
+        name: loss_of(logits, scores, true, settings(mask_loss=name, score_weight=0.0))[0]
         for name in ("first", "best", "all")
     }
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     each = torch.stack([bce(of_mask, true) for of_mask in logits])
-    assert torch.allclose(loss_of["first"], each[0])
-    assert torch.allclose(loss_of["best"], each[1])
-    assert torch.allclose(loss_of["all"], each.mean())
+    assert torch.allclose(losses["first"], each[0])
+    assert torch.allclose(losses["best"], each[1])
+    assert torch.allclose(losses["all"], each.mean())
 
 
-def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(data, random_mini):
+def test_the_single_mask_learns_its_mask_its_score_and_that_there_is_an_object():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 20, 20, generator=generator)
+    single = torch.randn(20, 20, generator=generator)
+    true, scores = torch.zeros(20, 20), torch.zeros(3)
+    true[5:15, 5:15] = 1
+    without = loss_of(logits, scores, true, settings(), single, 0.3)[0]
+    args = settings(single_weight=2.0, dice_weight=1.0)
+    three = loss_of(logits, scores, true, settings(dice_weight=1.0), single, 0.3)[0]
+    loss, report = loss_of(logits, scores, true, args, single, 0.3)
+
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    probability, predicted = single.sigmoid(), single > 0
+    overlap = (probability * true).sum()
+    dice = 1 - (2 * overlap + 1) / (probability.sum() + true.sum() + 1)
+    iou = (predicted & (true > 0)).sum() / ((predicted | (true > 0)).sum() + 1e-6)
+    scores_loss = iou + bce(torch.tensor(0.3), torch.tensor(1.0))
+    expected = three + 2.0 * (bce(single, true) + dice + 0.05 * scores_loss)
+    assert torch.allclose(loss, expected, atol=1e-6)
+    # What is reported of the three stays theirs
+    assert torch.allclose(report["seg_loss"] + 0.05 * report["score_loss"], three, atol=1e-6)
+    assert without < three
+
+
+@pytest.mark.parametrize("single_weight", [0.0, 1.0])
+def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(
+    data, random_mini, single_weight
+):
     predictor, _ = load_predictor("mini", random_mini, CPU)
     before = {name: weight.clone() for name, weight in predictor.model.state_dict().items()}
     # At this rate and decay, what gets a zero gradient decays by less than float32 can hold.
-    args = settings(lr=1e-5, weight_decay=4e-5)
+    args = settings(lr=1e-5, weight_decay=4e-5, single_weight=single_weight)
+    unused = UNUSED if single_weight else UNUSED_BY_THE_GUIDE
     learner = make_learner(predictor, args)
     training_set = TrainingSet(split_pairs(data, "train", 1), None, 256, seed=0)
     loader = make_loader(training_set, EpochSampler([0], 1, seed=0), CPU)
@@ -163,17 +206,17 @@ def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(data, r
     assert not predictor.model.training
     for name, weight in predictor.model.state_dict().items():
         moved = not torch.equal(weight, before[name])
-        assert moved == (name.startswith(TRAINED) and not name.startswith(UNUSED)), name
+        assert moved == (name.startswith(TRAINED) and not name.startswith(unused)), name
 
 
 def test_training_raises_the_iou_far_above_where_it_started(run_script, data, random_mini):
     outcome = run_training(run_script, random_mini, "--epochs", 15, "--lr", 2e-3)
     assert outcome.status == 0
     log = read_log()
-    first, last = log[0], log[-1]
+    first, last = log[1], log[-1]
     assert float(last["train_iou"]) > float(first["train_iou"]) + 0.3
     assert float(last["seg_loss"]) < 0.5 * float(first["seg_loss"])
-    assert [int(row["epoch"]) for row in log] == list(range(1, 16))
+    assert [int(row["epoch"]) for row in log] == list(range(16))
 
 
 def test_results_are_written_and_load_in_sam2s_own_builders(run_script, data, random_mini):
@@ -208,7 +251,7 @@ def test_a_batch_trains_on_images_of_different_sizes(run_script, data, random_mi
     write_image(data / "masks/train/wide.png", mask)
     outcome = run_training(run_script, random_mini, "--epochs", 1, "--batch-size", 3)
     assert outcome.status == 0, outcome.err
-    assert len(read_log()) == 1
+    assert len(read_log()) == 2  # with epoch 0, before training
 
 
 def test_empty_masks_are_skipped_and_counted(run_script, data, random_mini):
@@ -230,8 +273,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_file(
     assert run_training(run_script, random_mini, "--epochs", 1).status == 0
     best = Path("output/sam2_best.pt").read_bytes()
 
-    def broken_loss(_, mask_logits, *__):
-        return mask_logits.sum() * float("nan"), []
+    def broken_loss(_, prediction, *__):
+        return prediction.mask_logits.sum() * float("nan"), []
 
     monkeypatch.setattr(train_sam2_proper, "batch_loss", broken_loss)
     outcome = run_training(run_script, random_mini, "--epochs", 2, "--resume")
@@ -258,7 +301,7 @@ def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one(
     monkeypatch.setattr(train_sam2_proper, "evaluate", interrupt)
     outcome = run_training(run_script, random_mini, *options, "--epochs", 3)
     assert outcome.status == 130 and "add --resume" in outcome.out
-    assert len(read_log()) == 1
+    assert len(read_log()) == 2  # with epoch 0, before training
     assert not Path("output/sam2_final.pt").exists()
     monkeypatch.setattr(train_sam2_proper, "evaluate", evaluate)
     outcome = run_training(run_script, random_mini, *options, "--epochs", 3, "--resume")
@@ -287,7 +330,7 @@ def test_a_run_stopped_in_its_first_epoch_can_be_resumed(
     monkeypatch.chdir(data.parent)
     outcome = run_training(run_script, random_mini, "--epochs", 1, "--resume")
     assert outcome.status == 0 and "going on after epoch 0" in outcome.out
-    assert len(read_log()) == 1
+    assert len(read_log()) == 2  # with epoch 0, before training
 
 
 def test_a_log_that_is_open_elsewhere_does_not_stop_the_training(
@@ -366,4 +409,4 @@ def test_bfloat16_trains_on_a_cpu(run_script, data, random_mini):
         run_script, random_mini, "--epochs", 1, "--precision", "bfloat16", "--limit", 2
     )
     assert outcome.status == 0 and "in bfloat16" in outcome.out
-    assert np.isfinite(float(read_log()[0]["loss"]))
+    assert np.isfinite(float(read_log()[1]["loss"]))

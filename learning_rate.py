@@ -1,0 +1,79 @@
+"""Which learning rate: over the steps (its schedule), and at its highest (--lr auto)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from command_line import UserError, number
+
+import numpy as np
+
+WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
+# --lr auto: what is tried, each on this many images shown, and measured on others
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+TRIAL_IMAGES = 400
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 100
+ALIKE = 0.005  # of two rates whose mean IoU differs by less, the lower one is the safer
+FEWEST_IMAGES = 8
+
+
+def parse_rate(text: str) -> float | str:
+    """Parse --lr, as an argparse type: "auto", or a number above 0."""
+    return text if text == "auto" else number(float, above=0)(text)
+
+
+def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
+    """Return what the learning rate of step 0, 1, ... of all `steps` is of its highest value.
+
+    cosine: a linear warm-up, then along a cosine to zero (Loshchilov and Hutter, SGDR, 2017).
+    """
+    if schedule == "constant":
+        return 1.0
+    warmup = WARMUP_SHARE * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def split_for_trials(indices: list[int], seed: int) -> tuple[list[int], list[int], int]:
+    """Split training images: those that trials learn from, those they are measured on, epochs.
+
+    The epochs are how often a trial goes through its images to be shown TRIAL_IMAGES or so.
+    """
+    if len(indices) < FEWEST_IMAGES:
+        raise UserError(
+            f"--lr auto needs {FEWEST_IMAGES} training images with an object, there are "
+            f"{len(indices)}; give a rate: --lr 1e-4"
+        )
+    order = np.random.default_rng(seed).permutation(indices).tolist()
+    held_out = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * len(order)))
+    learn_from = order[held_out:][:TRIAL_IMAGES]
+    return learn_from, order[:held_out], math.ceil(TRIAL_IMAGES / len(learn_from))
+
+
+def find_learning_rate(try_rate: Callable[[float], float], before: float) -> float:
+    """Return the best of RATES, after printing what each reaches.
+
+    Arguments:
+      try_rate: trains for a short while at a rate, and returns the mean IoU on images held out;
+        NaN where training broke down.
+      before: their mean IoU before training.
+    """
+    start = time.perf_counter()
+    print(f"trying learning rates on a part of the training images (before: IoU {before:.4f})")
+    ious = {}
+    for rate in RATES:
+        ious[rate] = try_rate(rate)
+        print(f"  --lr {rate:<6g}  IoU {ious[rate]:.4f}")
+    best = choose_rate(ious)
+    helps = "" if ious[best] > before else "; none of them helped, which is little to go by"
+    print(f"chose --lr {best:g} in {time.perf_counter() - start:.0f} s{helps}")
+    return best
+
+
+def choose_rate(ious: dict[float, float]) -> float:
+    """Return the lowest rate whose IoU is as good as the best, or differs by less than ALIKE."""
+    highest = np.nanmax([*ious.values(), 0.0])
+    return min((rate for rate, iou in ious.items() if iou >= highest - ALIKE), default=min(ious))

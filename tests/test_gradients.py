@@ -1,0 +1,93 @@
+"""Gradients arrive at every weight that learns, in every precision, and at a bearable length."""
+
+import csv
+from pathlib import Path
+
+import train_sam2_proper
+from image_files import split_pairs
+from sam2_utils import autocast, encode_images, load_predictor, predict_masks
+from train_sam2_proper import add_clicks, batch_loss, clip_gradients, make_learner, parse_args
+from training_set import PromptPlan, Step, TrainingSet
+
+import pytest
+import torch
+from conftest import CPU, write_data
+
+PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def gradients_of_a_step(checkpoint, batch, plan, precision) -> dict[str, torch.Tensor]:
+    """Return the gradient of each weight after a step as train_one_epoch does it, or zero."""
+    predictor, _ = load_predictor("mini", checkpoint, CPU)
+    args = parse_args(["--model", "mini"])
+    args.device, args.precision = CPU, precision
+    learner = make_learner(predictor, args)
+    batch = batch._replace(plan=plan)
+    with autocast(CPU, precision):
+        features = encode_images(predictor, batch.images).to(CPU, torch.float32)
+        prompts, mask_inputs = add_clicks(predictor, features, batch, learner.decoder)
+        prediction = predict_masks(
+            predictor, features, prompts, [(256, 256)] * 2, learner.decoder, mask_inputs
+        )
+    batch_loss(predictor, prediction, batch.true_masks, args)[0].backward()
+    return {
+        name: torch.zeros(1) if weight.grad is None else weight.grad
+        for name, weight in learner.weights.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_reach_the_same_weights_with_clicks_and_without(tmp_path, random_mini, precision):
+    pairs = split_pairs(write_data(tmp_path / "data", train=2), "train")
+    batch = TrainingSet(pairs, None, 256, 0)[Step(1, [0, 1], 1.0)]
+    reached = []
+    for clicks in (0, 2):
+        plan = PromptPlan("inner", clicks)
+        gradients = gradients_of_a_step(random_mini, batch, plan, precision)
+        reached.append({name for name, gradient in gradients.items() if gradient.any()})
+    without, with_clicks = reached
+    # Clicks may be in the background, too
+    assert with_clicks - without <= {"prompt_encoder.point_embeddings.0.weight"}
+    assert without <= with_clicks
+    assert len(without) > 0.8 * len(gradients)
+    # And the single mask, which other tools take, is among them
+    for name in (
+        "output_hypernetworks_mlps.0.layers.0.weight",
+        "pred_obj_score_head.layers.0.weight",
+    ):
+        assert f"mask_decoder.{name}" in without
+
+
+def test_long_gradients_are_scaled_down_and_short_ones_are_not(random_mini):
+    predictor, _ = load_predictor("mini", random_mini, CPU)
+    args = parse_args(["--model", "mini"])
+    args.device, args.precision = CPU, torch.float32
+    learner = make_learner(predictor, args)
+    weights = list(learner.weights.parameters())
+    for scale, max_norm, clipped in ((1.0, 2.0, 1.0), (0.001, 2.0, 0.0), (1.0, 0.0, 0.0)):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, scale)
+        before = torch.cat([weight.grad.flatten() for weight in weights])
+        assert clip_gradients(learner, max_norm) == clipped
+        after = torch.cat([weight.grad.flatten() for weight in weights])
+        expected = before * (max_norm / before.norm()) if clipped else before
+        assert torch.allclose(after, expected, rtol=1e-4)
+
+
+def test_the_share_of_clipped_steps_is_in_the_log(run_script, tmp_path, random_mini):
+    write_data(tmp_path / "data")
+    shares = []
+    for max_norm in (1e-6, 1e6):
+        outcome = run_script(
+            train_sam2_proper.main, "--model", "mini", "--checkpoint", random_mini, "--epochs", 1,
+            "--max-grad-norm", max_norm,
+        )  # fmt: skip
+        assert outcome.status == 0, outcome.err
+        with Path("output/train_log.csv").open(encoding="utf-8-sig", newline="") as file:
+            shares.append(float(list(csv.DictReader(file))[1]["clipped"]))
+    assert shares == [1.0, 0.0]
+
+
+def test_the_guides_gradients_are_not_clipped():
+    assert parse_args(["--recipe", "guide"]).max_grad_norm == 0
+    assert parse_args([]).max_grad_norm > 0

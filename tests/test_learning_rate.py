@@ -1,0 +1,169 @@
+"""The learning rate fits the model, is found where that is asked for, and never makes it worse."""
+
+import csv
+import math
+from pathlib import Path
+
+import compare_models
+import learning_rate
+import train_sam2_proper
+from command_line import UserError
+from learning_rate import RATES, choose_rate, split_for_trials
+from train_sam2_proper import main, parse_args
+
+import pytest
+import torch
+from conftest import write_data
+
+
+@pytest.fixture
+def train(run_script, tmp_path, random_mini):
+    """Return a function that trains mini on drawn images with some options."""
+    write_data(tmp_path / "data", train=8, val=2)
+
+    def run(*options):
+        machine = ("--model", "mini", "--checkpoint", random_mini, "--precision", "float32")
+        return run_script(main, *machine, *options)
+
+    return run
+
+
+def read_log(output: Path = Path("output")) -> list[dict[str, str]]:
+    with (output / "train_log.csv").open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(path: str) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def equal(ours: dict, theirs: dict) -> bool:
+    return all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_models_that_know_much_learn_more_slowly_than_mini():
+    rates = {
+        model: parse_args(["--model", model]).lr for model in ("tiny", "small", "large", "mini")
+    }
+    assert rates == {"tiny": 1e-4, "small": 1e-4, "large": 1e-4, "mini": 3e-4}
+    assert parse_args(["--model", "mini", "--lr", "2e-5"]).lr == 2e-5
+    assert parse_args(["--model", "mini", "--recipe", "guide"]).lr == 1e-5
+    assert parse_args(["--demo"]).lr == 1e-3
+
+
+# Never worse
+
+
+def measure(monkeypatch, *ious: float) -> None:
+    """Let these be what validation finds, epoch by epoch."""
+    left = list(ious)
+    monkeypatch.setattr(train_sam2_proper, "evaluate", lambda *_: left.pop(0))
+
+
+def test_where_no_epoch_is_better_the_best_is_the_original(
+    train, run_script, random_mini, monkeypatch
+):
+    measure(monkeypatch, 0.6, 0.5, 0.6)
+    outcome = train("--epochs", 2)
+    assert outcome.status == 0, outcome.err
+    log = read_log()
+    assert [row["epoch"] for row in log] == ["0", "1", "2"] and log[0]["loss"] == ""
+    best = load("output/sam2_best.pt")
+    assert equal(best["model"], load(random_mini)["model"])
+    assert best["epoch"] == 0 and best["val_iou"] == float(log[0]["val_iou"])
+    last_words = outcome.out[outcome.out.index("fine-tuning did not help") :]
+    assert "sam2_best.pt is the original" in last_words and "--lr auto" in last_words
+    assert "best\n" not in outcome.out and "at best" not in outcome.out
+
+    outcome = run_script(compare_models.main, "--figures", 0)
+    assert "which is the original: no epoch of the training was better" in outcome.out
+    assert "improvement:       +0.0%p" in outcome.out
+
+
+def test_best_is_said_of_the_epochs_that_are_better_than_all_before(train, monkeypatch):
+    measure(monkeypatch, 0.5, 0.4, 0.5, 0.7, 0.7, 0.6)
+    outcome = train("--epochs", 5)
+    lines = [line for line in outcome.out.splitlines() if line.startswith("epoch")]
+    assert [line.endswith("best") for line in lines] == [False, False, True, False, False]
+    assert "val IoU 0.5000 before training, 0.7000 at best (epoch 3)" in outcome.out
+    assert load("output/sam2_best.pt")["epoch"] == 3
+    assert load("output/sam2_final.pt")["epoch"] == 5
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_does_not_keep_a_worse_best(
+    train, random_mini, monkeypatch
+):
+    measure(monkeypatch, 0.6, 0.2, 0.3)
+    assert train("--epochs", 1).status == 0
+    state = load("output/train_state.pt")
+    original_iou = state["log"].pop(0)["val_iou"]  # there was no epoch 0
+    torch.save({**state, "original_iou": original_iou}, "output/train_state.pt")
+    torch.save({"model": state["model"]}, "output/sam2_best.pt")
+    outcome = train("--epochs", 2, "--resume")
+    assert outcome.status == 0 and "going on after epoch 1" in outcome.out, outcome.err
+    assert [row["epoch"] for row in read_log()] == ["0", "1", "2"]
+    assert equal(load("output/sam2_best.pt")["model"], load(random_mini)["model"])
+
+
+# --lr auto
+
+
+def test_trials_learn_from_some_training_images_and_are_measured_on_others():
+    for count in (8, 40, 1000):
+        indices = list(range(100, 100 + count))
+        learn_from, held_out, epochs = split_for_trials(indices, seed=1)
+        assert set(learn_from) | set(held_out) <= set(indices)
+        assert not set(learn_from) & set(held_out)
+        assert 2 <= len(held_out) <= learning_rate.MOST_HELD_OUT
+        assert epochs * len(learn_from) >= learning_rate.TRIAL_IMAGES
+        assert (epochs - 1) * len(learn_from) < learning_rate.TRIAL_IMAGES
+        assert split_for_trials(indices, seed=1) == (learn_from, held_out, epochs)
+        assert split_for_trials(indices, seed=2) != (learn_from, held_out, epochs)
+    with pytest.raises(UserError, match="needs 8 training images"):
+        split_for_trials(list(range(7)), seed=1)
+
+
+def test_of_rates_that_are_alike_the_lowest_is_chosen():
+    assert choose_rate({1e-5: 0.50, 1e-4: 0.60, 1e-3: 0.604}) == 1e-4
+    assert choose_rate({1e-5: 0.50, 1e-4: 0.60, 1e-3: 0.65}) == 1e-3
+    assert choose_rate({1e-5: 0.50, 1e-4: math.nan, 1e-3: math.nan}) == 1e-5
+    assert choose_rate({1e-5: math.nan, 1e-4: math.nan}) == 1e-5
+
+
+def test_auto_finds_a_rate_and_trains_as_with_that_rate(train, monkeypatch):
+    monkeypatch.setattr(learning_rate, "TRIAL_IMAGES", 12)
+    outcome = train("--epochs", 2, "--lr", "auto", "--output", "auto")
+    assert outcome.status == 0, outcome.err
+    for rate in RATES:
+        assert f"  --lr {rate:<6g}  IoU 0." in outcome.out
+    found = load("auto/sam2_final.pt")["settings"]["lr"]
+    assert f"chose --lr {found:g} in " in outcome.out
+    assert train("--epochs", 2, "--lr", found).status == 0
+    for name in ("sam2_best.pt", "sam2_final.pt"):
+        assert equal(load(f"auto/{name}")["model"], load(f"output/{name}")["model"])
+
+    # The same command goes on with the rate that was found, without a search
+    outcome = train("--epochs", 3, "--lr", "auto", "--output", "auto", "--resume")
+    assert outcome.status == 0 and "chose" not in outcome.out, outcome.err
+    assert load("auto/sam2_final.pt")["settings"]["lr"] == found
+    assert train("--epochs", 3, "--lr", found, "--resume").status == 0
+    assert equal(load("auto/sam2_final.pt")["model"], load("output/sam2_final.pt")["model"])
+
+
+def test_a_rate_at_which_training_breaks_down_is_passed_over(train, monkeypatch):
+    monkeypatch.setattr(learning_rate, "TRIAL_IMAGES", 6)
+    monkeypatch.setattr(learning_rate, "RATES", (1e-4, 1e6))
+    outcome = train("--epochs", 1, "--lr", "auto")
+    assert outcome.status == 0, outcome.err
+    assert "chose --lr 0.0001" in outcome.out
+
+
+def test_where_auto_is_of_no_use_one_line_says_so(train, monkeypatch):
+    outcome = train("--lr", "auto", "--train-encoder", "full")
+    assert outcome.status == 2 and "--lr auto is not for --train-encoder" in outcome.err
+    outcome = train("--lr", "auto", "--limit", 3)
+    assert outcome.status == 2 and "needs 8 training images" in outcome.err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = train("--lr", "auto")
+    assert outcome.status == 2 and "one process" in outcome.err
+    assert outcome.err.count("\n") == 1
