@@ -589,8 +589,6 @@ def train(
         log = [{"epoch": 0}]
     if settings["lr"] == "auto":
         settings["lr"] = try_learning_rates(predictor, loader, train_pairs, train_cache, args)
-    if is_first and best_of(log)["epoch"] == 0:
-        save_model(args.output / "sam2_best.pt", predictor, log[:1], settings)
     args.lr = settings["lr"]
     learner = start(predictor, loader, state, log, settings, args)
 
@@ -628,11 +626,14 @@ def start(
     """Return what learns, as it is now or as it was in an interrupted run's state; say so."""
     learner = make_learner(predictor, args)
     done = log[-1]["epoch"]
+    if distributed.rank() == 0:
+        if not state:
+            save_state(learner, log, settings, args)  # from here on it can be resumed
+        if best_of(log)["epoch"] == 0:  # and the model is still the original
+            save_model(args.output / "sam2_best.pt", predictor, log[:1], settings)
     if state:
         restore(learner, state)
         print(f"going on after epoch {done}")
-    elif distributed.rank() == 0:
-        save_state(learner, log, settings, args)  # from here on it can be resumed
     if args.train_encoder != "none":
         count = sum(weight.numel() for weight in learner.weights.encoder)
         print(

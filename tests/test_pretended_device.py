@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import CPU, draw_pair, write_data
 from pretended_device import device_of, pretend
+from torch.utils._pytree import tree_leaves
 
 PLATFORMS = [("cuda", "bfloat16"), ("cuda", "float16"), ("mps", "float32")]
 
@@ -33,7 +34,7 @@ def data(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("device", "precision"), PLATFORMS)
 def test_training_comparison_and_inference_run_on_a_gpu(
-    run_script, random_mini, data, device, precision
+    run_script, random_mini, data, monkeypatch, device, precision
 ):
     pytest.importorskip("peft")
     machine = ("--device", device, "--precision", precision)
@@ -42,6 +43,15 @@ def test_training_comparison_and_inference_run_on_a_gpu(
         "--batch-size", 2,
     )  # fmt: skip
     image = data / "images/val/pair_002.jpg"
+    saved_from = set()
+    save = torch.save
+
+    def record(checkpoint, path):
+        tensors = [leaf for leaf in tree_leaves(checkpoint) if torch.is_tensor(leaf)]
+        saved_from.update(map(device_of, tensors))
+        save(checkpoint, path)
+
+    monkeypatch.setattr(torch, "save", record)
     with pretend(device):
         for main, *options in (
             (*train, "--epochs", 1),
@@ -56,6 +66,7 @@ def test_training_comparison_and_inference_run_on_a_gpu(
             if main is train_sam2_proper.main:
                 assert f"on {device} in {precision}" in outcome.out
     assert torch.load("output/train_state.pt", weights_only=True)["log"][-1]["epoch"] == 2
+    assert saved_from == {CPU}
 
 
 def test_a_model_for_the_cpu_puts_nothing_on_the_gpu():

@@ -40,6 +40,7 @@ def test_as_many_processes_load_as_shared_memory_and_cores_allow(
     assert count_workers(int(batch_megabytes * MEGABYTE), tmp_path / "absent") == 0
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_loading_processes_are_for_cuda_on_linux(monkeypatch, tmp_path):
     pairs = split_pairs(write_data(tmp_path / "data", train=2), "train")
     training, sampler = TrainingSet(pairs, None, 256, 0), EpochSampler([0, 1], 2, 0)
@@ -53,6 +54,7 @@ def test_loading_processes_are_for_cuda_on_linux(monkeypatch, tmp_path):
         assert make_loader(training, sampler, torch.device(device)).num_workers == expected
 
 
+@pytest.mark.filterwarnings("ignore:.*no accelerator is found:UserWarning")
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.skipif(
     sys.platform != "linux", reason="loading processes are for Linux"))])  # fmt: skip
 def test_an_unreadable_image_is_one_line_wherever_it_is_read(
