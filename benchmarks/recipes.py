@@ -206,17 +206,19 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def choose_learning_rates(args: Namespace) -> dict[str, float]:
     """Return each recipe's best learning rate with one point, on the images held out."""
+    rates = {name: RECIPES[name].learning_rates for name in args.recipes}
     planned = [
         plan_run(name, lr, 0, HELD_OUT, args)
         for name in args.recipes
-        for lr in RECIPES[name].learning_rates
+        for lr in rates[name]
+        if len(rates[name]) > 1
     ]
     best: dict[str, dict[str, str]] = {}
     for row in do_runs(planned, args):
         name = row["recipe"]
         if name not in best or float(row["one point"]) > float(best[name]["one point"]):
             best[name] = row
-    return {name: float(row["lr"]) for name, row in best.items()}
+    return {name: float(best[name]["lr"]) if name in best else rates[name][0] for name in rates}
 
 
 def summarize(name: str, lr: float, rows: list[dict[str, str]]) -> dict[str, Any]:
