@@ -19,26 +19,17 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from command_line import ArgumentParser, UserError, run
-from device_check import trusted_device
-from image_files import DEMO_DATA, read_image, read_mask, write_image
-from sam2_utils import (
-    MODELS,
-    Prompt,
-    add_device_option,
-    autocast,
-    draw_overlay,
-    encode_images,
-    ensure_checkpoint,
-    load_predictor,
-    make_prompt,
-    prompt_from_mask,
-    segment,
-    select_device,
-    select_precision,
-)
+from sam2_utils import UserError, autocast, select_device, select_precision
 
 import numpy as np
+
+from finetuning.command_line import ArgumentParser, add_device_option, run
+from finetuning.device_check import trusted_device
+from finetuning.drawing import draw_overlay
+from finetuning.image_files import DEMO_DATA, read_image, read_mask, write_image
+from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
+from finetuning.segmentation import encode_images, segment
 
 DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))
 LEFT_BUTTON, RIGHT_BUTTON = 1, 3
@@ -135,32 +126,6 @@ def check_inside(prompt: Prompt, width: int, height: int) -> None:
             )
 
 
-def choose_checkpoint(args: Namespace) -> Path:
-    """Return the checkpoint that the options ask for; the original is downloaded if missing."""
-    if args.checkpoint:
-        return args.checkpoint
-    if args.original:
-        return ensure_checkpoint(args.model or "small")
-    if not args.finetuned.is_file():
-        command = "python train_sam2_proper.py" + " --demo" * args.demo
-        raise UserError(
-            f"no fine-tuned model at {args.finetuned}; run: {command}, or use --original"
-        )
-    return args.finetuned
-
-
-def choose_prompt(args: Namespace, image: np.ndarray) -> Prompt:
-    """Return the prompt that the options give, or else the clicks in a window.
-
-    The demo's own image needs neither: its mask is known.
-    """
-    if args.point or args.negative_point or args.box:
-        return make_prompt(args.point, args.negative_point, args.box)
-    if args.demo and args.image == DEMO_IMAGE:
-        return prompt_from_mask(read_mask(DEMO_MASK), "center")
-    return ask_for_clicks(image)
-
-
 def free_name(folder: Path, stem: str) -> str:
     """Return `stem` with the first number that no result in `folder` has yet."""
     for number in itertools.count(1):
@@ -225,10 +190,24 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"no {DEMO_IMAGE} yet; run: python train_sam2_proper.py --demo")
     image = read_image(args.image)
     height, width = image.shape[:2]
-    checkpoint = choose_checkpoint(args)
+
+    # The model; the original is downloaded if missing
+    checkpoint = args.checkpoint or args.finetuned
+    if args.original:
+        checkpoint = ensure_checkpoint(args.model or "small")
+    elif not args.checkpoint and not checkpoint.is_file():
+        command = "python train_sam2_proper.py" + " --demo" * args.demo
+        raise UserError(f"no fine-tuned model at {checkpoint}; run: {command}, or use --original")
     predictor, facts = load_predictor(args.model, checkpoint, device)
     device = trusted_device(predictor, device, insists=args.device == "mps")
-    prompt = choose_prompt(args, image)
+
+    # The prompt: given, or else clicked; of the demo's own image the mask is known
+    if args.point or args.negative_point or args.box:
+        prompt = make_prompt(args.point, args.negative_point, args.box)
+    elif args.demo and args.image == DEMO_IMAGE:
+        prompt = prompt_from_mask(read_mask(DEMO_MASK), "center")
+    else:
+        prompt = ask_for_clicks(image)
     check_inside(prompt, width, height)
 
     with autocast(device, select_precision("auto", device)):

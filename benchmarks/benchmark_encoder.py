@@ -16,29 +16,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_sam2_proper
-from command_line import run
-from image_files import split_pairs
-from sam2_utils import build_predictor, select_precision
-from training_set import EpochSampler, TrainingSet, make_loader
+from sam2_utils import select_precision
 
 import torch
+
+import train_sam2_proper
+from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.command_line import run
+from finetuning.image_files import split_pairs
+from finetuning.learner import make_learner
+from finetuning.models import build_predictor
 
 STEPS = 2  # the second has the optimizer's state in memory beside the rest
 
 
 def main(argv: list[str] | None = None) -> None:
     args = train_sam2_proper.parse_args(argv)
-    args.device = torch.device("cpu")
-    args.precision = select_precision(args.precision, args.device)
-    torch.manual_seed(args.seed)
-    predictor = build_predictor(args.model, args.device)
-    learner = train_sam2_proper.make_learner(predictor, args)
+    recipe, device = args.recipe, torch.device("cpu")
+    torch.manual_seed(recipe.seed)
+    predictor = build_predictor(args.model, device)
+    precision = select_precision(args.precision, device)
+    learner = make_learner(predictor, recipe, precision, args.gradient_checkpointing)
     pairs = split_pairs(args.data, "train", STEPS)
-    training_set = TrainingSet(pairs, None, predictor.model.image_size, args.seed)
-    loader = make_loader(training_set, EpochSampler(list(range(STEPS)), 1, args.seed), args.device)
+    training_set = TrainingSet(pairs, None, predictor.model.image_size, recipe.seed, recipe.prompts)
+    loader = make_loader(training_set, EpochSampler(list(range(STEPS)), 1, recipe.seed), device)
     start = time.process_time()
-    train_sam2_proper.train_one_epoch(predictor, loader, learner, 1, args)
+    train_sam2_proper.train_one_epoch(predictor, loader, learner, recipe, epoch=1)
     seconds = (time.process_time() - start) / STEPS
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{seconds:.1f} CPU seconds a step, peak {gigabytes:.2f} GB")

@@ -22,33 +22,13 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_sam2_proper
-from command_line import ArgumentParser, UserError, number, run, seed
-from compare_models import Models, segment_with_both
-from feature_cache import FeatureCache, load_features, pairs_with_objects
-from image_files import Pair, atomic_write, read_mask, read_pair, split_pairs, write_csv
-from sam2_utils import (
-    MODELS,
-    add_device_option,
-    autocast,
-    build_predictor,
-    encode_images,
-    ensure_checkpoint,
-    load_predictor,
-    predict_masks,
-    prompt_from_mask,
-    random_point,
-    save_checkpoint,
-    segment,
-    select_device,
-    select_precision,
-)
-from training_set import EpochSampler, TrainingSet, make_loader
+from sam2_utils import UserError, autocast, select_device, select_precision
 
 import numpy as np
 import torch
@@ -56,185 +36,192 @@ from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
-GUIDE, OURS = "the guide's loop", "this project, default recipe"
+from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.command_line import ArgumentParser, add_device_option, number, run, seed
+from finetuning.evaluation import Model, measure
+from finetuning.feature_cache import FeatureCache, FeatureSource, pairs_with_objects
+from finetuning.image_files import Pair, atomic_write, read_pair, split_pairs, write_csv
+from finetuning.learner import make_learner, speed_up
+from finetuning.models import (
+    MODELS,
+    build_predictor,
+    ensure_checkpoint,
+    load_predictor,
+    save_checkpoint,
+)
+from finetuning.prompts import prompt_from_mask, random_point
+from finetuning.recipe import DEFAULT, GUIDE, Recipe
+from finetuning.segmentation import encode_images, predict_masks
+from train_sam2_proper import evaluate, train_one_epoch
+
+GUIDES_LOOP, OURS = "the guide's loop", "this project, default recipe"
 COMPILED, PLAIN = "this project, guide's recipe", "this project, guide's recipe, not compiled"
-EPOCHS = (1, 5, 20)
+TOTALS = {1: "1 epoch s", 5: "5 epochs s", 20: "20 epochs s"}
+RATIO = "20 epochs, ratio"
 COLUMNS = (
-    "variant", "encode s/image", "step s/image", "epoch s", "compile s",
-    *(f"{epochs} epoch{'s' * (epochs > 1)} s" for epochs in EPOCHS),
-    "20 epochs, ratio", "peak GB", "val IoU", "images shown",
+    "variant", "encode s/image", "step s/image", "epoch s", "compile s", *TOTALS.values(), RATIO,
+    "peak GB", "val IoU", "images shown",
 )  # fmt: skip
 
 
-def measure_guide(args: Namespace) -> dict[str, Any]:
-    """Run the guide's loop, word for word, and time its two parts."""
-    predictor, pairs, settings = prepare(args, precision="float32")
-    pairs = pairs[: args.guide_images]
+class Bench(NamedTuple):
+    """What all variants have in common."""
+
+    model: str
+    checkpoint: Path
+    device: torch.device
+    pairs: list[Pair]  # to train on, all with an object
+    val_pairs: list[Pair]
+    cache: Path
+
+    def load(self, seed: int = 0) -> SAM2ImagePredictor:
+        """Return the model as it is before training."""
+        torch.manual_seed(seed)
+        return load_predictor(self.model, self.checkpoint, self.device)[0]
+
+    def val_iou(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> float:
+        """Return the mean val IoU, in the precision of the variant and without a cache."""
+        model = Model(predictor, FeatureSource(predictor, precision))
+        return evaluate(model, self.val_pairs)["val_iou"]
+
+
+def measure_guide(bench: Bench, recipe: Recipe, image_count: int | None) -> dict[str, Any]:
+    """Run the guide's loop on so many of the images, and time its two parts."""
+    predictor, pairs = bench.load(recipe.seed), bench.pairs[:image_count]
     model = predictor.model
     model.sam_mask_decoder.train(True)
     model.sam_prompt_encoder.train(True)
     learned = [*model.sam_mask_decoder.parameters(), *model.sam_prompt_encoder.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=settings.lr, weight_decay=settings.weight_decay)
-    rng = np.random.default_rng(args.seed)
+    optimizer = torch.optim.AdamW(learned, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    rng = np.random.default_rng(recipe.seed)
     encode_seconds = step_seconds = 0.0
-    for _ in range(args.epochs):
-        for index in tqdm(rng.permutation(len(pairs)), desc=GUIDE, unit="image"):
-            start = clock(args.device)
+    for _ in range(recipe.epochs):
+        for index in tqdm(rng.permutation(len(pairs)), desc=GUIDES_LOOP, unit="image"):
+            start = clock(bench.device)
             image, mask = read_pair(pairs[index])
             predictor.set_image(image)
-            encoded = clock(args.device)
+            encoded = clock(bench.device)
 
-            point = np.array([[random_point(mask, rng)]])
-            label = np.ones((1, 1), np.int32)
-            _, coords, labels, _ = predictor._prep_prompts(
-                point, label, box=None, mask_logits=None, normalize_coords=True
-            )
-            sparse_embeddings, dense_embeddings = model.sam_prompt_encoder(
-                points=(coords, labels), boxes=None, masks=None
-            )
-            features = predictor._features["high_res_feats"]
-            low_res_masks, scores, _, _ = model.sam_mask_decoder(
-                image_embeddings=predictor._features["image_embed"],
-                image_pe=model.sam_prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse_embeddings,
-                dense_prompt_embeddings=dense_embeddings,
-                multimask_output=True,
-                repeat_image=False,
-                high_res_features=[level[-1].unsqueeze(0) for level in features],
-            )
-            masks = predictor._transforms.postprocess_masks(low_res_masks, predictor._orig_hw[-1])
-            truth = torch.from_numpy(mask.astype(np.float32)).to(args.device)
-            probability = torch.sigmoid(masks[0, 0])
-            seg_loss = -(
-                truth * torch.log(probability + 1e-5)
-                + (1 - truth) * torch.log(1 - probability + 1e-5)
-            ).mean()
-            predicted = (masks[0] > 0).float()
-            intersection = (predicted * truth).sum((1, 2))
-            union = predicted.sum((1, 2)) + truth.sum() - intersection
-            score_loss = (scores[0] - intersection / (union + 1e-6)).abs().mean()
-            loss = seg_loss + settings.score_weight * score_loss
+            loss = guide_loss(predictor, mask, random_point(mask, rng), recipe.score_weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             encode_seconds += encoded - start
-            step_seconds += clock(args.device) - encoded
-    shown = args.epochs * len(pairs)
+            step_seconds += clock(bench.device) - encoded
+    shown = recipe.epochs * len(pairs)
     model.eval()
     return {
+        "variant": GUIDES_LOOP,
         "encode s/image": encode_seconds / shown,
         "step s/image": step_seconds / shown,
         "compile s": 0.0,
-        "peak GB": peak_gigabytes(args.device),
-        "val IoU": validate(predictor, settings, args),
+        "peak GB": peak_gigabytes(bench.device),
+        "val IoU": bench.val_iou(predictor, torch.float32),
         "images shown": shown,
     }
+
+
+def guide_loss(
+    predictor: SAM2ImagePredictor, mask: np.ndarray, point: tuple[int, int], score_weight: float
+) -> torch.Tensor:
+    """Return the loss of the guide's step after set_image, word for word."""
+    model = predictor.model
+    points, label = np.array([[point]]), np.ones((1, 1), np.int32)
+    _, coords, labels, _ = predictor._prep_prompts(
+        points, label, box=None, mask_logits=None, normalize_coords=True
+    )
+    sparse_embeddings, dense_embeddings = model.sam_prompt_encoder(
+        points=(coords, labels), boxes=None, masks=None
+    )
+    features = predictor._features["high_res_feats"]
+    low_res_masks, scores, _, _ = model.sam_mask_decoder(
+        image_embeddings=predictor._features["image_embed"],
+        image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse_embeddings,
+        dense_prompt_embeddings=dense_embeddings,
+        multimask_output=True,
+        repeat_image=False,
+        high_res_features=[level[-1].unsqueeze(0) for level in features],
+    )
+    masks = predictor._transforms.postprocess_masks(low_res_masks, predictor._orig_hw[-1])
+    truth = torch.from_numpy(mask.astype(np.float32)).to(predictor.device)
+    probability = torch.sigmoid(masks[0, 0])
+    seg_loss = -(
+        truth * torch.log(probability + 1e-5) + (1 - truth) * torch.log(1 - probability + 1e-5)
+    ).mean()
+    predicted = (masks[0] > 0).float()
+    intersection = (predicted * truth).sum((1, 2))
+    union = predicted.sum((1, 2)) + truth.sum() - intersection
+    score_loss = (scores[0] - intersection / (union + 1e-6)).abs().mean()
+    return seg_loss + score_weight * score_loss
 
 
 def measure_project(
-    args: Namespace, compiling: str, fill: bool, recipe: str = "guide"
+    bench: Bench, variant: str, recipe: Recipe, compiling: str, fill: bool = False
 ) -> dict[str, Any]:
     """Run this project's loop over the feature cache, which is filled first or is there already."""
-    predictor, pairs, settings = prepare(args, "auto", compiling, recipe)
-    folder = args.output / "cache"
+    predictor, precision = bench.load(recipe.seed), select_precision("auto", bench.device)
     if fill:
-        shutil.rmtree(folder, ignore_errors=True)
-    start = clock(args.device)
-    cache = FeatureCache(folder / "train.features", predictor, pairs, settings.precision)
-    cache.fill(predictor)
-    encode_seconds = clock(args.device) - start
+        shutil.rmtree(bench.cache, ignore_errors=True)
+    start = clock(bench.device)
+    cache = FeatureCache(bench.cache, predictor, precision)
+    cache.fill([pair.image for pair in bench.pairs], predictor, "train")
+    encode_seconds = clock(bench.device) - start
 
-    indices = pairs_with_objects(pairs, cache)
-    sampler = EpochSampler(indices, settings.batch_size, args.seed)
+    count = len(bench.pairs)
     training_set = TrainingSet(
-        pairs, cache, predictor.model.image_size, args.seed, settings.prompts
+        bench.pairs, cache, predictor.model.image_size, recipe.seed, recipe.prompts
     )
-    loader = make_loader(training_set, sampler, args.device)
-    start = clock(args.device)
-    learner = train_sam2_proper.make_learner(predictor, settings)
-    learner = train_sam2_proper.speed_up(learner, predictor, len(indices), settings)
-    compiled = clock(args.device)
-    for epoch in range(1, args.epochs + 1):
-        train_sam2_proper.train_one_epoch(predictor, loader, learner, epoch, settings)
-    seconds = clock(args.device) - compiled
-    shown = args.epochs * len(indices)
+    sampler = EpochSampler(list(range(count)), recipe.batch_size, recipe.seed)
+    loader = make_loader(training_set, sampler, bench.device)
+    start = clock(bench.device)
+    learner = make_learner(predictor, recipe, precision)
+    learner = speed_up(learner, predictor, recipe, count, compiling)
+    compiled = clock(bench.device)
+    for epoch in range(1, recipe.epochs + 1):
+        train_one_epoch(predictor, loader, learner, recipe, epoch)
+    seconds = clock(bench.device) - compiled
     return {
-        "encode s/image": encode_seconds / len(pairs) if fill else None,
-        "step s/image": seconds / shown,
+        "variant": variant,
+        "encode s/image": encode_seconds / count if fill else None,
+        "step s/image": seconds / (recipe.epochs * count),
         "compile s": compiled - start,
-        "peak GB": peak_gigabytes(args.device),
-        "val IoU": validate(predictor, settings, args),
-        "images shown": shown,
+        "peak GB": peak_gigabytes(bench.device),
+        "val IoU": bench.val_iou(predictor, precision),
+        "images shown": recipe.epochs * count,
     }
 
 
-def measure_floor(args: Namespace, compiling: str) -> float:
+def measure_floor(bench: Bench, recipe: Recipe, compiling: str) -> float:
     """Return the bare decoder's seconds an image: forward and backward, on tensors in memory."""
-    predictor, pairs, settings = prepare(args, precision="auto", compiling=compiling)
-    learner = train_sam2_proper.make_learner(predictor, settings)
-    learner = train_sam2_proper.speed_up(learner, predictor, 1, settings)
-    batch = pairs[: settings.batch_size]
+    predictor, precision = bench.load(recipe.seed), select_precision("auto", bench.device)
+    learner = make_learner(predictor, recipe, precision)
+    learner = speed_up(learner, predictor, recipe, 1, compiling)
+    batch = bench.pairs[: recipe.batch_size]
     images, masks = zip(*map(read_pair, batch), strict=True)
-    with autocast(args.device, settings.precision):
-        features = encode_images(predictor, list(images)).to(args.device, torch.float32)
+    with autocast(bench.device, precision):
+        features = encode_images(predictor, list(images)).to(bench.device, torch.float32)
     prompts = [prompt_from_mask(mask, "center") for mask in masks]
     sizes = [mask.shape for mask in masks]
 
     def step() -> None:
         learner.weights.zero_grad()
-        with autocast(args.device, settings.precision):
+        with autocast(bench.device, precision):
             prediction = predict_masks(predictor, features, prompts, sizes, learner.decoder)
         sum(answer.mean() for answer in prediction).backward()
 
-    return time_repeated(step, args.device, times=40) / len(batch)
+    return time_repeated(step, bench.device, times=40) / len(batch)
 
 
-def measure_comparison(args: Namespace) -> dict[str, float]:
+def measure_comparison(bench: Bench) -> dict[str, float]:
     """Return seconds an image of evaluating one model, and of comparing two, without a cache."""
-    predictor, pairs, settings = prepare(args, precision="auto")
-    finetuned, _ = load_predictor(args.model, args.checkpoint, args.device)
-    models = Models(predictor, finetuned, share_encoder=True, cache=None)
-    examples = [(pair, read_mask(pair.mask)) for pair in pairs[:5]]
-    of_comparison = Namespace(**vars(settings), mask="best")
-
-    def evaluate_one() -> None:
-        for pair, mask in examples:
-            features = load_features(predictor, None, 0, pair, settings.precision)
-            with autocast(args.device, settings.precision):
-                segment(predictor, features, prompt_from_mask(mask, "center"), mask.shape)
-
-    def compare_two() -> None:
-        for pair, mask in examples:
-            prompt = prompt_from_mask(mask, "center")
-            segment_with_both(models, 0, pair, prompt, mask.shape, of_comparison)
-
+    original, finetuned = bench.load(), bench.load()
+    source = FeatureSource(original, select_precision("auto", bench.device))
+    models, pairs = [Model(original, source), Model(finetuned, source)], bench.pairs[:5]
     return {
-        "one": time_repeated(evaluate_one, args.device, times=2) / len(examples),
-        "two": time_repeated(compare_two, args.device, times=2) / len(examples),
+        "one": time_repeated(lambda: measure(models[:1], pairs), bench.device, times=2) / 5,
+        "two": time_repeated(lambda: measure(models, pairs), bench.device, times=2) / 5,
     }
-
-
-def prepare(
-    args: Namespace, precision: str, compiling: str = "off", recipe: str = "guide"
-) -> tuple[SAM2ImagePredictor, list[Pair], Namespace]:
-    """Return the model, the training pairs, and training's own defaults with these settings."""
-    torch.manual_seed(args.seed)
-    settings = train_sam2_proper.parse_args(
-        [
-            *("--recipe", recipe, "--compile", compiling),
-            *("--batch-size", str(args.batch_size), "--lr", str(args.lr)),
-        ]
-    )
-    settings.device, settings.epochs = args.device, args.epochs
-    settings.precision = select_precision(precision, args.device)
-    predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
-    return predictor, split_pairs(args.data, "train", args.limit), settings
-
-
-def validate(predictor: SAM2ImagePredictor, settings: Namespace, args: Namespace) -> float:
-    """Return the mean val IoU, in the precision of the variant and without a cache."""
-    pairs: list[Pair] = split_pairs(args.data, "val", args.val_limit)
-    return train_sam2_proper.evaluate(predictor, pairs, None, settings)
 
 
 def clock(device: torch.device) -> float:
@@ -271,13 +258,31 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def add_totals(row: dict[str, Any], image_count: int, encode: float) -> None:
-    """Add the seconds of an epoch over image_count images, and of several, to a measured row."""
-    is_guide = row["variant"] == GUIDE
-    row["epoch s"] = image_count * (row["step s/image"] + (encode if is_guide else 0))
-    once = row["compile s"] + (0 if is_guide else image_count * encode)
-    for epochs, column in zip(EPOCHS, COLUMNS[5:8], strict=True):
-        row[column] = once + epochs * row["epoch s"]
+def measure_all(
+    bench: Bench, guide: Recipe, ours: Recipe, guide_images: int | None
+) -> list[dict[str, Any]]:
+    """Return a row a variant: the guide's loop, then this project's, one after the other."""
+    rows = [
+        in_own_process(measure_guide, bench, guide, guide_images),
+        in_own_process(measure_project, bench, COMPILED, guide, "on", True),
+        in_own_process(measure_project, bench, PLAIN, guide, "off"),
+        in_own_process(measure_project, bench, OURS, ours, "on"),
+    ]
+    for row in rows[2:]:
+        row["encode s/image"] = rows[1]["encode s/image"]
+    return rows
+
+
+def add_totals(rows: list[dict[str, Any]], image_count: int) -> None:
+    """Add the seconds of an epoch over image_count images, and of several, to measured rows."""
+    for row in rows:
+        in_each_epoch, once = row["step s/image"], row["encode s/image"]
+        if row["variant"] == GUIDES_LOOP:
+            in_each_epoch, once = in_each_epoch + once, 0.0
+        row["epoch s"] = image_count * in_each_epoch
+        for epochs, column in TOTALS.items():
+            row[column] = row["compile s"] + image_count * once + epochs * row["epoch s"]
+        row[RATIO] = rows[0][TOTALS[20]] / row[TOTALS[20]]
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
@@ -297,9 +302,9 @@ def draw_totals(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Draw each variant's hours over the number of epochs."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    epochs = np.arange(1, max(EPOCHS) + 1)
+    epochs = np.arange(1, max(TOTALS) + 1)
     for row in rows:
-        once = row[COLUMNS[5]] - row["epoch s"]
+        once = row[TOTALS[1]] - row["epoch s"]
         axes.plot(epochs, (once + epochs * row["epoch s"]) / 3600, label=row["variant"])
     axes.set(xlabel="epochs", ylabel="hours", title=title)
     axes.grid(alpha=0.3)
@@ -330,44 +335,36 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def prepare(args: Namespace) -> Bench:
+    """Return what the options say of the model and the images."""
+    device, checkpoint = select_device(args.device), args.checkpoint
+    if args.random_weights:
+        checkpoint = args.output / f"random_{args.model}.pt"
+        torch.manual_seed(args.seed)
+        save_checkpoint(checkpoint, build_predictor(args.model, torch.device("cpu")).model)
+    checkpoint = checkpoint or ensure_checkpoint(args.model)
+    pairs = split_pairs(args.data, "train", args.limit)
+    pairs = [pairs[index] for index in pairs_with_objects(pairs)]
+    if len(pairs) < 5:
+        raise UserError("a benchmark needs at least 5 training images; raise --limit")
+    val_pairs = split_pairs(args.data, "val", args.val_limit)
+    return Bench(args.model, checkpoint, device, pairs, val_pairs, args.output / "cache")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.device = select_device(args.device)
-    if args.random_weights:
-        args.checkpoint = args.output / f"random_{args.model}.pt"
-        torch.manual_seed(args.seed)
-        save_checkpoint(args.checkpoint, build_predictor(args.model, torch.device("cpu")).model)
-    args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
-    image_count = len(split_pairs(args.data, "train", args.limit))
-    if image_count < 5:
-        raise UserError("a benchmark needs at least 5 training images; raise --limit")
+    bench = prepare(args)
+    shared = {name: getattr(args, name) for name in ("lr", "batch_size", "epochs", "seed")}
+    guide, ours = replace(GUIDE, **shared), replace(DEFAULT, **shared)
+    rows = measure_all(bench, guide, ours, args.guide_images)
+    floors = {mode: in_own_process(measure_floor, bench, guide, mode) for mode in ("on", "off")}
+    comparison = in_own_process(measure_comparison, bench)
+    shutil.rmtree(bench.cache)
 
-    guide = in_own_process(measure_guide, args)
-    compiled = in_own_process(measure_project, args, "on", True)
-    plain = in_own_process(measure_project, args, "off", False)
-    ours = in_own_process(measure_project, args, "on", False, "default")
-    floors = {mode: in_own_process(measure_floor, args, mode) for mode in ("on", "off")}
-    comparison = in_own_process(measure_comparison, args)
-    shutil.rmtree(args.output / "cache")
-
-    rows = [
-        {"variant": name, **measured}
-        for name, measured in (
-            (GUIDE, guide),
-            (COMPILED, compiled),
-            (PLAIN, plain),
-            (OURS, ours),
-        )
-    ]
-    rows[2]["encode s/image"] = rows[3]["encode s/image"] = compiled["encode s/image"]
-    for row in rows:
-        add_totals(row, args.totals_for or image_count, row["encode s/image"])
-    for row in rows:
-        row[COLUMNS[8]] = rows[0][COLUMNS[7]] / row[COLUMNS[7]]
-
-    precision = str(select_precision("auto", args.device)).removeprefix("torch.")
-    total_of = args.totals_for or image_count
-    title = f"SAM 2.1 {args.model}, {total_of} images, {args.device}, {precision}"
+    image_count = args.totals_for or len(bench.pairs)
+    add_totals(rows, image_count)
+    precision = str(select_precision("auto", bench.device)).removeprefix("torch.")
+    title = f"SAM 2.1 {args.model}, {image_count} images, {bench.device}, {precision}"
     cores = f"{torch.get_num_threads()} threads, {platform.system()}, PyTorch {torch.__version__}"
     print(f"{title}; the guide's loop in float32; {cores}\n")
     print(format_table(rows))

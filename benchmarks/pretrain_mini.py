@@ -20,6 +20,7 @@ import multiprocessing
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,24 +32,15 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line import ArgumentParser, number, run, seed
-from encoder_training import encode_with_gradients
-from image_files import atomic_write
-from sam2_utils import (
-    Features,
-    build_predictor,
-    calculate_iou,
-    encode_images,
-    load_predictor,
-    make_predictor,
-    make_prompt,
-    mask_box,
-    predict_masks,
-    prompt_from_mask,
-    random_point,
-    segment,
-)
-from synthetic_images import draw_pretraining_image
+from sam2_utils import calculate_iou
+
+from finetuning.command_line import ArgumentParser, number, run, seed
+from finetuning.encoder_training import encode_with_gradients
+from finetuning.image_files import atomic_write
+from finetuning.models import build_predictor, load_predictor, make_predictor
+from finetuning.prompts import make_prompt, mask_box, prompt_from_mask, random_point
+from finetuning.segmentation import Features, encode_images, predict_masks, segment
+from finetuning.synthetic_images import draw_pretraining_image
 
 
 class Phase(NamedTuple):
@@ -71,11 +63,6 @@ BOX_SHARE = 0.4  # of the steps; the others have one point
 PROMPTS_PER_IMAGE = 3
 HELD_OUT = 100
 TRAINED = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
-
-
-# ----------------------------------------------------------------------------------------------
-# Images
-# ----------------------------------------------------------------------------------------------
 
 
 class Drawing(NamedTuple):
@@ -109,11 +96,6 @@ def augment(drawing: Drawing, rng: np.random.Generator) -> Drawing:
     if rng.random() < 0.5:
         image = image[..., rng.permutation(3)]
     return Drawing(image, masks)
-
-
-# ----------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------
 
 
 def predictor_of_size(model: SAM2Base, image_size: int) -> SAM2ImagePredictor:
@@ -212,19 +194,14 @@ def evaluate(predictor: SAM2ImagePredictor, held_out: dict[str, list[Drawing]]) 
                 predicted, _ = segment(predictor, features, prompt, mask.shape)
                 ious.setdefault(f"{name} {kind}", []).append(calculate_iou(predicted, mask))
     means = {name: float(np.mean(values)) for name, values in ious.items()}
-    print(
-        "held-out IoU:", "  ".join(f"{name} {iou:.3f}" for name, iou in means.items()), flush=True
-    )
+    reached = "  ".join(f"{name} {iou:.3f}" for name, iou in means.items())
+    print(f"held-out IoU: {reached}", flush=True)
     return means
 
 
-# ----------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------
-
-
 def save(
-    args: Namespace,
+    output: Path,
+    state_file: Path,
     model: SAM2Base,
     optimizer: torch.optim.Optimizer,
     step: int,
@@ -232,10 +209,10 @@ def save(
 ) -> None:
     """Write the weights, in half precision (which load_state_dict undoes), and the state."""
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
-    with atomic_write(args.output) as temporary:
+    with atomic_write(output) as temporary:
         torch.save({"model": weights, "model_name": "mini", "step": step, "iou": ious}, temporary)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    with atomic_write(args.state) as temporary:
+    with atomic_write(state_file) as temporary:
         torch.save(state, temporary)
 
 
@@ -244,22 +221,24 @@ def train_phase(
     optimizer: torch.optim.Optimizer,
     index: int,
     first_step: int,
-    args: Namespace,
-) -> None:
-    """Train from `first_step` to the end of a phase; evaluate and save every args.every steps."""
+    lr: float,
+    seed: int,
+    every: int,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Train from `first_step` to the end of a phase; yield what is reached every so many steps."""
     phase = PHASES[index]
     total_steps = sum(phase.steps for phase in PHASES)
     last_step = sum(phase.steps for phase in PHASES[: index + 1])
     predictor = predictor_of_size(model, phase.image_size)
     print(f"drawing for {phase}", flush=True)
-    pool = draw_pool(args.seed + index, phase.pool, phase.image_size, phase.hardness)
-    held_out = draw_held_out(args.seed, phase.image_size)
+    pool = draw_pool(seed + index, phase.pool, phase.image_size, phase.hardness)
+    held_out = draw_held_out(seed, phase.image_size)
 
     start, losses = time.perf_counter(), []
     for step in range(first_step, last_step):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total_steps, args.lr)
-        rng = np.random.default_rng([args.seed, step])  # a resumed run draws the same
+            group["lr"] = learning_rate(step, total_steps, lr)
+        rng = np.random.default_rng([seed, step])  # a resumed run draws the same
         drawings = [pool[index] for index in rng.choice(phase.pool, phase.batch_size)]
         loss = training_step(predictor, drawings, rng)
         optimizer.zero_grad()
@@ -268,38 +247,43 @@ def train_phase(
         optimizer.step()
         losses.append(loss.item())
 
-        if (step + 1) % args.every == 0 or step + 1 == last_step:
+        if (step + 1) % every == 0 or step + 1 == last_step:
             print(
                 f"step {step + 1}/{total_steps}  {time.perf_counter() - start:.0f} s  "
-                f"loss {np.mean(losses[-args.every :]):.4f}"
+                f"loss {np.mean(losses[-every:]):.4f}"
             )
-            ious = evaluate(predictor, held_out)
-            save(args, model, optimizer, step + 1, ious)
+            yield step + 1, evaluate(predictor, held_out)
 
 
-def pretrain(args: Namespace) -> None:
-    """Run all phases, or what is left of them."""
-    torch.manual_seed(args.seed)
+def pretrain(
+    output: Path,
+    state_file: Path,
+    resume: bool,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    every: int,
+) -> None:
+    """Run all phases, or what is left of them; evaluate and save every so many steps."""
+    torch.manual_seed(seed)
     model = build_predictor("mini", torch.device("cpu")).model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(TRAINED))
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        betas=(0.9, 0.98),
-        weight_decay=args.weight_decay,
-    )
-    step = 0
-    if args.resume:
-        state = torch.load(args.state, weights_only=True)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, betas=(0.9, 0.98), weight_decay=weight_decay)
+    done = 0
+    if resume:
+        state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        print(f"going on after step {step}")
+        done = state["step"]
+        print(f"going on after step {done}")
     for index in range(len(PHASES)):
         last_step = sum(phase.steps for phase in PHASES[: index + 1])
-        if step < last_step:
-            train_phase(model, optimizer, index, step, args)
-            step = last_step
+        if done < last_step:
+            for step, ious in train_phase(model, optimizer, index, done, lr, seed, every):
+                save(output, state_file, model, optimizer, step, ious)
+            done = last_step
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -328,7 +312,9 @@ def main(argv: list[str] | None = None) -> None:
         predictor, _ = load_predictor("mini", args.output, torch.device("cpu"))
         evaluate(predictor, draw_held_out(args.seed, predictor.model.image_size))
         return
-    pretrain(args)
+    pretrain(
+        args.output, args.state, args.resume, args.lr, args.weight_decay, args.seed, args.every
+    )
     print(f"wrote {args.output}")
 
 

@@ -22,175 +22,162 @@ import platform
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_sam2_proper
-from clicks import simulate_clicks
-from command_line import ArgumentParser, number, run
-from feature_cache import FeatureCache, check_room, load_features
-from image_files import Pair, atomic_write, read_mask, split_pairs, write_csv
-from sam2_utils import (
-    MODELS,
-    add_device_option,
-    autocast,
-    calculate_iou,
-    ensure_checkpoint,
-    load_predictor,
-    prompt_from_mask,
-    segment,
-    select_device,
-    select_precision,
-)
+from sam2_utils import UserError, select_device, select_precision
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
+from compare_models import measure_clicks
+from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.command_line import ArgumentParser, add_device_option, number, run
+from finetuning.evaluation import Model, mean_metrics, measure
+from finetuning.feature_cache import FeatureCache, FeatureSource, open_cache, pairs_with_objects
+from finetuning.image_files import Pair, atomic_write, split_pairs, write_csv
+from finetuning.learner import make_learner
+from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.recipe import DEFAULT, GUIDE, RECIPE_OPTIONS, Recipe, recipe_defaults
+from train_sam2_proper import train_one_epoch
 
-class Recipe(NamedTuple):
-    """What train_sam2_proper.py is run with, and the learning rates to choose from."""
-
-    options: str
-    learning_rates: tuple[float, ...]
-
-
-GUIDE = "--recipe guide"
-BATCH = f"{GUIDE} --batch-size 4"
-DICE = f"{BATCH} --dice-weight 1"
-COSINE = f"{DICE} --schedule cosine"
-PLAIN = "--single-weight 0 --max-grad-norm 0"
-MINI_LR = (train_sam2_proper.MINI_LR,)
+BATCH = replace(GUIDE, batch_size=4)
+DICE = replace(BATCH, dice_weight=1.0)
+COSINE = replace(DICE, schedule="cosine")
+PLAIN = replace(DEFAULT, single_weight=0.0, max_grad_norm=0.0)
 LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
-RECIPES = {
-    "guide": Recipe(GUIDE, LOW),
-    "+ batch of 4": Recipe(BATCH, MIDDLE),
-    "+ dice": Recipe(DICE, MIDDLE),
-    "+ cosine": Recipe(COSINE, HIGH),
-    "+ inner points": Recipe(f"{COSINE} --prompts inner", HIGH),
-    "+ boxes and clicks": Recipe(PLAIN, HIGH),
-    "the same, all masks": Recipe(f"{PLAIN} --mask-loss all", HIGH),
-    "the default, but the single mask": Recipe("--single-weight 0", MINI_LR),
-    "the default, not clipped": Recipe("--max-grad-norm 0", MINI_LR),
-    "the default": Recipe("", MINI_LR),
+OWN = ()
+# Each recipe, and the learning rates to choose from; OWN: it keeps the default's for the model.
+COMPARED: dict[str, tuple[Recipe, tuple[float, ...]]] = {
+    "guide": (GUIDE, LOW),
+    "+ batch of 4": (BATCH, MIDDLE),
+    "+ dice": (DICE, MIDDLE),
+    "+ cosine": (COSINE, HIGH),
+    "+ inner points": (replace(COSINE, prompts="inner"), HIGH),
+    "+ boxes and clicks": (PLAIN, HIGH),
+    "the same, all masks": (replace(PLAIN, mask_loss="all"), HIGH),
+    "the default, but the single mask": (replace(DEFAULT, single_weight=0.0), OWN),
+    "the default, not clipped": (replace(DEFAULT, max_grad_norm=0.0), OWN),
+    "the default": (DEFAULT, OWN),
 }
-MEASURES = (
-    "one point", "random point", "box", "3 clicks", "5 clicks", "single: one point", "single: box",
+# What is measured: with one prompt (of a kind, and which mask counts), and after so many clicks
+PROMPTED = {
+    "one point": ("center", "best"),
+    "random point": ("random", "best"),
+    "box": ("box", "best"),
+    "single: one point": ("center", "single"),
+    "single: box": ("box", "single"),
+}
+CLICKED = {"3 clicks": 3, "5 clicks": 5}
+MEASURES = (*PROMPTED, *CLICKED)
+KEY_COLUMNS = (
+    "recipe", "options", "model", "data", "limit", "epochs", "lr", "seed", "measured on",
 )  # fmt: skip
-RUN_COLUMNS = (
-    "recipe", "options", "model", "epochs", "lr", "seed", "measured on", *MEASURES, "seconds",
-)  # fmt: skip
-KEY_COLUMNS = RUN_COLUMNS[:7]
-HELD_OUT = "training images held out"
+RUN_COLUMNS = (*KEY_COLUMNS, *MEASURES, "seconds")
+VAL, HELD_OUT = "val", "training images held out"
 
 
-def plan_run(name: str, lr: float, seed: int, measured_on: str, args: Namespace) -> dict[str, Any]:
-    """Return what tells a run from all others: the first columns of its row."""
-    facts = (name, RECIPES[name].options, args.model, args.epochs, lr, seed, measured_on)
-    return dict(zip(KEY_COLUMNS, map(str, facts), strict=True))
+class Bench(NamedTuple):
+    """What all runs have in common."""
+
+    model: str
+    checkpoint: Path
+    device: torch.device
+    precision: torch.dtype
+    data: Path
+    limit: int | None  # of the images of a split
+    output: Path
+    jobs: int  # runs at the same time
 
 
-def splits_of(measured_on: str, args: Namespace) -> tuple[list[int], list[int], str]:
-    """Return the indices to train on, those to measure on, and of which split the latter are."""
-    count = len(split_pairs(args.data, "train", args.limit))
-    if measured_on != HELD_OUT:
-        return (
-            list(range(count)),
-            list(range(len(split_pairs(args.data, "val", args.limit)))),
-            "val",
+class Run(NamedTuple):
+    """One training of a recipe, with its learning rate, epochs and seed."""
+
+    name: str
+    recipe: Recipe
+    measured_on: str  # VAL or HELD_OUT
+
+    def key(self, bench: Bench) -> dict[str, str]:
+        """Return what tells the run from all others: the first columns of its row."""
+        recipe = self.recipe
+        options = " ".join(
+            f"--{name.replace('_', '-')} {getattr(recipe, name)}"
+            for name in RECIPE_OPTIONS
+            if name not in KEY_COLUMNS
         )
-    order = np.random.default_rng(0).permutation(count).tolist()
-    return order[count // 4 :], order[: count // 4], "train"
+        facts = (
+            *(self.name, options, bench.model, bench.data, bench.limit or "all"),
+            *(recipe.epochs, recipe.lr, recipe.seed, self.measured_on),
+        )
+        return dict(zip(KEY_COLUMNS, map(str, facts), strict=True))
 
 
-def train_and_measure(planned: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """Train as planned and return the row of the run, in a process of its own."""
+def split_images(planned: Run, bench: Bench) -> tuple[list[Pair], list[int], list[Pair]]:
+    """Return the training pairs, the indices of those to learn from, and the pairs to measure."""
+    pairs = split_pairs(bench.data, "train", bench.limit)
+    indices = pairs_with_objects(pairs)
+    if planned.measured_on == VAL:
+        return pairs, indices, split_pairs(bench.data, "val", bench.limit)
+    order = np.random.default_rng(0).permutation(indices).tolist()
+    held_out, learned_from = order[: len(order) // 4], order[len(order) // 4 :]
+    return pairs, sorted(learned_from), [pairs[index] for index in held_out]
+
+
+def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
+    """Do a run, in a process of its own, and return its row."""
     start = time.perf_counter()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
-    settings = train_sam2_proper.parse_args(
-        [
-            *planned["options"].split(),
-            *("--lr", planned["lr"], "--seed", planned["seed"], "--epochs", planned["epochs"]),
-        ]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // bench.jobs))
+    recipe = planned.recipe
+    torch.manual_seed(recipe.seed)
+    predictor, _ = load_predictor(bench.model, bench.checkpoint, bench.device)
+    cache = FeatureCache(bench.output / "cache", predictor, bench.precision)
+    pairs, indices, measured = split_images(planned, bench)
+
+    training_set = TrainingSet(
+        pairs, cache, predictor.model.image_size, recipe.seed, recipe.prompts
     )
-    settings.device, settings.precision = args.device, args.precision
-    torch.manual_seed(settings.seed)
-    predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
-    learned_from, measured_on, split = splits_of(planned["measured on"], args)
-    caches = open_caches(predictor, args)
+    sampler = EpochSampler(indices, recipe.batch_size, recipe.seed)
+    loader = make_loader(training_set, sampler, bench.device)
+    learner = make_learner(predictor, recipe, bench.precision)
+    for epoch in range(1, recipe.epochs + 1):
+        train_one_epoch(predictor, loader, learner, recipe, epoch)
 
-    learner = train_sam2_proper.make_learner(predictor, settings)
-    loader = train_sam2_proper.load_training_set(
-        predictor, split_pairs(args.data, "train", args.limit), caches["train"], settings
-    )
-    loader.sampler.indices = sorted(set(learned_from) & set(loader.sampler.indices))
-    for epoch in range(1, settings.epochs + 1):
-        train_sam2_proper.train_one_epoch(predictor, loader, learner, epoch, settings)
-    is_final = planned["measured on"] != HELD_OUT
-    means = measure(predictor, caches[split], measured_on, args, clicks=5 if is_final else 1)
-    return {**planned, **means, "seconds": f"{time.perf_counter() - start:.0f}"}
+    model = Model(predictor, FeatureSource(predictor, bench.precision, cache))
+    if planned.measured_on == VAL:
+        ious = measure_all(model, measured)
+    else:  # what the learning rate is chosen by
+        ious = {"one point": mean_metrics(measure([model], measured))["IoU"]}
+    reached = {name: f"{ious[name]:.6f}" if name in ious else "" for name in MEASURES}
+    return {**planned.key(bench), **reached, "seconds": f"{time.perf_counter() - start:.0f}"}
 
 
-def measure(
-    predictor: SAM2ImagePredictor,
-    cache: FeatureCache,
-    indices: list[int],
-    args: Namespace,
-    clicks: int = 5,
-) -> dict[str, str]:
+def measure_all(model: Model, pairs: list[Pair]) -> dict[str, float]:
     """Return the mean IoU of the images with an object, for each of MEASURES."""
-    ious = []
-    for index in indices:
-        pair: Pair = cache.pairs[index]
-        true_mask = read_mask(pair.mask)
-        if not true_mask.any():
-            continue
-        features = load_features(predictor, cache, index, pair, args.precision)
-        with autocast(args.device, args.precision):
-            by_click = simulate_clicks(predictor, features, true_mask, clicks, use_mask_prompt=True)
-            by_kind = []
-            for kind, of in (
-                ("random", "best"), ("box", "best"), ("center", "single"), ("box", "single"),
-            ):  # fmt: skip
-                prompt = prompt_from_mask(true_mask, kind, np.random.default_rng(index))
-                mask, _ = segment(predictor, features, prompt, true_mask.shape, of)
-                by_kind.append(calculate_iou(mask, true_mask))
-        by_click += [np.nan] * (5 - len(by_click))
-        ious.append((by_click[0], *by_kind[:2], by_click[2], by_click[4], *by_kind[2:]))
-    means = np.mean(ious, axis=0)
-    return {name: f"{mean:.6f}" for name, mean in zip(MEASURES, means, strict=True)}
+    results = {name: measure([model], pairs, *how) for name, how in PROMPTED.items()}
+    ious = {name: mean_metrics(of_prompt)["IoU"] for name, of_prompt in results.items()}
+    by_click = measure_clicks([model], results["one point"], max(CLICKED.values()), True, "best")
+    means = by_click[0].mean(axis=0)
+    return ious | {name: float(means[count - 1]) for name, count in CLICKED.items()}
 
 
-def open_caches(predictor: SAM2ImagePredictor, args: Namespace) -> dict[str, FeatureCache]:
-    """Return the features of both splits, as far as they are computed."""
-    return {
-        split: FeatureCache(
-            args.output / f"cache/{split}.features",
-            predictor,
-            split_pairs(args.data, split, args.limit),
-            args.precision,
-        )
-        for split in ("train", "val")
-    }
-
-
-def do_runs(planned: list[dict[str, Any]], args: Namespace) -> list[dict[str, str]]:
-    """Return the rows of the planned runs, after doing those that runs.csv does not have."""
-    path = args.output / "runs.csv"
+def do_runs(runs: list[Run], bench: Bench, description: str) -> list[dict[str, str]]:
+    """Return the rows of runs, after doing those that runs.csv does not have."""
+    path = bench.output / "runs.csv"
     rows = {key_of(row): row for row in read_rows(path)}
-    missing = [run for run in planned if key_of(run) not in rows]
-    description = "Tuning" if any(run["measured on"] == HELD_OUT for run in planned) else "Training"
+    keys = [key_of(planned.key(bench)) for planned in runs]
+    missing = [planned for planned, key in zip(runs, keys, strict=True) if key not in rows]
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come, whose bars would be too many
-    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-        done = pool.imap_unordered(functools.partial(train_and_measure, args=args), missing)
+    with multiprocessing.get_context("spawn").Pool(bench.jobs, maxtasksperchild=1) as pool:
+        done = pool.imap_unordered(functools.partial(train_and_measure, bench=bench), missing)
         for row in tqdm(done, desc=description, unit="run", total=len(missing)):
             rows[key_of(row)] = row
             write_csv(path, RUN_COLUMNS, [list(row.values()) for row in rows.values()])
-    return [rows[key_of(run)] for run in planned]
+    return [rows[key] for key in keys]
 
 
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
@@ -198,36 +185,46 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read runs.csv, if it is there; raises UserError for the table of another version."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != RUN_COLUMNS:
+            raise UserError(f"{path} has other columns than today's; use another --output")
+        return list(table)
 
 
-def choose_learning_rates(args: Namespace) -> dict[str, float]:
-    """Return each recipe's best learning rate with one point, on the images held out."""
-    rates = {name: RECIPES[name].learning_rates for name in args.recipes}
-    planned = [
-        plan_run(name, lr, 0, HELD_OUT, args)
-        for name in args.recipes
-        for lr in rates[name]
-        if len(rates[name]) > 1
+def choose_learning_rates(names: list[str], epochs: int, bench: Bench) -> dict[str, Recipe]:
+    """Return each recipe with its epochs and, of its learning rates, the one to train with.
+
+    Where there is a choice, it is the best with one point, on the images held out.
+    """
+    own = recipe_defaults("default", bench.model, demo=False)["lr"]
+    candidates: dict[str, list[Recipe]] = {}
+    for name in names:
+        recipe, rates = COMPARED[name]
+        candidates[name] = [replace(recipe, epochs=epochs, lr=lr, seed=0) for lr in rates or (own,)]
+    runs = [
+        Run(name, recipe, HELD_OUT)
+        for name, recipes in candidates.items()
+        for recipe in recipes
+        if len(recipes) > 1
     ]
-    best: dict[str, dict[str, str]] = {}
-    for row in do_runs(planned, args):
-        name = row["recipe"]
-        if name not in best or float(row["one point"]) > float(best[name]["one point"]):
-            best[name] = row
-    return {name: float(best[name]["lr"]) if name in best else rates[name][0] for name in rates}
+    best = {name: (0.0, recipes[0]) for name, recipes in candidates.items()}
+    for planned, row in zip(runs, do_runs(runs, bench, "Tuning"), strict=True):
+        reached = float(row["one point"]), planned.recipe
+        best[planned.name] = max(best[planned.name], reached, key=lambda found: found[0])
+    return {name: recipe for name, (_, recipe) in best.items()}
 
 
-def summarize(name: str, lr: float, rows: list[dict[str, str]]) -> dict[str, Any]:
+def summarize(name: str, lr: float | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a recipe's row: mean and standard deviation over the seeds, for each of MEASURES."""
     summary = {"recipe": name, "lr": lr, "runs": len(rows)}
-    for measure in MEASURES:
-        ious = np.array([float(row[measure]) for row in rows])
-        summary[measure] = ious.mean()
-        summary[f"{measure}, spread"] = ious.std(ddof=1) if len(ious) > 1 else 0.0
+    for column in MEASURES:
+        ious = np.array([float(row[column]) for row in rows])
+        summary[column] = ious.mean()
+        summary[f"{column}, spread"] = ious.std(ddof=1) if len(ious) > 1 else 0.0
     return summary
 
 
@@ -236,10 +233,10 @@ def format_table(summaries: list[dict[str, Any]]) -> str:
     lines = [("recipe", "lr", *MEASURES), ("---",) * (2 + len(MEASURES))]
     for summary in summaries:
         cells = [
-            f"{100 * summary[measure]:.1f} ± {100 * summary[f'{measure}, spread']:.1f}"
+            f"{100 * summary[column]:.1f} ± {100 * summary[f'{column}, spread']:.1f}"
             if summary["runs"] > 1
-            else f"{100 * summary[measure]:.1f}"
-            for measure in MEASURES
+            else f"{100 * summary[column]:.1f}"
+            for column in MEASURES
         ]
         lines.append((summary["recipe"], f"{summary['lr']:g}" if summary["lr"] else "", *cells))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -249,12 +246,12 @@ def draw_recipes(path: Path, summaries: list[dict[str, Any]], title: str) -> Non
     """Draw the mean IoU of each recipe, a panel a measure; lines end at one standard deviation."""
     figure = Figure(figsize=(14, 1 + 0.4 * len(summaries)), layout="constrained")
     names = [summary["recipe"] for summary in summaries]
-    for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
-        means = [100 * summary[measure] for summary in summaries]
-        spreads = [100 * summary[f"{measure}, spread"] for summary in summaries]
+    for axes, column in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
+        means = [100 * summary[column] for summary in summaries]
+        spreads = [100 * summary[f"{column}, spread"] for summary in summaries]
         axes.errorbar(means, names, xerr=spreads, fmt="o")
         axes.axvline(means[0], color="gray", linestyle="--")
-        axes.set(title=measure, xlabel="mean IoU, %")
+        axes.set(title=column, xlabel="mean IoU, %")
         axes.grid(alpha=0.3)
     axes.invert_yaxis()
     figure.suptitle(title)
@@ -270,7 +267,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--model", choices=MODELS, default="small", help="its size")
     parser.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
     parser.add_argument(
-        "--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which of them"
+        "--recipes", nargs="+", choices=COMPARED, default=list(COMPARED), help="which of them"
     )
     parser.add_argument("--epochs", type=at_least_1, default=10, help="passes over the images")
     parser.add_argument("--seeds", type=at_least_1, default=3, help="runs of each recipe")
@@ -282,34 +279,34 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.device = select_device(args.device)
-    args.precision = select_precision("auto", args.device)
-    args.checkpoint = args.checkpoint or ensure_checkpoint(args.model)
-    predictor, _ = load_predictor(args.model, args.checkpoint, args.device)
-    caches = open_caches(predictor, args)
-    check_room(list(caches.values()), args.output)
-    for cache in caches.values():
-        cache.fill(predictor)
-    val_indices = list(range(len(caches["val"].pairs)))
-    original = measure(predictor, caches["val"], val_indices, args)
-
-    rates = choose_learning_rates(args)
-    rows = do_runs(
-        [
-            plan_run(name, rates[name], seed, "val", args)
-            for name in rates
-            for seed in range(args.seeds)
-        ],
-        args,
+    device = select_device(args.device)
+    precision = select_precision("auto", device)
+    checkpoint = args.checkpoint or ensure_checkpoint(args.model)
+    bench = Bench(
+        *(args.model, checkpoint, device, precision, args.data, args.limit, args.output, args.jobs)
     )
-    summaries = [summarize("original, not fine-tuned", 0, [original])]
-    for name, lr in rates.items():
-        summaries.append(summarize(name, lr, [row for row in rows if row["recipe"] == name]))
+    predictor, _ = load_predictor(args.model, checkpoint, device)
+    pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
+    cache = open_cache(predictor, args.output / "cache", precision, pairs)
+    model = Model(predictor, FeatureSource(predictor, precision, cache))
+    original = measure_all(model, pairs["val"])
 
-    shown = args.epochs * len(caches["train"].pairs)
+    recipes = choose_learning_rates(args.recipes, args.epochs, bench)
+    runs = [
+        Run(name, replace(recipe, seed=seed), VAL)
+        for name, recipe in recipes.items()
+        for seed in range(args.seeds)
+    ]
+    rows = do_runs(runs, bench, "Training")
+    summaries = [summarize("original, not fine-tuned", None, [original])]
+    for name, recipe in recipes.items():
+        of_recipe = [row for row in rows if row["recipe"] == name]
+        summaries.append(summarize(name, recipe.lr, of_recipe))
+
+    shown = args.epochs * len(pairs["train"])
     title = (
-        f"SAM 2.1 {args.model}, {args.data}: {len(caches['train'].pairs)} training and "
-        f"{len(val_indices)} val images, {shown} shown, {args.seeds} seeds; mean IoU on val, %"
+        f"SAM 2.1 {args.model}, {args.data}: {len(pairs['train'])} training and "
+        f"{len(pairs['val'])} val images, {shown} shown, {args.seeds} seeds; mean IoU on val, %"
     )
     print(f"{title}; {platform.system()}, PyTorch {torch.__version__}\n\n{format_table(summaries)}")
     table = [list(summary.values()) for summary in summaries]

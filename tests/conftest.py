@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import command_line
-from image_files import write_image
-from sam2_utils import build_predictor, save_checkpoint
+import sam2_utils  # noqa: F401, which sets what torch and OpenCV read when they are imported
 
 import cv2
 import numpy as np
 import pytest
 import torch
+
+from finetuning import command_line
+from finetuning.image_files import write_image
+from finetuning.models import build_predictor, save_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import compare_models
-import download_dataset
-import test_my_image
-import train_sam2_proper
-from command_line import UserError
-from image_files import read_image, read_mask, write_image
+from sam2_utils import UserError
 
 import cv2
 import numpy as np
@@ -24,6 +19,12 @@ import pytest
 import torch
 from conftest import draw_pair, snapshot, write_data
 from PIL import Image
+
+import compare_models
+import download_dataset
+import test_my_image
+import train_sam2_proper
+from finetuning.image_files import read_image, read_mask, write_image
 
 TRAIN, COMPARE = train_sam2_proper.main, compare_models.main
 DOWNLOAD, SEGMENT = download_dataset.main, test_my_image.main
@@ -66,7 +67,7 @@ def refuse(start, tmp_path, recwarn):
 
 def files_but_progress(folder: Path) -> dict[str, bytes]:
     """Return all files but those that a training keeps from its first second, to go on with."""
-    progress = (".lock", ".features", "train_state.pt")
+    progress = (".lock", ".safetensors", "train_state.pt")
     files = snapshot(folder).items()
     return {name: content for name, content in files if not name.endswith(progress)}
 
@@ -326,7 +327,7 @@ BAD_PAIRS = {
     "image too small": ("images", ".jpg", encode(".jpg", IMAGE[1:]), "pair_000.jpg is 128x95 but"),
     "mask is cut off": ("masks", ".png", PNG[:-20], "pair_000.png is not a readable image"),
     "mask is the image": ("masks", ".png", PNG, "pair_000.png is a mask in colour"),
-    "mask turned": ("masks", ".png", encode(".png", MASK.T * 255), "pair_000.png is 96x128"),
+    "mask turned": ("masks", ".png", encode(".png", MASK.T * 255), "is 96x128; a mask must"),
     "label map": ("masks", ".png", encode(".png", LABELS), "pair_000.png is not black and white"),
     "mask is huge": ("masks", ".png", TOO_LARGE["bomb.png"], "more than 250 megapixels"),
     "mask is a folder": ("masks", ".png", None, "pair_000.png"),

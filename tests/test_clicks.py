@@ -3,23 +3,22 @@
 import csv
 from pathlib import Path
 
-import clicks
-import compare_models
-from clicks import format_clicks, number_of_clicks, simulate_clicks, write_clicks
-from compare_models import main
-from image_files import read_image
-from sam2_utils import (
-    calculate_iou,
-    corrective_click,
-    encode_images,
-    load_predictor,
-    save_checkpoint,
-)
+from sam2_utils import calculate_iou
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, draw_pair, write_data
+
+import compare_models
+from compare_models import main
+from finetuning import clicks
+from finetuning.clicks import format_clicks, number_of_clicks, simulate_clicks, write_clicks
+from finetuning.feature_cache import FeatureSource
+from finetuning.image_files import read_image
+from finetuning.models import load_predictor, save_checkpoint
+from finetuning.prompts import corrective_click
+from finetuning.segmentation import encode_images
 
 FOLDER = Path("output/comparison")
 
@@ -110,7 +109,7 @@ def test_a_perfect_mask_is_clicked_no_more(monkeypatch, use_mask_prompt):
     answers = [(~true_mask, 0.5, "first"), (true_mask, 0.9, "second")]
     asked = []
 
-    def answer(_predictor, _features, prompt, size, mask_input):
+    def answer(_predictor, _features, prompt, size, mask_input, _kind):
         asked.append((prompt.point_labels.tolist(), size, mask_input))
         return answers[len(asked) - 1]
 
@@ -175,23 +174,24 @@ def test_the_features_of_an_image_serve_all_its_clicks(
     run_script, trained, random_mini, monkeypatch
 ):
     loaded = []
-    load_features = compare_models.load_features
+    features = FeatureSource.features
 
-    def count(predictor, cache, index, *rest):
-        loaded.append(index)
-        return load_features(predictor, cache, index, *rest)
+    def count(source, image, *rest):
+        loaded.append(image.stem)
+        return features(source, image, *rest)
 
-    monkeypatch.setattr(compare_models, "load_features", count)
+    monkeypatch.setattr(FeatureSource, "features", count)
     options = ("--original", random_mini, "--figures", 0, "--clicks", 4)
     together = run_script(main, *options)
-    assert loaded == [0, 1, 2] * 2  # for the prompts, then for the clicks
+    names = ["pair_001", "pair_002", "pair_003"]
+    assert loaded == names * 2  # for the prompts, then for the clicks
     rows = read_rows("clicks.csv")
 
     loaded.clear()
     hashes = iter(["one", "another"])  # as if the encoders were different
     monkeypatch.setattr(compare_models, "hash_encoder", lambda _: next(hashes))
     assert run_script(main, *options).out == together.out
-    assert loaded == [0, 0, 1, 1, 2, 2] * 2
+    assert loaded == [name for name in names for _ in range(2)] * 2
     assert read_rows("clicks.csv") == rows
 
 

@@ -3,28 +3,24 @@
 import csv
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
-
-import compare_models
-import feature_cache
-import train_sam2_proper
-from compare_models import (
-    Result,
-    bootstrap_interval,
-    choose_figures,
-    format_interval,
-    format_sizes,
-    format_table,
-    main,
-)
-from image_files import Pair, read_image, read_mask, write_image
-from sam2_utils import make_prompt, save_checkpoint
 
 import numpy as np
 import pytest
 import torch
 from conftest import snapshot, write_data
+
+import compare_models
+import train_sam2_proper
+from compare_models import choose_figures, main
+from finetuning import feature_cache
+from finetuning.evaluation import Result, bootstrap_interval
+from finetuning.image_files import Pair, read_image, read_mask, write_image
+from finetuning.models import save_checkpoint
+from finetuning.prompts import make_prompt
+from finetuning.report import format_interval, format_sizes, format_table, print_anywhere
 
 
 @pytest.fixture
@@ -49,8 +45,14 @@ def made_up_results(
     prompt = make_prompt([(1, 2)])
     areas = areas or [0.1] * len(original)
     return [
-        Result(i, Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")), prompt, a, b, a, b, area)
-        for i, (a, b, area) in enumerate(zip(original, finetuned, areas, strict=True))
+        Result(
+            i,
+            Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")),
+            prompt,
+            area,
+            [{"IoU": iou, "Dice": iou} for iou in ious],
+        )
+        for i, (*ious, area) in enumerate(zip(original, finetuned, areas, strict=True))
     ]
 
 
@@ -202,7 +204,7 @@ def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
     options = ("--original", random_mini, "--figures", 0)
     from_cache = run_script(main, *options).out
     assert len(encoded) == 0
-    (tmp_path / "output/cache/val.features").unlink()
+    shutil.rmtree(tmp_path / "output/cache")
     together = run_script(main, *options).out
     assert len(encoded) == 4
     assert printed_ious(together) == pytest.approx(printed_ious(from_cache), abs=0.002)
@@ -220,7 +222,7 @@ def printed_ious(out: str) -> list[float]:
 def test_a_console_without_box_characters_gets_a_box_all_the_same(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", console)
-    compare_models.print_anywhere(format_table(made_up_results([0.5], [0.75]), "val"))
+    print_anywhere(format_table(made_up_results([0.5], [0.75]), "val"))
     console.flush()
     text = console.buffer.getvalue().decode("ascii")
     assert "|  improvement:       +25.0%p            |" in text

@@ -4,24 +4,22 @@ import hashlib
 import re
 from pathlib import Path
 
-import compare_models
-import download_dataset
-import test_my_image
-import train_sam2_proper
-from image_files import read_image, read_mask, split_pairs
-from sam2_utils import (
-    calculate_iou,
-    encode_images,
-    load_predictor,
-    make_prompt,
-    prompt_from_mask,
-    segment,
-)
-from synthetic_images import draw_demo_pair, draw_pretraining_image, write_demo_dataset
+from sam2_utils import calculate_iou
 
 import numpy as np
 import pytest
 from conftest import CPU, snapshot
+
+import compare_models
+import download_dataset
+import test_my_image
+import train_sam2_proper
+from finetuning.demo_images import draw_demo_pair, write_demo_dataset
+from finetuning.image_files import read_image, read_mask, split_pairs
+from finetuning.models import load_predictor
+from finetuning.prompts import make_prompt, prompt_from_mask
+from finetuning.segmentation import encode_images, segment
+from finetuning.synthetic_images import draw_pretraining_image
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 
@@ -95,7 +93,7 @@ def test_the_demo_learns_what_the_original_does_not_know(run_script, monkeypatch
     early = run_script(test_my_image.main, "--demo")
     assert early.status == 2 and "python train_sam2_proper.py --demo" in early.err
 
-    outcome = run_script(train_sam2_proper.main, "--demo", "--limit", 24, "--epochs", 4)
+    outcome = run_script(train_sam2_proper.main, "--demo", "--limit", 24, "--epochs", 8)
     assert outcome.status == 0, outcome.err
     assert len(split_pairs(Path("data/demo"), "train")) == 120
     assert len(split_pairs(Path("data/demo"), "val")) == 40

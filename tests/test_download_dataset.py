@@ -12,16 +12,19 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import download_dataset
-import sam2_utils
-from command_line import UserError
-from download_dataset import is_portable, main, recover, split_names
-from image_files import only_run_in, split_pairs, write_image
+from sam2_utils import UserError
 
 import cv2
 import numpy as np
 import pytest
 from conftest import snapshot, write_pairs, zip_folder
+
+import download_dataset
+from download_dataset import main
+from finetuning import archives, models
+from finetuning.archives import is_portable
+from finetuning.data_folder import recover, split_names
+from finetuning.image_files import only_run_in, split_pairs, write_image
 
 # Splitting
 
@@ -445,7 +448,7 @@ def test_a_bomb_is_refused_before_any_of_it_is_unpacked(
 ):
     archive = write_archive(tmp_path / "a.zip", ("zeros.bin", bytes(10**7), {}))
     assert archive.stat().st_size < 10**6
-    monkeypatch.setattr(download_dataset, limit, 10**6)
+    monkeypatch.setattr(archives, limit, 10**6)
     for name in ("open", "testzip"):
         monkeypatch.setattr(zipfile.ZipFile, name, lambda *_: pytest.fail("unpacked"))
     assert_refused(run_script, archive, message)
@@ -587,9 +590,9 @@ def test_data_set_and_checkpoint_are_downloaded_and_checked(
     publish(monkeypatch, server, zip_folder(write_pairs(tmp_path / "s", 5), tmp_path / "a.zip"))
     weights = b"weights" * 1000
     server.files["/sam2.1_hiera_tiny.pt"] = weights
-    monkeypatch.setattr(sam2_utils, "CHECKPOINT_URL", server.url + "/")
-    spec = sam2_utils.MODELS["tiny"]._replace(sha256=hashlib.sha256(weights).hexdigest())
-    monkeypatch.setitem(sam2_utils.MODELS, "tiny", spec)
+    monkeypatch.setattr(models, "CHECKPOINT_URL", server.url + "/")
+    spec = models.MODELS["tiny"]._replace(sha256=hashlib.sha256(weights).hexdigest())
+    monkeypatch.setitem(models.MODELS, "tiny", spec)
     outcome = run_script(main, "--model", "tiny")
     assert outcome.status == 0
     assert len(split_pairs(Path("data"), "train")) == 4
@@ -612,7 +615,7 @@ def test_a_failed_download_leaves_nothing_and_says_how_to_go_on(
     elif case == "unreachable":
         monkeypatch.setattr(download_dataset, "DATASET_URL", "http://127.0.0.1:9/data.zip")
     elif case == "silent":  # accepts the connection and never answers
-        monkeypatch.setattr(sam2_utils, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
+        monkeypatch.setattr(models, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
         server.shutdown()
     outcome = prepare(run_script)
     assert outcome.status == 2
@@ -628,7 +631,7 @@ def test_a_failed_checkpoint_download_keeps_the_data_and_names_the_place(
     run_script, tmp_path, monkeypatch, server
 ):
     source = write_pairs(tmp_path / "source", 4)
-    monkeypatch.setattr(sam2_utils, "CHECKPOINT_URL", server.url + "/")
+    monkeypatch.setattr(models, "CHECKPOINT_URL", server.url + "/")
     outcome = run_script(main, "--images", source / "images", "--masks", source / "masks")
     expected = str(Path("checkpoints/sam2.1_hiera_small.pt"))
     assert outcome.status == 2 and "404" in outcome.err and expected in outcome.err

@@ -2,29 +2,25 @@
 
 import re
 import sys
-from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
-import compare_models
-import train_sam2_proper
-from command_line import UserError
-from encoder_training import encode_with_gradients, let_encoder_learn, merged_state_dict
-from sam2_utils import (
-    MODELS,
-    autocast,
-    encode_images,
-    load_predictor,
-    make_predictor,
-    make_prompt,
-    predict_masks,
-    save_checkpoint,
-)
-from train_sam2_proper import RECIPES, main
+from sam2_utils import UserError, autocast
 
 import pytest
 import torch
 from conftest import CPU, draw_pair, write_data
 from sam2.build_sam import build_sam2
+
+import compare_models
+import train_sam2_proper
+from finetuning import run_state
+from finetuning.encoder_training import encode_with_gradients, let_encoder_learn, merged_state_dict
+from finetuning.models import MODELS, load_predictor, make_predictor, save_checkpoint
+from finetuning.prompts import make_prompt
+from finetuning.recipe import GUIDE, Recipe
+from finetuning.segmentation import encode_images, predict_masks
+from train_sam2_proper import main
 
 KINDS = ("lora", "full")
 # Stages of mini: blocks 0, 1-2, 3-5, 6. Adapters are in the last two.
@@ -66,10 +62,8 @@ def predictor(random_mini):
     return predictor
 
 
-def options_of(kind: str, **changes) -> Namespace:
-    return Namespace(
-        **{"train_encoder": kind, "lora_rank": 4, "gradient_checkpointing": None, **changes}
-    )
+def recipe_of(kind: str) -> Recipe:
+    return Recipe(train_encoder=kind, lora_rank=4)
 
 
 def need(kind: str) -> None:
@@ -112,7 +106,7 @@ def test_the_saved_file_is_plain_sam2_and_does_what_the_adapters_do(predictor, t
     model = predictor.model
     original_keys = list(model.state_dict())
     plain = encode_images(predictor, IMAGES)
-    let_encoder_learn(model, options_of("lora"))
+    let_encoder_learn(model, recipe_of("lora"))
     move_adapters(model)
     adapted = encode_images(predictor, IMAGES)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -184,15 +178,14 @@ def test_resuming_with_another_way_to_train_the_encoder_is_refused(whole, run_sc
 
 
 def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
-    names = (*train_sam2_proper.RESUME_SETTINGS, "checkpoint_sha256", "data_sha256")
-    settings = {**dict.fromkeys(names), **RECIPES["guide"], "train_encoder": "none"}
+    hashes = dict.fromkeys(("checkpoint", "checkpoint_sha256", "data", "data_sha256"))
+    settings = {**asdict(GUIDE), **hashes, "model": "mini"}
     older = {"model": "mini"}  # and nothing of the recipe or the encoder
     state = {"model": {"weight": torch.zeros(1)}, "settings": older}
-    torch.save(state, tmp_path / train_sam2_proper.STATE_FILE)
-    args = Namespace(output=tmp_path, checkpoint=None, data=None)
-    train_sam2_proper.load_state({**settings, "model": "mini"}, args)
+    torch.save(state, tmp_path / run_state.STATE_FILE)
+    run_state.load_state(tmp_path, settings)
     with pytest.raises(UserError, match="had --train-encoder none, not lora"):
-        train_sam2_proper.load_state({**settings, "model": "mini", "train_encoder": "lora"}, args)
+        run_state.load_state(tmp_path, {**settings, "train_encoder": "lora"})
 
 
 def gradients(predictor) -> dict[str, torch.Tensor]:
@@ -210,11 +203,11 @@ def gradients(predictor) -> dict[str, torch.Tensor]:
 def test_gradient_checkpointing_changes_no_gradient(kind, random_mini):
     need(kind)
     found = []
-    for checkpointing in ("off", "on"):
+    for checkpointing in (False, True):
         predictor, _ = load_predictor("mini", random_mini, CPU)
         predictor.model.requires_grad_(False)
         torch.manual_seed(0)  # of the adapters
-        let_encoder_learn(predictor.model, options_of(kind, gradient_checkpointing=checkpointing))
+        let_encoder_learn(predictor.model, recipe_of(kind), checkpointing)
         move_adapters(predictor.model)
         found.append(gradients(predictor))
     assert found[0].keys() == found[1].keys()
@@ -224,7 +217,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, random_mini):
 
 def test_stages_before_the_first_adapter_keep_no_graph(predictor):
     need("lora")
-    weights = let_encoder_learn(predictor.model, options_of("lora", gradient_checkpointing="on"))
+    weights = let_encoder_learn(predictor.model, recipe_of("lora"), checkpointing=True)
     requires_grad, checkpointed = [], []
     for block in predictor.model.image_encoder.trunk.blocks:
         block.register_forward_hook(lambda *call: requires_grad.append(call[2].requires_grad))
@@ -237,7 +230,7 @@ def test_stages_before_the_first_adapter_keep_no_graph(predictor):
 
 def test_adapters_stay_float32_under_bfloat16(predictor):
     need("lora")
-    weights = let_encoder_learn(predictor.model, options_of("lora"))
+    weights = let_encoder_learn(predictor.model, recipe_of("lora"))
     move_adapters(predictor.model)
     with autocast(CPU, torch.bfloat16):
         found = gradients(predictor)

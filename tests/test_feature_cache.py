@@ -1,50 +1,63 @@
 """Features that are kept are those that set_image computes, and train as the guide does."""
 
 import csv
+import errno
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from argparse import Namespace
 from pathlib import Path
 
-import feature_cache
-import training_set
-from command_line import UserError
-from feature_cache import (
-    FeatureCache,
-    hash_encoder,
-    load_features,
-    mask_on_grid,
-    pairs_with_objects,
-)
-from image_files import Pair, read_mask, read_pair, split_pairs, write_image
-from sam2_utils import (
-    MODELS,
-    Features,
-    PromptedDecoder,
-    autocast,
-    encode_images,
-    load_predictor,
-    make_predictor,
-    predict_masks,
-)
-from train_sam2_proper import RECIPES, batch_loss, compiling_pays, main
-from training_set import Batch, EpochSampler, Step, TrainingSet, make_loader
+from sam2_utils import UserError, autocast
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, draw_pair, snapshot, write_data
+from safetensors.torch import load_file, save_file
 from sam2.build_sam import build_sam2
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
 
+from finetuning import feature_cache, image_files
+from finetuning.batches import (
+    LOSS_GRID,
+    Batch,
+    EpochSampler,
+    Step,
+    TrainingSet,
+    make_loader,
+    mask_on_grid,
+)
+from finetuning.feature_cache import (
+    FeatureCache,
+    FeatureSource,
+    hash_encoder,
+    pairs_with_objects,
+)
+from finetuning.image_files import (
+    Pair,
+    only_run_in,
+    read_image,
+    read_mask,
+    read_pair,
+    split_pairs,
+    write_image,
+)
+from finetuning.learner import compiling_pays
+from finetuning.losses import batch_loss
+from finetuning.models import MODELS, load_predictor, make_predictor
+from finetuning.recipe import GUIDE
+from finetuning.segmentation import Features, PromptedDecoder, encode_images, predict_masks
+from train_sam2_proper import main
+
 ROOT = Path(__file__).parents[1]
 SIZES = [(96, 128), (120, 80), (300, 352), (64, 64)]  # (H,W); what tells the images apart
 ALL = [0, 1, 2, 3]
-GUIDE = Namespace(**RECIPES["guide"])
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +78,8 @@ def pairs(tmp_path) -> list[Pair]:
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
-    return tmp_path / "cache/train.features"
+def folder(tmp_path) -> Path:
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -93,20 +106,35 @@ def make_newer(path: Path) -> None:
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 10 * 10**9))
 
 
-def fill(path, predictor, pairs, precision=torch.float32) -> FeatureCache:
+def images_of(pairs: list[Pair]) -> list[Path]:
+    return [pair.image for pair in pairs]
+
+
+def fill(folder, predictor, pairs, precision=torch.float32) -> FeatureCache:
     """Do what a run does: open the cache and encode what is missing."""
-    cache = FeatureCache(path, predictor, pairs, precision)
-    cache.fill(predictor)
+    cache = FeatureCache(folder, predictor, precision)
+    cache.fill(images_of(pairs), predictor, "train")
     return cache
 
 
-def held(path, predictor, pairs) -> list[int]:
+def held(folder, predictor, pairs) -> list[int]:
     """Return the indices of the pairs that a run that starts now would not encode."""
-    cache = FeatureCache(path, predictor, pairs, torch.float32)
-    return [index for index in range(len(pairs)) if index in cache]
+    cache = FeatureCache(folder, predictor, torch.float32)
+    return [index for index, pair in enumerate(pairs) if pair.image in cache]
 
 
-def fill_and_stop(path, predictor, pairs, after: int) -> None:
+def file_of(folder, predictor, pair: Pair) -> Path:
+    """Return the file that holds a pair's features."""
+    before = set(folder.glob("*"))
+    elsewhere = folder.parent / "elsewhere"
+    fill(elsewhere, predictor, [pair])
+    (name,) = (file.name for file in elsewhere.iterdir())
+    shutil.rmtree(elsewhere)
+    assert folder / name in before
+    return folder / name
+
+
+def fill_and_stop(folder, predictor, pairs, after: int) -> None:
     """Open the cache, and press Ctrl-C after some images."""
     done = []
 
@@ -118,7 +146,7 @@ def fill_and_stop(path, predictor, pairs, after: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(feature_cache, "encode_images", encode)
-        fill(path, predictor, pairs)
+        fill(folder, predictor, pairs)
 
 
 def maps_of(features: Features) -> list[torch.Tensor]:
@@ -127,17 +155,16 @@ def maps_of(features: Features) -> list[torch.Tensor]:
 
 def assert_fresh(cache, predictor, pairs, precision=torch.float32) -> None:
     """Compare all that the cache holds with what set_image computes now, rounded to float16."""
-    features, grids = cache.read(list(range(len(pairs))))
+    features = cache.read(images_of(pairs))
     for index, pair in enumerate(pairs):
-        image, mask = read_pair(pair)
+        image = read_image(pair.image)
         with autocast(CPU, precision):
             predictor.set_image(image)
         fresh = maps_of(Features(**predictor._features))
         for kept, expected in zip(maps_of(features), fresh, strict=True):
-            assert kept.dtype == torch.float16
+            assert kept.dtype == torch.float16 and kept.device == CPU
             assert torch.allclose(kept[index].float(), expected[0].float(), rtol=2**-10, atol=2e-6)
-        assert np.array_equal(grids[index], mask_on_grid(mask, predictor.model.image_size))
-        assert cache.has_object(index) == mask.any()
+        assert cache.size(pair.image) == image.shape[:2]
 
 
 def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -204,64 +231,148 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 # ----------------------------------------------------------------------------------------------
 
 
-def test_the_cache_holds_what_set_image_computes(predictor, pairs, path):
-    write_image(pairs[1].mask, np.zeros(SIZES[1], np.uint8))  # without an object
-    cache = fill(path, predictor, pairs)
+def test_the_cache_holds_what_set_image_computes(predictor, pairs, folder):
+    cache = fill(folder, predictor, pairs)
     assert_fresh(cache, predictor, pairs)
 
-    features, grids = cache.read(ALL)
-    some_features, some_grids = cache.read([2, 0])  # in the order asked for
+    images = images_of(pairs)
+    features, some_features = cache.read(images), cache.read([images[2], images[0]])
     for some, all_of_them in zip(maps_of(some_features), maps_of(features), strict=True):
-        assert torch.equal(some, all_of_them[[2, 0]])
-    assert np.array_equal(some_grids, [grids[2], grids[0]])
-    of_one = load_features(predictor, cache, 2, pairs[2], torch.float32)
-    assert of_one.image_embed.dtype == torch.float32
-    assert torch.equal(of_one.image_embed[0], features.image_embed[2].float())
-    assert pairs_with_objects(pairs, cache) == pairs_with_objects(pairs, None) == [0, 2, 3]
+        assert torch.equal(some, all_of_them[[2, 0]])  # in the order asked for
+        assert some.permute(0, 2, 3, 1).is_contiguous()
+    cached = FeatureSource(predictor, torch.float32, cache).features(images[2])
+    anew = FeatureSource(predictor, torch.float32).features(images[2])
+    for kept, computed, read in zip(*map(maps_of, (cached, anew, features)), strict=True):
+        assert kept.dtype == computed.dtype == torch.float32
+        assert torch.equal(kept[0], read[2].float())
+        assert torch.allclose(kept, computed, rtol=2**-10, atol=2e-6)
 
 
-def test_what_is_there_is_not_encoded_again(predictor, pairs, path, encoded):
-    fill(path, predictor, pairs[:2])
+def test_a_source_encodes_what_its_cache_does_not_have(predictor, pairs, folder, encoded):
+    source = FeatureSource(predictor, torch.float32, fill(folder, predictor, pairs[:2]))
+    encoded.clear()
+    for pair in pairs[:3]:
+        source.features(pair.image)
+    assert encoded == [SIZES[2]]
+    assert held(folder, predictor, pairs) == [0, 1]  # and writes nothing
+
+
+def test_masks_are_read_from_their_files_and_those_without_an_object_are_left_out(pairs):
+    write_image(pairs[1].mask, np.zeros(SIZES[1], np.uint8))
+    assert pairs_with_objects(pairs) == [0, 2, 3]
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(predictor, pairs, folder):
+    cache = fill(folder, predictor, pairs)
+    write_image(pairs[1].mask, np.full(SIZES[0], 255, np.uint8))
+    says = r"1\.png is 80x120 but .* is 128x96; a mask must have its image's size"
+    for of_training in (cache, None):
+        error = TrainingSet(pairs, of_training, 256, seed=0)[Step(1, [0, 1], 1.0)]
+        assert isinstance(error, UserError)
+        with pytest.raises(UserError, match=says):
+            raise error
+        source = FeatureSource(predictor, torch.float32, of_training)
+        source.features(pairs[0].image, SIZES[0])
+        with pytest.raises(UserError, match=says):
+            source.features(pairs[1].image, SIZES[0])
+    with pytest.raises(UserError, match=says):  # before a training begins
+        pairs_with_objects(pairs, cache)
+
+
+def test_what_is_there_is_not_encoded_again(predictor, pairs, folder, encoded):
+    fill(folder, predictor, pairs[:2])
     assert encoded == SIZES[:2]
-    fill(path, predictor, pairs)  # the limit is lifted
+    fill(folder, predictor, pairs)  # the limit is lifted
     assert encoded == SIZES
     newly_sorted = [pairs[3], pairs[0], pairs[2], pairs[1]]
-    assert_fresh(fill(path, predictor, newly_sorted), predictor, newly_sorted)
-    fill(path, predictor, pairs[1:3])
+    assert_fresh(fill(folder, predictor, newly_sorted), predictor, newly_sorted)
+    fill(folder, predictor, pairs[1:3])
     assert encoded == SIZES
 
 
-def test_a_changed_image_or_mask_is_encoded_anew_and_nothing_else(predictor, pairs, path, encoded):
-    fill(path, predictor, pairs)
-    size = path.stat().st_size
+def test_a_changed_image_is_encoded_anew_and_nothing_else(predictor, pairs, folder, encoded):
+    fill(folder, predictor, pairs)
+    facts = pairs[1].image.stat()
     write_image(pairs[1].image, draw_pair(11, SIZES[1])[0])
-    make_newer(pairs[1].image)
+    os.utime(pairs[1].image, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # by its content alone
     write_image(pairs[2].mask, draw_pair(12, SIZES[2])[1].astype(np.uint8) * 255)
-    make_newer(pairs[2].mask)
-    make_newer(pairs[3].mask)  # by its time alone
 
-    assert held(path, predictor, pairs) == [0]
-    stale = FeatureCache(path, predictor, pairs, torch.float32)
-    anew = load_features(predictor, stale, 1, pairs[1], torch.float32)
+    assert held(folder, predictor, pairs) == [0, 2, 3]
     encoded.clear()
-    cache = fill(path, predictor, pairs)
-    assert encoded == SIZES[1:]
+    cache = fill(folder, predictor, pairs)
+    assert encoded == [SIZES[1]]
     assert_fresh(cache, predictor, pairs)
-    assert torch.allclose(anew.image_embed, cache.read([1])[0].image_embed.float(), atol=0.002)
-    assert path.stat().st_size == size  # in the place of the old
+
+
+def test_a_touched_moved_or_renamed_image_is_not_encoded_again(predictor, pairs, folder, encoded):
+    fill(folder, predictor, pairs)
+    make_newer(pairs[0].image)
+    moved = pairs[1].image.parents[1] / "moved/another name.png"
+    moved.parent.mkdir()
+    pairs[1].image.rename(moved)
+    pairs[1] = pairs[1]._replace(image=moved)
+    folder.rename(folder.with_name("moved too"))
+    encoded.clear()
+    assert_fresh(fill(folder.with_name("moved too"), predictor, pairs), predictor, pairs)
+    assert encoded == []
+
+
+def test_an_image_that_is_there_twice_is_encoded_once(predictor, pairs, folder, encoded):
+    copy = pairs[0].image.with_name("copy.png")
+    shutil.copy(pairs[0].image, copy)
+    cache = FeatureCache(folder, predictor, torch.float32)
+    images = [pairs[0].image, copy, pairs[1].image]
+    assert len(cache.missing(images)) == 2
+    assert cache.bytes_to_come(images) == cache.bytes_to_come(images[1:])
+    cache.fill(images, predictor, "train")
+    assert encoded == SIZES[:2] and cache.missing(images) == []
+    assert torch.equal(*cache.read([pairs[0].image, copy]).image_embed)
+
+
+def test_what_is_announced_is_what_is_written(predictor, pairs, folder):
+    cache = FeatureCache(folder, predictor, torch.float32)
+    announced = cache.bytes_to_come(images_of(pairs))
+    cache.fill(images_of(pairs), predictor, "train")
+    written = sum(file.stat().st_size for file in folder.iterdir())
+    assert announced < written < announced + 1000 * len(pairs)
+    assert cache.bytes_to_come(images_of(pairs)) == 0
 
 
 def test_another_encoder_or_precision_uses_nothing_of_the_cache(
-    predictor, random_mini, pairs, path, encoded
+    predictor, random_mini, pairs, folder, encoded
 ):
     pairs = pairs[:2]
     other, _ = load_predictor("mini", random_mini, CPU)
     other.model.state_dict()["image_encoder.trunk.patch_embed.proj.weight"].mul_(1.5)
+    fill(folder, predictor, pairs)
     for model, precision in ((other, torch.float32), (predictor, torch.bfloat16)):
-        fill(path, predictor, pairs)
         encoded.clear()
-        assert_fresh(fill(path, model, pairs, precision), model, pairs, precision)
+        assert_fresh(fill(folder, model, pairs, precision), model, pairs, precision)
         assert encoded == SIZES[:2]
+    encoded.clear()
+    assert_fresh(fill(folder, predictor, pairs), predictor, pairs)  # all have their place
+    assert encoded == []
+
+
+def test_another_size_of_input_or_torch_uses_nothing_of_the_cache(
+    predictor, pairs, folder, monkeypatch
+):
+    spec = MODELS["mini"]
+    smaller = make_predictor(
+        build_sam2(
+            spec.config, None, device="cpu",
+            hydra_overrides_extra=[*spec.overrides, "model.image_size=128"],
+        )
+    )  # fmt: skip
+    # Position encodings have the size of the input; all other weights are alike
+    smaller.model.load_state_dict(predictor.model.state_dict(), strict=False)
+    fill(folder, predictor, pairs)
+    assert hash_encoder(smaller.model) == hash_encoder(predictor.model)
+    assert held(folder, smaller, pairs) == []
+    assert_fresh(fill(folder, smaller, pairs), smaller, pairs)
+    assert held(folder, predictor, pairs) == ALL
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    assert held(folder, predictor, pairs) == []
 
 
 def test_the_encoders_hash_is_of_all_that_set_image_uses_and_of_nothing_that_learns(random_mini):
@@ -290,103 +401,206 @@ def test_the_encoders_hash_is_of_all_that_set_image_uses_and_of_nothing_that_lea
 
 
 def test_an_interrupted_run_keeps_what_it_encoded_and_the_next_does_the_rest(
-    predictor, pairs, path, encoded
+    predictor, pairs, folder, encoded
 ):
-    fill_and_stop(path, predictor, pairs, after=2)
-    assert held(path, predictor, pairs) == [0, 1]
+    fill_and_stop(folder, predictor, pairs, after=2)
+    assert held(folder, predictor, pairs) == [0, 1]
     encoded.clear()
-    assert_fresh(fill(path, predictor, pairs), predictor, pairs)
+    assert_fresh(fill(folder, predictor, pairs), predictor, pairs)
     assert encoded == SIZES[2:]
 
 
-def test_records_become_valid_while_others_are_still_encoded(predictor, pairs, path, monkeypatch):
+def test_features_are_there_while_others_are_still_encoded(predictor, pairs, folder, monkeypatch):
     seen = []
 
     def encode(predictor, images):  # what a process that is killed now leaves
-        seen.append(held(path, predictor, pairs))
+        seen.append(held(folder, predictor, pairs))
         return encode_images(predictor, images)
 
     monkeypatch.setattr(feature_cache, "encode_images", encode)
-    monkeypatch.setattr(feature_cache, "SECONDS_BETWEEN_COMMITS", -1.0)
-    fill(path, predictor, pairs)
+    fill(folder, predictor, pairs)
     assert seen == [[], [0], [0, 1], [0, 1, 2]]
 
 
-def test_a_record_is_not_valid_before_it_has_reached_the_disk(
-    predictor, pairs, path, encoded, monkeypatch
-):
-    flushed = []
+KILLED = """
+    import os, pathlib, sys
+    import torch
+    from finetuning.feature_cache import FeatureCache
+    from finetuning.models import load_predictor
 
-    def pull_the_plug(file):
-        flushed.append(file)
-        if len(flushed) == 2:  # the first sets the file's size, the second comes before the keys
-            raise OSError("the power is gone")
+    write, written = pathlib.Path.write_bytes, []
+
+    def die(path, content):
+        written.append(path)
+        if len(written) == 3:
+            write(path, content[: len(content) // 2])
+            os._exit(9)
+        return write(path, content)
+
+    pathlib.Path.write_bytes = die
+    checkpoint, folder, *images = map(pathlib.Path, sys.argv[1:])
+    predictor, _ = load_predictor("mini", checkpoint, torch.device("cpu"))
+    FeatureCache(folder, predictor, torch.float32).fill(images, predictor, "train")
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_file_leaves_whole_ones_only(
+    predictor, random_mini, pairs, folder, encoded
+):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), random_mini, folder]
+    killed = subprocess.run(
+        [*map(str, command), *map(str, images_of(pairs))],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+    )
+    assert killed.returncode == 9, killed.stderr
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    assert len(list(folder.glob(".*.partial"))) == 1
+    assert held(folder, predictor, pairs) == [0, 1]
+    with only_run_in(folder):  # as the scripts do
+        assert_fresh(fill(folder, predictor, pairs), predictor, pairs)
+    assert encoded == SIZES[2:]
+    assert not list(folder.glob(".*.partial"))
+
+
+def test_a_file_takes_its_name_after_it_has_reached_the_disk(predictor, pairs, folder, monkeypatch):
+    def pull_the_plug(_):
+        raise OSError(errno.EIO, "the power is gone")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the power is gone"):
-        patch.setattr(feature_cache, "_flush", pull_the_plug)
-        fill(path, predictor, pairs)
-    assert encoded == SIZES and held(path, predictor, pairs) == []
+        patch.setattr(image_files.os, "fsync", pull_the_plug)
+        fill(folder, predictor, pairs)
+    assert list(folder.iterdir()) == [] and held(folder, predictor, pairs) == []
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(predictor, pairs, folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fill(folder, predictor, pairs[:1])
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device.*cache.*\.safetensors"):
+        fill(folder, predictor, pairs)
+    assert held(folder, predictor, pairs) == [0]
+
+
+def flip(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut in its length": lambda content: content[:5],
+    "cut in its header": lambda content: content[:50],
+    "cut by a byte": lambda content: content[:-1],
+    "longer by a byte": lambda content: content + b"\0",
+    "a bit of the first value": lambda content: flip(
+        content, 8 + int.from_bytes(content[:8], "little")
+    ),
+    "a bit in the middle": lambda content: flip(content, len(content) // 2),
+    "a bit of the last value": lambda content: flip(content, len(content) - 1),
+    "a bit of the length": lambda content: flip(content, 0),
+    "a high bit of the length": lambda content: flip(content, 7),
+    "a bit of a shape": lambda content: flip(content, content.index(b'"shape":[') + 9),
+    "a bit of the image's size": lambda content: flip(content, content.index(b'"size":"') + 8),
+    "a bit of the digest": lambda content: flip(content, content.index(b'"digest":"') + 12),
+    "half precision of another kind": lambda content: content.replace(b'"F16"', b'"I16"', 1),
+    "zeros": lambda content: bytes(len(content)),
+    "noise": lambda content: np.random.default_rng(0).bytes(len(content)),
+    "text": lambda content: b"features of another program\n" * 1000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_found_and_healed(predictor, pairs, folder, encoded, damage):
+    fill(folder, predictor, pairs)
+    file = file_of(folder, predictor, pairs[0])
+    content = file.read_bytes()
+    damaged = DAMAGES[damage](content)
+    assert damaged != content
+    file.write_bytes(damaged)
+    assert held(folder, predictor, pairs) == [1, 2, 3]
     encoded.clear()
-    assert_fresh(fill(path, predictor, pairs), predictor, pairs)
+    assert_fresh(fill(folder, predictor, pairs), predictor, pairs)
+    assert encoded == SIZES[:1]
+    assert len(list(folder.iterdir())) == len(pairs)
+
+
+def test_a_file_of_something_else_is_found_and_healed(predictor, pairs, folder, encoded):
+    cache = fill(folder, predictor, pairs)
+    files = [file_of(folder, predictor, pair) for pair in pairs]
+    shutil.copy(files[1], files[0])  # whole, but another image's
+    maps = load_file(files[1])
+    del maps["image_embed"]
+    save_file(maps, files[1])
+    save_file({"weights": torch.zeros(3)}, files[2])
+    files[3].unlink()
+    files[3].mkdir()
+    assert held(folder, predictor, pairs) == []
+    files[3].rmdir()
+    encoded.clear()
+    cache = fill(folder, predictor, pairs)
     assert encoded == SIZES
+    assert_fresh(cache, predictor, pairs)
 
 
-def test_a_record_that_was_being_replaced_is_neither_the_old_nor_the_new(
-    predictor, pairs, path, monkeypatch
-):
-    fill(path, predictor, pairs)
-    content, facts = pairs[1].image.read_bytes(), pairs[1].image.stat()
-    write_image(pairs[1].image, draw_pair(11, SIZES[1])[0])
-    make_newer(pairs[1].image)
-    with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr(FeatureCache, "_commit", lambda *_: None)  # killed before it
-        fill(path, predictor, pairs)
-    assert held(path, predictor, pairs) == [0, 2, 3]
+def test_a_whole_file_is_checked_once_a_run(predictor, pairs, folder, monkeypatch):
+    fill(folder, predictor, pairs)
+    digest, checked = feature_cache._digest, []
 
-    pairs[1].image.write_bytes(content)  # the old image comes back, with the old key
-    os.utime(pairs[1].image, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    assert held(path, predictor, pairs) == [0, 2, 3]
-    assert_fresh(fill(path, predictor, pairs), predictor, pairs)
+    def count(*arguments):
+        checked.append(arguments)
+        return digest(*arguments)
 
-
-def test_a_cut_cache_is_read_up_to_the_cut(predictor, pairs, path, encoded):
-    whole = fill(path, predictor, pairs)
-    for size, left in (
-        (4 * whole.record.itemsize - 1, [0, 1, 2]),
-        (int(1.5 * whole.record.itemsize), [0]),  # the key of record 1 is before the cut
-        (30, []),  # within the first key
-    ):
-        with path.open("rb+") as file:
-            file.truncate(size)
-        assert held(path, predictor, pairs) == left
-        fill_and_stop(path, predictor, pairs, after=0)  # before the cut record is written again
-        assert held(path, predictor, pairs) == left
-        encoded.clear()
-        assert_fresh(fill(path, predictor, pairs), predictor, pairs)
-        assert encoded == [SIZES[index] for index in ALL if index not in left]
+    monkeypatch.setattr(feature_cache, "_digest", count)
+    cache = FeatureCache(folder, predictor, torch.float32)
+    source, images = FeatureSource(predictor, torch.float32, cache), images_of(pairs)
+    for _ in range(3):
+        cache.bytes_to_come(images)
+        cache.fill(images, predictor, "train")
+        cache.read(images)
+        source.features(images[0])
+    assert len(checked) == len(pairs)
 
 
-def test_a_file_of_something_else_is_written_anew(predictor, pairs, path, encoded):
-    spec = MODELS["mini"]
-    smaller = make_predictor(
-        build_sam2(
-            spec.config, None, device="cpu",
-            hydra_overrides_extra=[*spec.overrides, "model.image_size=128"],
-        )
-    )  # fmt: skip
+def test_features_that_are_lost_or_cut_during_a_run_end_it_in_one_line(predictor, pairs, folder):
+    cache = fill(folder, predictor, pairs)
+    lost, cut = (file_of(folder, predictor, pair) for pair in pairs[:2])
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:100])
+    for pair in pairs[:2]:
+        with pytest.raises(UserError, match="start it again"):
+            cache.read([pairs[3].image, pair.image])
+    assert isinstance(TrainingSet(pairs, cache, 256, 0)[Step(1, [0, 3], 1.0)], UserError)
+    cache.read([pairs[2].image, pairs[3].image])
 
-    def write_garbage():
-        path.write_bytes(np.random.default_rng(0).bytes(5 * 10**5))
 
-    path.parent.mkdir()
-    for write in (write_garbage, lambda: fill(path, smaller, pairs[:3])):
-        write()
-        assert held(path, predictor, pairs) == []
-        encoded.clear()
-        cache = fill(path, predictor, pairs)
-        assert encoded == SIZES
-        assert_fresh(cache, predictor, pairs)
-        assert path.stat().st_size == len(pairs) * cache.record.itemsize
+def test_two_runs_share_a_folder(predictor, random_mini, pairs, folder, encoded):
+    first, second = (FeatureCache(folder, predictor, torch.float32) for _ in range(2))
+    images = images_of(pairs)
+    assert first.missing(images) == second.missing(images) == images
+    first.fill(images[:3], predictor, "train")
+    reading = first.read(images[:3])
+    second.fill(images, predictor, "train")  # the same files again, while the first uses them
+    assert all(map(torch.equal, maps_of(reading), maps_of(first.read(images[:3]))))
+    for cache in (first, second):
+        assert_fresh(cache, predictor, pairs[:3])
+    third = FeatureCache(folder, predictor, torch.float32)
+    encoded.clear()
+    for split, of_split in (("train", images[1:]), ("val", images[:2])):
+        third.fill(of_split, predictor, split)
+    assert encoded == []
+    assert len(list(folder.iterdir())) == len(pairs)
+
+
+def test_what_is_read_does_not_stay_in_memory(predictor, pairs, folder):
+    if not Path("/proc/self/smaps").is_file():
+        pytest.skip("this system does not list what is mapped")
+    cache = fill(folder, predictor, pairs)
+    features = cache.read(images_of(pairs))
+    assert str(folder) not in Path("/proc/self/smaps").read_text(encoding="utf-8")
+    assert torch.equal(features.image_embed, cache.read(images_of(pairs)).image_embed)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -407,7 +621,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
     assert "--cache" in outcome.err.replace("--no-cache", "") and "--no-cache" in outcome.err
     assert encoded == [] and snapshot(tmp_path) == before
-    make_newer(min((tmp_path / "data/images/train").iterdir()))
     assert run_training(run_script, random_mini, "--limit", 2).status == 0  # needs no more room
 
 
@@ -416,16 +629,14 @@ def test_features_are_kept_where_told_and_fit_what_was_trained(
 ):
     write_data(tmp_path / "data", train=2, val=1)
     assert run_training(run_script, random_mini, "--cache", "kept", "--lr", 1e-3).status == 0
-    files = [file for file in snapshot(tmp_path) if file.endswith(".features")]
-    assert files == ["kept/train.features", "kept/val.features"]
+    files = [file for file in snapshot(tmp_path) if file.endswith(".safetensors")]
+    assert len(files) == 3 and all(Path(file).parent == Path("kept") for file in files)
 
     finetuned, _ = load_predictor("mini", Path("output/sam2_final.pt"), CPU)
     assert hash_encoder(finetuned.model) == hash_encoder(predictor.model)
-    for split in ("train", "val"):
-        kept, split_list = Path(f"kept/{split}.features"), split_pairs(Path("data"), split)
-        assert held(kept, finetuned, split_list) == list(range(len(split_list)))
-    cache = FeatureCache(kept, finetuned, split_list, torch.float32)
-    assert_fresh(cache, finetuned, split_list)
+    pairs = [pair for split in ("train", "val") for pair in split_pairs(Path("data"), split)]
+    assert held(Path("kept"), finetuned, pairs) == [0, 1, 2]
+    assert_fresh(FeatureCache(Path("kept"), finetuned, torch.float32), finetuned, pairs)
 
     outcome = run_training(run_script, random_mini, "--cache", "kept", "--no-cache")
     assert outcome.status == 2
@@ -441,10 +652,10 @@ def test_training_without_a_cache_ends_where_training_with_one_does(
     assert run_training(run_script, random_mini, *options, "--output", "with").status == 0
     outcome = run_training(run_script, random_mini, *options, "--output", "without", "--no-cache")
     assert outcome.status == 0, outcome.err
-    assert not any("features" in file for file in snapshot(tmp_path / "without"))
+    assert not any(file.endswith(".safetensors") for file in snapshot(tmp_path / "without"))
     for ours, theirs in zip(read_log(Path("with")), read_log(Path("without")), strict=True):
         for name in ("val_iou", "loss"):
-            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0.002)
+            assert float(ours[name] or 0) == pytest.approx(float(theirs[name] or 0), abs=0.002)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -452,8 +663,8 @@ def test_training_without_a_cache_ends_where_training_with_one_does(
 # ----------------------------------------------------------------------------------------------
 
 
-def test_a_batch_of_the_cache_has_the_gradients_of_one_without(predictor, pairs, path):
-    cached = TrainingSet(pairs, fill(path, predictor, pairs), 256, seed=0)
+def test_a_batch_of_the_cache_has_the_gradients_of_one_without(predictor, pairs, folder):
+    cached = TrainingSet(pairs, fill(folder, predictor, pairs), 256, seed=0)
     images = TrainingSet(pairs, None, 256, seed=0)
 
     def gradients_of(batch):
@@ -469,10 +680,10 @@ def test_a_batch_of_the_cache_has_the_gradients_of_one_without(predictor, pairs,
             assert losses[0] == pytest.approx(np.mean(losses[1:]), rel=1e-4)
 
 
-def test_a_step_on_the_cache_has_the_gradients_of_the_guides_literal_step(predictor, pairs, path):
+def test_a_step_on_the_cache_has_the_gradients_of_the_guides_literal_step(predictor, pairs, folder):
     pair = pairs[0]
     write_drawing(pair, *draw_pair(0, (352, 352)))
-    batch = TrainingSet([pair], fill(path, predictor, [pair]), 256, seed=0)[Step(1, [0], 1.0)]
+    batch = TrainingSet([pair], fill(folder, predictor, [pair]), 256, seed=0)[Step(1, [0], 1.0)]
 
     def guides_loss():
         image, mask = read_pair(pair)
@@ -523,8 +734,22 @@ def test_a_mask_on_the_grid_has_the_cells_that_are_half_covered_or_one_where_non
         assert grid.sum() == 1 and coverage(mask, 256)[grid] > 0
 
 
-def test_prompts_lie_in_the_mask_and_follow_from_seed_epoch_and_image_alone(predictor, pairs, path):
-    cached = TrainingSet(pairs, fill(path, predictor, pairs), 256, seed=0)
+def test_a_step_on_the_cache_has_the_masks_that_are_measured_on(predictor, pairs, folder):
+    """Each in its image's place, in every epoch: read from its file, on the loss's grid."""
+    write_drawing(pairs[1], *draw_pair(1, (700, 1000)))
+    training_set = TrainingSet(pairs, fill(folder, predictor, pairs), 512, seed=0)
+    for epoch in (1, 2):
+        true_masks = training_set[Step(epoch, [3, 1, 0], 1.0)].true_masks
+        for index, true_mask in zip([3, 1, 0], true_masks, strict=True):
+            grid = mask_on_grid(read_mask(pairs[index].mask), 512).astype(np.float32)
+            assert true_mask.shape == (LOSS_GRID, LOSS_GRID)
+            assert np.array_equal(true_mask, grid.reshape(256, 2, 256, 2).mean((1, 3)))
+
+
+def test_prompts_lie_in_the_mask_and_follow_from_seed_epoch_and_image_alone(
+    predictor, pairs, folder
+):
+    cached = TrainingSet(pairs, fill(folder, predictor, pairs), 256, seed=0)
     images = TrainingSet(pairs, None, 256, seed=0)
     another_seed = TrainingSet(pairs, None, 256, seed=1)
     covered = [coverage(read_mask(pair.mask), 256) for pair in pairs]
@@ -587,14 +812,14 @@ def test_processes_share_each_batch_and_one_without_images_stands_in(monkeypatch
     assert stand_ins == sum(max(0, world_size - len(batch)) for _, batch, *_ in alone)
 
 
-def test_a_loading_process_gives_the_same_batches(predictor, pairs, path):
-    batches = TrainingSet(pairs, fill(path, predictor, pairs), 256, seed=0)
+def test_a_loading_process_gives_the_same_batches(predictor, pairs, folder):
+    batches = TrainingSet(pairs, fill(folder, predictor, pairs), 256, seed=0)
     sampler = EpochSampler(ALL, 3, seed=0)
     elsewhere = DataLoader(
         batches,
         sampler=sampler,
         batch_size=None,
-        collate_fn=training_set._as_it_is,
+        collate_fn=make_loader(batches, sampler, CPU).collate_fn,
         num_workers=1,
         multiprocessing_context="spawn",  # as macOS and Windows start processes
     )
@@ -653,9 +878,11 @@ def test_compiling_is_left_to_long_runs_of_full_size_models_on_a_cpu(predictor):
     assert not compiling_pays(Namespace(device=torch.device("cuda"), model=full_size), 10**9)
 
 
-def test_a_gpu_too_small_for_eight_images_encodes_fewer_at_once(predictor, path, monkeypatch):
+def test_a_gpu_too_small_for_eight_images_encodes_fewer_at_once(predictor, folder, monkeypatch):
     """And where not even one fits, a line says what to do: a smaller batch would not help."""
-    pairs = [Pair(str(i), path.parent / f"{i}.png", path.parent / f"m{i}.png") for i in range(5)]
+    pairs = [
+        Pair(str(i), folder.parent / f"{i}.png", folder.parent / f"m{i}.png") for i in range(5)
+    ]
     for index, pair in enumerate(pairs):
         write_drawing(pair, *draw_pair(index))
     tried = []
@@ -668,22 +895,22 @@ def test_a_gpu_too_small_for_eight_images_encodes_fewer_at_once(predictor, path,
 
     monkeypatch.setattr(feature_cache, "ENCODED_AT_ONCE", {"cpu": 8})
     monkeypatch.setattr(feature_cache, "encode_images", functools.partial(encode, room=2))
-    cache = fill(path, predictor, pairs)
+    cache = fill(folder, predictor, pairs)
     assert tried == [5, 4, 2, 2, 1]
     monkeypatch.setattr(feature_cache, "encode_images", encode_images)
     assert_fresh(cache, predictor, pairs)
-    path.unlink()
+    shutil.rmtree(folder)
     monkeypatch.setattr(feature_cache, "encode_images", functools.partial(encode, room=0))
     with pytest.raises(UserError, match="even one image; use a smaller --model") as caught:
-        fill(path, predictor, pairs)
+        fill(folder, predictor, pairs)
     assert "batch-size" not in str(caught.value)
     monkeypatch.setattr(feature_cache, "encode_images", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fill(path, predictor, pairs)
+        fill(folder, predictor, pairs)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e9])  # the latter is beyond half precision
-def test_features_that_are_not_finite_are_never_kept(predictor, pairs, path, monkeypatch, value):
+def test_features_that_are_not_finite_are_never_kept(predictor, pairs, folder, monkeypatch, value):
     def encode(predictor, images):
         features = encode_images(predictor, images)
         if images[0].shape[:2] == SIZES[2]:
@@ -692,8 +919,8 @@ def test_features_that_are_not_finite_are_never_kept(predictor, pairs, path, mon
 
     monkeypatch.setattr(feature_cache, "encode_images", encode)
     with pytest.raises(UserError, match=r"2\.png are not finite .*--precision float32"):
-        fill(path, predictor, pairs)
-    assert held(path, predictor, pairs) == [0, 1]
+        fill(folder, predictor, pairs)
+    assert held(folder, predictor, pairs) == [0, 1]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -742,10 +969,10 @@ def test_two_processes_learn_what_one_learns(torchrun, run_script, predictor, ra
         )
     load_predictor("mini", folder / "output/sam2_final.pt", CPU)
 
-    pairs = split_pairs(folder / "data", "train")
-    path = folder / "output/cache/train.features"
-    assert held(path, predictor, pairs) == ALL
-    assert_fresh(FeatureCache(path, predictor, pairs, torch.float32), predictor, pairs)
+    pairs = split_pairs(folder / "data", "train") + split_pairs(folder / "data", "val")
+    cache = folder / "output/cache"
+    assert held(cache, predictor, pairs) == list(range(6))
+    assert_fresh(FeatureCache(cache, predictor, torch.float32), predictor, pairs)
 
 
 def test_of_several_processes_one_shows_what_is_going_on(torchrun):

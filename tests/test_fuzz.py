@@ -2,30 +2,11 @@
 
 import argparse
 import contextlib
+import dataclasses
 import unicodedata
 from pathlib import Path
 
-from command_line import UserError
-from download_dataset import split_names
-from feature_cache import mask_on_grid
-from image_files import IMAGE_SUFFIXES, find_pairs, read_image, read_mask, write_image
-from sam2_utils import (
-    Prediction,
-    calculate_dice,
-    calculate_iou,
-    deepest_point,
-    draw_overlay,
-    encode_images,
-    load_predictor,
-    make_prompt,
-    mask_box,
-    prompt_from_mask,
-    random_point,
-    segment,
-    upscale_masks,
-)
-from test_my_image import check_inside, parse_box, parse_point
-from train_sam2_proper import RECIPES, image_losses
+from sam2_utils import UserError, calculate_dice, calculate_iou
 
 import cv2
 import numpy as np
@@ -35,6 +16,17 @@ from conftest import CPU
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from finetuning.batches import mask_on_grid
+from finetuning.data_folder import split_names
+from finetuning.drawing import draw_overlay
+from finetuning.image_files import IMAGE_SUFFIXES, find_pairs, read_image, read_mask, write_image
+from finetuning.losses import image_losses
+from finetuning.models import load_predictor
+from finetuning.prompts import deepest_point, make_prompt, mask_box, prompt_from_mask, random_point
+from finetuning.recipe import GUIDE
+from finetuning.segmentation import Prediction, encode_images, segment, upscale_masks
+from test_my_image import check_inside, parse_box, parse_point
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same every time")
@@ -106,8 +98,8 @@ def test_the_loss_is_the_guides_formula_at_every_shape(
     all_scores = np.concatenate([rng.random((batch, 1)), scores], axis=1)
     answers = all_logits, all_scores, rng.normal(0, 1, (batch, 1))
     prediction = Prediction(*map(torch.from_numpy, answers))
-    args = argparse.Namespace(**{**RECIPES["guide"], "score_weight": score_weight})
-    losses, report = image_losses(prediction, torch.from_numpy(true), args)
+    recipe = dataclasses.replace(GUIDE, score_weight=score_weight)
+    losses, report = image_losses(prediction, torch.from_numpy(true), recipe)
     for i in range(batch):
         expected = literal_loss(logits[i], scores[i], true[i], score_weight)
         assert losses[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)

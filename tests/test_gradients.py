@@ -1,17 +1,26 @@
 """Gradients arrive at every weight that learns, in every precision, and at a bearable length."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
-import train_sam2_proper
-from image_files import split_pairs
-from sam2_utils import autocast, encode_images, load_predictor, predict_masks
-from train_sam2_proper import add_clicks, batch_loss, clip_gradients, make_learner, parse_args
-from training_set import PromptPlan, Step, TrainingSet
+from sam2_utils import autocast
 
 import pytest
 import torch
 from conftest import CPU, write_data
+
+import train_sam2_proper
+from finetuning.batches import Step, TrainingSet
+from finetuning.clicks import add_clicks
+from finetuning.image_files import split_pairs
+from finetuning.learner import make_learner, take_step
+from finetuning.losses import batch_loss
+from finetuning.models import load_predictor
+from finetuning.prompts import PromptPlan
+from finetuning.recipe import DEFAULT
+from finetuning.segmentation import encode_images, predict_masks
+from train_sam2_proper import parse_args
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -19,9 +28,7 @@ PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 def gradients_of_a_step(checkpoint, batch, plan, precision) -> dict[str, torch.Tensor]:
     """Return the gradient of each weight after a step as train_one_epoch does it, or zero."""
     predictor, _ = load_predictor("mini", checkpoint, CPU)
-    args = parse_args(["--model", "mini"])
-    args.device, args.precision = CPU, precision
-    learner = make_learner(predictor, args)
+    learner = make_learner(predictor, DEFAULT, precision)
     batch = batch._replace(plan=plan)
     with autocast(CPU, precision):
         features = encode_images(predictor, batch.images).to(CPU, torch.float32)
@@ -29,7 +36,7 @@ def gradients_of_a_step(checkpoint, batch, plan, precision) -> dict[str, torch.T
         prediction = predict_masks(
             predictor, features, prompts, [(256, 256)] * 2, learner.decoder, mask_inputs
         )
-    batch_loss(predictor, prediction, batch.true_masks, args)[0].backward()
+    batch_loss(predictor, prediction, batch.true_masks, DEFAULT)[0].backward()
     return {
         name: torch.zeros(1) if weight.grad is None else weight.grad
         for name, weight in learner.weights.named_parameters()
@@ -60,17 +67,18 @@ def test_gradients_reach_the_same_weights_with_clicks_and_without(tmp_path, rand
 
 def test_long_gradients_are_scaled_down_and_short_ones_are_not(random_mini):
     predictor, _ = load_predictor("mini", random_mini, CPU)
-    args = parse_args(["--model", "mini"])
-    args.device, args.precision = CPU, torch.float32
-    learner = make_learner(predictor, args)
+    learner = make_learner(predictor, dataclasses.replace(DEFAULT, lr=0.0), torch.float32)
     weights = list(learner.weights.parameters())
+    directions = [torch.ones_like(weight) for weight in weights]
+    before = torch.cat([direction.flatten() for direction in directions])
     for scale, max_norm, clipped in ((1.0, 2.0, 1.0), (0.001, 2.0, 0.0), (1.0, 0.0, 0.0)):
-        for weight in weights:
-            weight.grad = torch.full_like(weight, scale)
-        before = torch.cat([weight.grad.flatten() for weight in weights])
-        assert clip_gradients(learner, max_norm) == clipped
+        loss = sum(
+            (scale * direction * weight).sum()
+            for direction, weight in zip(directions, weights, strict=True)
+        )
+        assert take_step(learner, loss, max_norm) == clipped
         after = torch.cat([weight.grad.flatten() for weight in weights])
-        expected = before * (max_norm / before.norm()) if clipped else before
+        expected = before * (max_norm / before.norm()) if clipped else scale * before
         assert torch.allclose(after, expected, rtol=1e-4)
 
 

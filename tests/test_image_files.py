@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
-from command_line import UserError
-from image_files import (
+from sam2_utils import UserError
+
+import cv2
+import numpy as np
+import pytest
+
+from finetuning.image_files import (
     Pair,
     atomic_write,
     find_pairs,
@@ -13,10 +18,6 @@ from image_files import (
     split_pairs,
     write_image,
 )
-
-import cv2
-import numpy as np
-import pytest
 
 
 def write_raw(path: Path, array: np.ndarray, *parameters: int) -> Path:

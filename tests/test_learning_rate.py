@@ -4,16 +4,17 @@ import csv
 import math
 from pathlib import Path
 
-import compare_models
-import learning_rate
-import train_sam2_proper
-from command_line import UserError
-from learning_rate import RATES, choose_rate, split_for_trials
-from train_sam2_proper import main, parse_args
+from sam2_utils import UserError
 
 import pytest
 import torch
 from conftest import write_data
+
+import compare_models
+import train_sam2_proper
+from finetuning import learning_rate
+from finetuning.learning_rate import RATES, choose_rate, split_for_trials
+from train_sam2_proper import main, parse_args
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_models_that_know_much_learn_more_slowly_than_mini():
 def measure(monkeypatch, *ious: float) -> None:
     """Let these be what validation finds, epoch by epoch."""
     left = list(ious)
-    monkeypatch.setattr(train_sam2_proper, "evaluate", lambda *_: left.pop(0))
+    monkeypatch.setattr(train_sam2_proper, "evaluate", lambda *_: {"val_iou": left.pop(0)})
 
 
 def test_where_no_epoch_is_better_the_best_is_the_original(

@@ -2,19 +2,7 @@
 
 from unittest.mock import Mock
 
-import compare_models
-import device_check
-import test_my_image
-import train_sam2_proper
-import training_set
-from sam2_utils import (
-    Features,
-    build_predictor,
-    copy_to,
-    encode_images,
-    make_prompt,
-    predict_masks,
-)
+from sam2_utils import copy_to
 
 import pytest
 import torch
@@ -22,13 +10,21 @@ from conftest import CPU, draw_pair, write_data
 from pretended_device import device_of, pretend
 from torch.utils._pytree import tree_leaves
 
+import compare_models
+import test_my_image
+import train_sam2_proper
+from finetuning import device_check, prompts
+from finetuning.models import build_predictor
+from finetuning.prompts import make_prompt
+from finetuning.segmentation import Features, encode_images, predict_masks
+
 PLATFORMS = [("cuda", "bfloat16"), ("cuda", "float16"), ("mps", "float32")]
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Return a data folder; each step of a training on it has clicks."""
-    monkeypatch.setattr(training_set, "CLICK_SHARE", 1.0)
+    monkeypatch.setattr(prompts, "CLICK_SHARE", 1.0)
     return write_data(tmp_path / "data", train=2, val=1)
 
 

@@ -2,23 +2,24 @@
 
 import sys
 
-import distributed
-import training_set
-from command_line import UserError, run
-from image_files import split_pairs
-from training_set import EpochSampler, TrainingSet, count_workers, make_loader
+from sam2_utils import UserError
 
 import pytest
 import torch
 from conftest import CPU, write_data
+
+from finetuning import batches, distributed
+from finetuning.batches import EpochSampler, TrainingSet, count_workers, make_loader
+from finetuning.command_line import run
+from finetuning.image_files import split_pairs
 
 MEGABYTE = 2**20
 
 
 def memory_of(monkeypatch, megabytes: float, cores: int) -> None:
     disk = type("Usage", (), {"free": int(megabytes * MEGABYTE)})
-    monkeypatch.setattr(training_set.shutil, "disk_usage", lambda _: disk)
-    monkeypatch.setattr(training_set.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: disk)
+    monkeypatch.setattr(batches.os, "cpu_count", lambda: cores)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +45,13 @@ def test_as_many_processes_load_as_shared_memory_and_cores_allow(
 def test_loading_processes_are_for_cuda_on_linux(monkeypatch, tmp_path):
     pairs = split_pairs(write_data(tmp_path / "data", train=2), "train")
     training, sampler = TrainingSet(pairs, None, 256, 0), EpochSampler([0, 1], 2, 0)
-    monkeypatch.setattr(training_set, "count_workers", lambda size: 3 if size > 10000 else 0)
+    monkeypatch.setattr(batches, "count_workers", lambda size: 3 if size > 10000 else 0)
     for platform, device, expected in (
         ("linux", "cuda", 3),
         ("win32", "cuda", 0),
         ("linux", "cpu", 0),
     ):
-        monkeypatch.setattr(training_set.sys, "platform", platform)
+        monkeypatch.setattr(batches.sys, "platform", platform)
         assert make_loader(training, sampler, torch.device(device)).num_workers == expected
 
 
@@ -64,7 +65,7 @@ def test_an_unreadable_image_is_one_line_wherever_it_is_read(
     sampler = EpochSampler([0, 1], 1, 0)
     last = list(sampler)[-1].indices[0]
     pairs[last].image.write_bytes(b"no image")
-    monkeypatch.setattr(training_set, "count_workers", lambda _: workers)
+    monkeypatch.setattr(batches, "count_workers", lambda _: workers)
     loader = make_loader(
         TrainingSet(pairs, None, 256, 0), sampler, torch.device("cuda" if workers else "cpu")
     )

@@ -2,34 +2,28 @@
 
 from argparse import Namespace
 
-import train_sam2_proper
-from feature_cache import mask_on_grid
-from image_files import Pair, read_mask
-from sam2_utils import (
-    Features,
-    PromptedDecoder,
-    distance_inside,
-    encode_images,
-    load_predictor,
-    make_prompt,
-    mask_box,
-    random_inner_point,
-    random_point,
-)
-from training_set import (
-    MAX_CLICKS,
-    PromptPlan,
-    Step,
-    TrainingSet,
-    add_click,
-    draw_prompt,
-    plan_prompts,
-)
-
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, draw_pair, write_pair
+
+from finetuning.batches import Step, TrainingSet, mask_on_grid
+from finetuning.clicks import add_clicks
+from finetuning.image_files import Pair, read_mask
+from finetuning.models import load_predictor
+from finetuning.prompts import (
+    MAX_CLICKS,
+    PromptPlan,
+    add_click,
+    distance_inside,
+    draw_prompt,
+    make_prompt,
+    mask_box,
+    plan_prompts,
+    random_inner_point,
+    random_point,
+)
+from finetuning.segmentation import Features, PromptedDecoder, encode_images
 
 
 @pytest.fixture
@@ -61,7 +55,7 @@ def test_inner_points_lie_in_the_mask_mostly_far_from_its_outline():
 
 
 def test_the_guides_plan_is_one_random_point_and_mixed_plans_have_everything():
-    assert plan_prompts("point", np.random.default_rng(0)) == PromptPlan("random", 0, False)
+    assert plan_prompts("random", np.random.default_rng(0)) == PromptPlan("random", 0, False)
     assert plan_prompts("inner", np.random.default_rng(0)) == PromptPlan("inner", 0, False)
     plans = [plan_prompts("mixed", np.random.default_rng(seed)) for seed in range(400)]
     assert {plan.kind for plan in plans} == {"inner", "box"}
@@ -110,7 +104,7 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
     batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0, 1], 1.0)]
     batch = batch._replace(plan=PromptPlan("random", 2, gives_mask))
     features, decoder = encode_images(predictor, batch.images), PromptedDecoder(predictor.model)
-    prompts, mask_inputs = train_sam2_proper.add_clicks(predictor, features, batch, decoder)
+    prompts, mask_inputs = add_clicks(predictor, features, batch, decoder)
     assert [len(prompt.point_labels) for prompt in prompts] == [3, 3]
     assert (mask_inputs is not None) == gives_mask
     if gives_mask:
@@ -121,7 +115,7 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
             prompts=[batch.prompts[i]], true_masks=[batch.true_masks[i]], images=[batch.images[i]]
         )
         one = Features(features.image_embed[i : i + 1], [f[i : i + 1] for f in features[1]])
-        (expected,), _ = train_sam2_proper.add_clicks(predictor, one, alone, decoder)
+        (expected,), _ = add_clicks(predictor, one, alone, decoder)
         assert np.allclose(prompt.point_coords, expected.point_coords)
         # What is clicked as foreground is foreground
         height, width = batch.true_masks[i].shape
@@ -133,7 +127,7 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
 def test_without_clicks_the_prompts_stay_as_they_are(pairs):
     batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0], 1.0)]
     unused = Namespace(model=Namespace(image_size=256))
-    assert train_sam2_proper.add_clicks(unused, None, batch, None) == (batch.prompts, None)
+    assert add_clicks(unused, None, batch, None) == (batch.prompts, None)
 
 
 def test_the_same_step_has_the_same_plan_whoever_does_it(pairs):

@@ -4,13 +4,13 @@ import csv
 import os
 from pathlib import Path
 
+import pytest
+
 import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
-from image_files import read_mask, split_pairs
-
-import pytest
+from finetuning.image_files import read_mask, split_pairs
 
 ARCHIVE = os.environ.get("KVASIR_SEG_ZIP")
 

@@ -5,34 +5,31 @@ import pickle
 from pathlib import Path
 
 import sam2_utils
-from command_line import UserError
-from sam2_utils import (
-    MODELS,
-    build_predictor,
-    calculate_dice,
-    calculate_iou,
-    corrective_click,
-    deepest_point,
-    draw_overlay,
-    encode_images,
-    ensure_checkpoint,
-    load_predictor,
-    make_prompt,
-    mask_box,
-    predict_masks,
-    prompt_from_mask,
-    random_point,
-    segment,
-    segment_with_logits,
-    select_device,
-    select_precision,
-    upscale_masks,
-)
+from sam2_utils import UserError, calculate_dice, calculate_iou, select_device, select_precision
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, draw_pair
+
+from finetuning import drawing, models
+from finetuning.drawing import draw_overlay
+from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
+from finetuning.prompts import (
+    corrective_click,
+    deepest_point,
+    make_prompt,
+    mask_box,
+    prompt_from_mask,
+    random_point,
+)
+from finetuning.segmentation import (
+    encode_images,
+    predict_masks,
+    segment,
+    segment_with_logits,
+    upscale_masks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +113,7 @@ def test_every_model_of_the_table_builds_and_is_recognised():
         if name in ("base_plus", "large"):  # the same code with more blocks
             continue
         state_dict = build_predictor(name, CPU).model.state_dict()
-        assert sam2_utils.identify_model(state_dict) == name
+        assert models.identify_model(state_dict) == name
         assert spec.config.startswith("configs/sam2.1/")
 
 
@@ -339,7 +336,7 @@ def test_an_overlay_shows_mask_points_and_box_and_leaves_the_image_alone():
     overlay = draw_overlay(image, mask, make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160)))
     assert (image == 100).all()
     assert tuple(overlay[120, 150]) == (65, 122, 177)  # half gray, half blue
-    assert tuple(overlay[80, 120]) == sam2_utils.GREEN
-    assert tuple(overlay[20, 20]) == sam2_utils.RED
-    assert np.allclose(overlay[40, 150], sam2_utils.GREEN, atol=30)  # a smoothed line
+    assert tuple(overlay[80, 120]) == drawing.GREEN
+    assert tuple(overlay[20, 20]) == drawing.RED
+    assert np.allclose(overlay[40, 150], drawing.GREEN, atol=30)  # a smoothed line
     assert tuple(overlay[190, 290]) == (100, 100, 100)

@@ -4,23 +4,20 @@ import re
 import shutil
 from pathlib import Path
 
-import test_my_image
-from image_files import read_image, read_mask, write_image
-from sam2_utils import (
-    autocast,
-    encode_images,
-    load_predictor,
-    make_prompt,
-    segment,
-    select_precision,
-)
-from test_my_image import main
+from sam2_utils import autocast, select_precision
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import CPU, draw_pair
 from matplotlib.backend_bases import CloseEvent, MouseEvent, NavigationToolbar2
+
+import test_my_image
+from finetuning.image_files import read_image, read_mask, write_image
+from finetuning.models import load_predictor
+from finetuning.prompts import make_prompt
+from finetuning.segmentation import encode_images, segment
+from test_my_image import main
 
 
 @pytest.fixture

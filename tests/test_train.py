@@ -1,23 +1,9 @@
 """Training follows the guide, learns, saves what SAM 2 itself loads, and can be resumed."""
 
 import csv
+import dataclasses
 import shutil
-from argparse import Namespace
 from pathlib import Path
-
-import train_sam2_proper
-from image_files import split_pairs, write_image
-from sam2_utils import MODELS, Prediction, load_predictor
-from train_sam2_proper import (
-    RECIPES,
-    image_losses,
-    learning_rate_factor,
-    main,
-    make_learner,
-    parse_args,
-    train_one_epoch,
-)
-from training_set import EpochSampler, TrainingSet, make_loader
 
 import numpy as np
 import pytest
@@ -25,6 +11,18 @@ import torch
 from conftest import CPU, write_data
 from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.build_sam import build_sam2, build_sam2_video_predictor
+
+import train_sam2_proper
+from finetuning import run_state
+from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.image_files import split_pairs, write_image
+from finetuning.learner import make_learner
+from finetuning.learning_rate import learning_rate_factor
+from finetuning.losses import image_losses
+from finetuning.models import MODELS, load_predictor
+from finetuning.recipe import GUIDE, Recipe
+from finetuning.segmentation import Prediction
+from train_sam2_proper import main, parse_args, train_one_epoch
 
 # A foreground point reaches all of the prompt encoder and mask decoder but these: other kinds of
 # prompt, the convolutions that set_image applies without gradients, and what makes the masks beside
@@ -53,13 +51,9 @@ def data(tmp_path) -> Path:
     return write_data(tmp_path / "data")
 
 
-def settings(**changes) -> Namespace:
-    """Return the settings of a short run of the guide's recipe on the CPU."""
-    defaults = {
-        "device": CPU, "precision": torch.float32, "seed": 0, "epochs": 1, "weight_decay": 4e-5,
-        "output": Path("output"), "compile": "off", "train_encoder": "none", "encoder_lr": None,
-    }  # fmt: skip
-    return Namespace(**{**RECIPES["guide"], **defaults, **changes})
+def guide(**changes) -> Recipe:
+    """Return the guide's recipe for an epoch, with changes."""
+    return dataclasses.replace(GUIDE, epochs=1, seed=0, **changes)
 
 
 def run_training(run_script, random_mini, *options):
@@ -68,7 +62,7 @@ def run_training(run_script, random_mini, *options):
     )
 
 
-def loss_of(mask_logits, iou_scores, true_mask, args, single=None, object_logit=0.0):
+def loss_of(mask_logits, iou_scores, true_mask, recipe, single=None, object_logit=0.0):
     """Return image_losses of the three masks, beside a single mask that is 0 unless given."""
     single = torch.zeros_like(mask_logits[:1]) if single is None else single[None]
     prediction = Prediction(
@@ -76,7 +70,7 @@ def loss_of(mask_logits, iou_scores, true_mask, args, single=None, object_logit=
         torch.cat([torch.zeros(1), iou_scores]),
         torch.tensor([object_logit]),
     )
-    return image_losses(prediction, true_mask, args)
+    return image_losses(prediction, true_mask, recipe)
 
 
 def read_log(output: Path = Path("output")) -> list[dict[str, str]]:
@@ -93,7 +87,7 @@ def test_the_loss_is_the_guides_literal_formula():
     logits = torch.randn(3, 40, 30, generator=generator, requires_grad=True)
     scores = torch.rand(3, generator=generator, requires_grad=True)
     true = torch.rand(40, 30, generator=generator) > 0.5
-    loss, report = loss_of(logits, scores, true.float(), parse_args(["--recipe", "guide"]))
+    loss, report = loss_of(logits, scores, true.float(), GUIDE)
 
     probability, truth = torch.sigmoid(logits[0]), true.float()
     seg_loss = -(truth * probability.log() + (1 - truth) * (1 - probability).log()).mean()
@@ -117,7 +111,7 @@ def test_the_loss_is_the_guides_literal_formula():
 def test_the_guides_recipe_is_the_guides():
     args = parse_args(["--recipe", "guide"])
     assert (args.batch_size, args.lr, args.weight_decay, args.epochs) == (1, 1e-5, 4e-5, 20)
-    assert (args.prompts, args.mask_loss, args.dice_weight) == ("point", "first", 0)
+    assert (args.prompts, args.mask_loss, args.dice_weight) == ("random", "first", 0)
     assert [learning_rate_factor(step, 100, args.schedule) for step in (0, 50, 99)] == [1] * 3
     assert parse_args(["--recipe", "guide", "--dice-weight", "1"]).dice_weight == 1
 
@@ -134,19 +128,18 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
 
 def test_the_dice_loss_weighs_small_objects_as_large_ones():
     """Leaving out an object of 2% or of 50% of the image costs about as much."""
-    args = settings(dice_weight=1.0, score_weight=0.0)
+    recipe = guide(dice_weight=1.0, score_weight=0.0)
     nothing, scores = torch.full((3, 100, 100), -20.0), torch.zeros(3)
     small, large = torch.zeros(2, 100, 100)
     small[:2], large[:50] = 1, 1
-    losses = [loss_of(nothing, scores, true, args)[0].item() for true in (small, large)]
+    losses = [loss_of(nothing, scores, true, recipe)[0].item() for true in (small, large)]
     without = [
-        loss_of(nothing, scores, true, settings(score_weight=0.0))[0].item()
-        for true in (small, large)
+        loss_of(nothing, scores, true, guide(score_weight=0.0))[0].item() for true in (small, large)
     ]
     dice = np.subtract(losses, without)
     assert dice == pytest.approx([1, 1], abs=0.01)
     perfect = torch.where(large > 0, 20.0, -20.0).expand(3, -1, -1)
-    assert loss_of(perfect, scores, large, args)[0].item() == pytest.approx(0, abs=1e-4)
+    assert loss_of(perfect, scores, large, recipe)[0].item() == pytest.approx(0, abs=1e-4)
 
 
 def test_the_mask_loss_is_of_the_first_the_best_or_all_masks():
@@ -155,7 +148,7 @@ def test_the_mask_loss_is_of_the_first_the_best_or_all_masks():
     right = torch.where(true > 0, 4.0, -4.0)
     logits, scores = torch.stack([-right, right, 0 * right]), torch.zeros(3)
     losses = {
-        name: loss_of(logits, scores, true, settings(mask_loss=name, score_weight=0.0))[0]
+        name: loss_of(logits, scores, true, guide(mask_loss=name, score_weight=0.0))[0]
         for name in ("first", "best", "all")
     }
     bce = torch.nn.functional.binary_cross_entropy_with_logits
@@ -171,10 +164,10 @@ def test_the_single_mask_learns_its_mask_its_score_and_that_there_is_an_object()
     single = torch.randn(20, 20, generator=generator)
     true, scores = torch.zeros(20, 20), torch.zeros(3)
     true[5:15, 5:15] = 1
-    without = loss_of(logits, scores, true, settings(), single, 0.3)[0]
-    args = settings(single_weight=2.0, dice_weight=1.0)
-    three = loss_of(logits, scores, true, settings(dice_weight=1.0), single, 0.3)[0]
-    loss, report = loss_of(logits, scores, true, args, single, 0.3)
+    without = loss_of(logits, scores, true, guide(), single, 0.3)[0]
+    recipe = guide(single_weight=2.0, dice_weight=1.0)
+    three = loss_of(logits, scores, true, guide(dice_weight=1.0), single, 0.3)[0]
+    loss, report = loss_of(logits, scores, true, recipe, single, 0.3)
 
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     probability, predicted = single.sigmoid(), single > 0
@@ -196,12 +189,12 @@ def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(
     predictor, _ = load_predictor("mini", random_mini, CPU)
     before = {name: weight.clone() for name, weight in predictor.model.state_dict().items()}
     # At this rate and decay, what gets a zero gradient decays by less than float32 can hold.
-    args = settings(lr=1e-5, weight_decay=4e-5, single_weight=single_weight)
+    recipe = guide(lr=1e-5, weight_decay=4e-5, single_weight=single_weight)
     unused = UNUSED if single_weight else UNUSED_BY_THE_GUIDE
-    learner = make_learner(predictor, args)
+    learner = make_learner(predictor, recipe, torch.float32)
     training_set = TrainingSet(split_pairs(data, "train", 1), None, 256, seed=0)
     loader = make_loader(training_set, EpochSampler([0], 1, seed=0), CPU)
-    train_one_epoch(predictor, loader, learner, 1, args)
+    train_one_epoch(predictor, loader, learner, recipe, 1)
 
     assert not predictor.model.training
     for name, weight in predictor.model.state_dict().items():
@@ -339,7 +332,7 @@ def test_a_log_that_is_open_elsewhere_does_not_stop_the_training(
     def locked(path, *_):  # as Excel does on Windows
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(train_sam2_proper, "write_csv", locked)
+    monkeypatch.setattr(run_state, "write_csv", locked)
     outcome = run_training(run_script, random_mini, "--epochs", 1)
     assert outcome.status == 0 and "train_log.csv cannot be written" in outcome.out
     assert Path("output/sam2_final.pt").is_file()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable
 
-from command_line import UserError, number
+from sam2_utils import NotFiniteError, UserError
 
 import numpy as np
+
+from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.evaluation import Model
+from finetuning.image_files import Pair
+from finetuning.learner import make_learner
+from finetuning.recipe import Recipe
 
 WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
 # --lr auto: what is tried, each on this many images shown, and measured on others
@@ -17,11 +25,6 @@ TRIAL_IMAGES = 400
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 100
 ALIKE = 0.005  # of two rates whose mean IoU differs by less, the lower one is the safer
 FEWEST_IMAGES = 8
-
-
-def parse_rate(text: str) -> float | str:
-    """Parse --lr, as an argparse type: "auto", or a number above 0."""
-    return text if text == "auto" else number(float, above=0)(text)
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
@@ -51,6 +54,40 @@ def split_for_trials(indices: list[int], seed: int) -> tuple[list[int], list[int
     held_out = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * len(order)))
     learn_from = order[held_out:][:TRIAL_IMAGES]
     return learn_from, order[:held_out], math.ceil(TRIAL_IMAGES / len(learn_from))
+
+
+def try_learning_rates(
+    model: Model,
+    training_set: TrainingSet,
+    indices: list[int],
+    recipe: Recipe,
+    train_one_epoch: Callable[..., dict[str, float]],
+    evaluate: Callable[[Model, list[Pair]], dict[str, float]],
+) -> float:
+    """Find a learning rate on a part of the training images; the model stays as it is.
+
+    indices: of the images with an object. train_one_epoch, evaluate: those of the training.
+    """
+    learn_from, held_out, epochs = split_for_trials(indices, recipe.seed)
+    measured_on = [training_set.pairs[index] for index in held_out]
+    predictor, precision = model.predictor, model.source.precision
+    sampler = EpochSampler(learn_from, recipe.batch_size, recipe.seed)
+    loader = make_loader(training_set, sampler, predictor.device)
+    original = copy.deepcopy(predictor.model.state_dict())
+
+    def try_rate(rate: float) -> float:
+        trial = dataclasses.replace(recipe, lr=rate, epochs=epochs)
+        learner = make_learner(predictor, trial, precision)
+        try:
+            for epoch in range(1, epochs + 1):
+                train_one_epoch(predictor, loader, learner, trial, epoch)
+            return evaluate(model, measured_on)["val_iou"]
+        except NotFiniteError:
+            return float("nan")
+        finally:
+            predictor.model.load_state_dict(original)
+
+    return find_learning_rate(try_rate, evaluate(model, measured_on)["val_iou"])
 
 
 def find_learning_rate(try_rate: Callable[[float], float], before: float) -> float:

@@ -9,80 +9,26 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import distributed
-from command_line import UserError
-from feature_cache import FeatureCache, mask_on_grid
-from image_files import Pair, read_pair
-from sam2_utils import (
-    Features,
-    Prompt,
-    corrective_click,
-    make_prompt,
-    mask_box,
-    random_inner_point,
-    random_point,
-)
+from sam2_utils import UserError
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from finetuning import distributed
+from finetuning.feature_cache import FeatureCache, pairs_with_objects
+from finetuning.image_files import Pair, read_mask, read_pair, require_equal_sizes
+from finetuning.prompts import Prompt, PromptPlan, draw_prompt, plan_prompts
+from finetuning.segmentation import Features
+
 LOSS_GRID = 256  # what the loss is measured on, in cells a side: full-size models' own resolution
-BOX_SHARE = 0.25  # of the steps; the others start with a point
-CLICK_SHARE = 0.35  # of the steps have 1 to MAX_CLICKS corrective clicks
-MAX_CLICKS = 3
-MASK_SHARE = 0.5  # of the steps with clicks get the mask to be corrected as a prompt, too
 PREFETCH = 2  # batches that each loading process has ready
-BOX_JITTER = 0.1  # standard deviation of a box's edges, in its sides; at most twice of it
-
-
-class PromptPlan(NamedTuple):
-    """What a step starts with (a random point, an inner point or a box), and how it goes on."""
-
-    kind: str = "random"
-    clicks: int = 0  # corrective clicks before the masks that the loss is of
-    gives_mask: bool = False  # whether the mask to be corrected is a prompt, too
-
-
-def plan_prompts(mix: str, rng: np.random.Generator) -> PromptPlan:
-    """Draw what a step is prompted with; mix: point, inner or mixed."""
-    if mix != "mixed":
-        return PromptPlan("random" if mix == "point" else mix)
-    kind = "box" if rng.random() < BOX_SHARE else "inner"
-    clicks = int(rng.integers(1, MAX_CLICKS + 1)) if rng.random() < CLICK_SHARE else 0
-    return PromptPlan(kind, clicks, gives_mask=bool(rng.random() < MASK_SHARE))
-
-
-def draw_prompt(grid: np.ndarray, kind: str, rng: np.random.Generator) -> Prompt:
-    """Draw a prompt of a plan's kind from an SxS bool mask; the box is drawn roughly."""
-    if kind != "box":
-        draw_point = random_point if kind == "random" else random_inner_point
-        return make_prompt([draw_point(grid, rng)])
-    x1, y1, x2, y2 = mask_box(grid)
-    sides = np.array([x2 - x1, y2 - y1] * 2)
-    jitter = rng.normal(0, BOX_JITTER, 4).clip(-2 * BOX_JITTER, 2 * BOX_JITTER) * sides
-    return make_prompt(box=(np.array([x1, y1, x2, y2]) + jitter).clip(0, len(grid) - 1))
-
-
-def add_click(prompt: Prompt, predicted: np.ndarray, true_mask: np.ndarray, size: int) -> Prompt:
-    """Add the click that corrects HxW masks to a prompt in pixels of an SxS input.
-
-    Where there is nothing to correct, the click confirms the mask at its deepest point.
-    """
-    nowhere = np.zeros_like(true_mask)
-    click = corrective_click(predicted, true_mask) or corrective_click(nowhere, true_mask)
-    *point, label = click or (0, 0, -1)  # -1: no point, to SAM 2
-    height, width = true_mask.shape
-    point = (np.array(point) + 0.5) * size / np.array([width, height]) - 0.5
-    return Prompt(
-        np.concatenate([prompt.point_coords, point[None].astype(np.float32)]),
-        np.append(prompt.point_labels, np.int32(label)),
-    )
 
 
 class Step(NamedTuple):
@@ -118,10 +64,11 @@ class TrainingSet(Dataset):
         cache: FeatureCache | None,
         image_size: int,
         seed: int,
-        prompt_mix: str = "point",
+        prompt_mix: str = "random",
     ) -> None:
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
         self.prompt_mix = prompt_mix
+        self._grids: dict[int, bytes] = {}  # of the masks read so far, packed; a few kB each
 
     def __getitem__(self, step: Step) -> Batch | Exception:
         """Return the batch of a step, or why there is none, for BatchLoader to raise."""
@@ -135,8 +82,9 @@ class TrainingSet(Dataset):
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
         plan = plan_prompts(self.prompt_mix, rng)
         if self.cache is not None:
-            features, grids = self.cache.read(indices)
-            images, true_masks = [], [_shrink(grid, LOSS_GRID) for grid in grids]
+            features, images = self.cache.read([self.pairs[index].image for index in indices]), []
+            grids = [self._grid(index) for index in indices]
+            true_masks = [_shrink(grid, LOSS_GRID) for grid in grids]
         else:
             examples = [read_pair(self.pairs[index]) for index in indices]
             features, images = None, [image for image, _ in examples]
@@ -148,6 +96,30 @@ class TrainingSet(Dataset):
         ]
         true_masks = list(map(torch.from_numpy, true_masks))
         return Batch(features, images, prompts, plan, true_masks, fraction)
+
+    def _grid(self, index: int) -> np.ndarray:
+        """Return the mask on the grid of an image in the cache; its file is read once only."""
+        size = self.image_size
+        if index not in self._grids:
+            pair = self.pairs[index]
+            mask = read_mask(pair.mask)
+            image_size = self.cache.size(pair.image)
+            require_equal_sizes(pair.image, image_size, pair.mask, mask.shape)
+            self._grids[index] = zlib.compress(np.packbits(mask_on_grid(mask, size)), level=1)
+        packed = np.frombuffer(zlib.decompress(self._grids[index]), np.uint8)
+        return np.unpackbits(packed, count=size * size).reshape(size, size).view(bool)
+
+
+def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:
+    """Resize an HxW bool mask to size x size cells; the smallest object keeps a cell."""
+    # Sides that shrink first: OpenCV takes the mean over areas only where none grows.
+    shrunk = tuple(min(side, size) for side in mask.shape[::-1])
+    covered = cv2.resize(mask.astype(np.float32), shrunk, interpolation=cv2.INTER_AREA)
+    grid = cv2.resize(covered, (size, size), interpolation=cv2.INTER_AREA) >= 0.5
+    if not grid.any():
+        y, x = np.nonzero(mask)
+        grid[y * size // mask.shape[0], x * size // mask.shape[1]] = True
+    return grid
 
 
 def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
@@ -230,3 +202,14 @@ def _bytes_of(batch: Batch | Exception) -> int:
 
 def _as_it_is(batch: Batch | Exception) -> Batch | Exception:
     return batch
+
+
+def training_indices(pairs: list[Pair], cache: FeatureCache | None) -> list[int]:
+    """Return the indices of the training images with an object; say how many have none."""
+    indices = pairs_with_objects(pairs, cache)
+    if not indices:
+        raise UserError("every training mask is empty; check that objects are white (255)")
+    if len(indices) < len(pairs):
+        skipped = len(pairs) - len(indices)
+        print(f"skipped {skipped} of {len(pairs)} training images: their masks are empty")
+    return indices

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from command_line import UserError
+from sam2_utils import UserError
 
 import torch
 import torch.distributed as dist
@@ -90,3 +90,15 @@ def sum_over_all(values: list[float], device: torch.device) -> list[float]:
     total = total.to(device if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total)
     return total.tolist()
+
+
+def mean_over_all(reports: list[dict[str, float]], device: torch.device) -> dict[str, float]:
+    """Return the mean of each value over the reports of all processes.
+
+    A report has a "count" beside its values: 1 where it counts, 0 where it is a stand-in's.
+    """
+    counted = [report for report in reports if report["count"]]
+    sums = [float(sum(report[name] for report in counted)) for name in reports[0]]
+    totals = dict(zip(reports[0], sum_over_all(sums, device), strict=True))
+    count = totals.pop("count")
+    return {name: total / count for name, total in totals.items()}

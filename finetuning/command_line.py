@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-# Read by torch when it is first imported: operators that MPS lacks run on the CPU.
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-# Notebooks name a drawing backend of their own, which matplotlib may not find from here.
-if os.environ.get("MPLBACKEND", "").startswith("module://"):
-    del os.environ["MPLBACKEND"]
-# Of the processes that torchrun starts, only the first shows progress.
-if os.environ.get("RANK", "0") != "0":
-    os.environ["TQDM_DISABLE"] = "1"
+from sam2_utils import UserError
 
 # What the errors of torch say when memory runs out, on GPUs and on CPUs.
 MEMORY_ERRORS = ("out of memory", "allocate memory", "not enough memory", "out of shared memory")
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong and what to do."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -41,9 +29,29 @@ class ArgumentParser(argparse.ArgumentParser):
         self, argv: list[str] | None, **demo_defaults: Any
     ) -> argparse.Namespace:
         """Parse the options; with --demo among them, these are the defaults."""
-        if self.parse_args(argv).demo:
-            self.set_defaults(**demo_defaults)
-        return self.parse_args(argv)
+
+        def choose(typed: argparse.Namespace) -> dict[str, Any]:
+            return demo_defaults if typed.demo else {}
+
+        return self.parse_typed(argv, demo_defaults, choose)
+
+    def parse_typed(
+        self,
+        argv: list[str] | None,
+        names: Iterable[str],
+        choose: Callable[[argparse.Namespace], dict[str, Any]],
+    ) -> argparse.Namespace:
+        """Parse the options, of which those in `names` have defaults that depend on others.
+
+        choose: returns such defaults, given the options; what is neither typed nor among them is
+        the option's own default. While it looks, what was not typed is None.
+        """
+        args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
+        chosen = choose(args)
+        for name in names:
+            if getattr(args, name) is None:
+                setattr(args, name, chosen.get(name, self.get_default(name)))
+        return args
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
@@ -111,3 +119,14 @@ def is_memory_error(error: Exception) -> bool:
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def add_device_option(parser: argparse._ActionsContainer) -> None:
+    """Add --device, for select_device."""
+    parser.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
+
+
+def add_precision_option(parser: argparse._ActionsContainer, auto: str) -> None:
+    """Add --precision, for select_precision; `auto` says what its default means."""
+    choices = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--precision", choices=choices, default="auto", help=auto)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-import distributed
-from command_line import UserError, number
-from sam2_utils import Features
+from sam2_utils import UserError
 
 import numpy as np
 import torch
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.checkpoint import checkpoint
+
+from finetuning import distributed
+from finetuning.command_line import number
+from finetuning.recipe import Recipe
+from finetuning.segmentation import Features
 
 DEFAULT_RANK = 8
 ENCODER_OPTIONS = ("encoder_lr", "lora_rank", "gradient_checkpointing")
@@ -33,14 +38,20 @@ def encode_with_gradients(predictor: SAM2ImagePredictor, images: list[np.ndarray
     return features
 
 
-def let_encoder_learn(model: SAM2Base, args: Namespace) -> list[torch.nn.Parameter]:
-    """Let the encoder of a frozen model learn as args.train_encoder says; return what learns."""
-    if args.train_encoder == "lora":
-        add_adapters(model, args.lora_rank)
+def let_encoder_learn(
+    model: SAM2Base, recipe: Recipe, checkpointing: bool | None = None
+) -> list[torch.nn.Parameter]:
+    """Let the encoder of a frozen model learn as the recipe says; return what learns of it.
+
+    checkpointing: keep less in memory and compute it twice; None: where the model is full-size.
+    """
+    if recipe.train_encoder == "none":
+        return []
+    if recipe.train_encoder == "lora":
+        add_adapters(model, recipe.lora_rank)
     else:
         model.image_encoder.requires_grad_(True)
-    saves_memory = {"on": True, "off": False, None: model.image_size >= 1024}
-    if saves_memory[args.gradient_checkpointing]:
+    if model.image_size >= 1024 if checkpointing is None else checkpointing:
         checkpoint_blocks(model)
     return [weight for weight in model.image_encoder.parameters() if weight.requires_grad]
 
@@ -99,7 +110,7 @@ def checkpoint_blocks(model: SAM2Base) -> None:
 
 
 def add_encoder_options(parser: ArgumentParser) -> None:
-    """Add --train-encoder and what goes with it, for settle_encoder_options."""
+    """Add --train-encoder and what goes with it, for contradiction."""
     encoder = parser.add_argument_group("the image encoder")
     encoder.add_argument(
         "--train-encoder",
@@ -126,28 +137,46 @@ def add_encoder_options(parser: ArgumentParser) -> None:
     )
 
 
-def settle_encoder_options(parser: ArgumentParser, args: Namespace) -> None:
-    """Fill in what follows from --train-encoder; end with one line where options contradict it.
+def contradiction(
+    train_encoder: str,
+    encoder_options: dict[str, Any],
+    lr: float | str,
+    cache: Path | None,
+    compiling: str,
+) -> str | None:
+    """Return what is wrong with options about the image encoder, in one line, or None.
 
-    Raises UserError where peft is missing, or under torchrun.
+    encoder_options: what was typed of ENCODER_OPTIONS, None where nothing was. Raises UserError
+    where peft is missing, or under torchrun.
     """
-    if args.train_encoder == "none":
-        for name in ENCODER_OPTIONS:
-            if getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} needs --train-encoder lora or full")
-        return
-    if args.train_encoder == "full" and args.lora_rank is not None:
-        parser.error("--lora-rank is for --train-encoder lora, not full")
-    if args.lr == "auto":
-        parser.error("--lr auto is not for --train-encoder, whose trials would take hours")
-    if args.cache is not None:
-        parser.error("--cache is of no use with --train-encoder: features change as it learns")
-    if args.compile == "on":
-        parser.error("--compile on is not for --train-encoder: the decoder is little of its time")
+    if train_encoder == "none":
+        typed = [name for name in ENCODER_OPTIONS if encoder_options[name] is not None]
+        options = [f"--{name.replace('_', '-')}" for name in typed]
+        return f"{options[0]} needs --train-encoder lora or full" if options else None
+    if train_encoder == "full" and encoder_options["lora_rank"] is not None:
+        return "--lora-rank is for --train-encoder lora, not full"
+    if lr == "auto":
+        return "--lr auto is not for --train-encoder, whose trials would take hours"
+    if cache is not None:
+        return "--cache is of no use with --train-encoder: features change as it learns"
+    if compiling == "on":
+        return "--compile on is not for --train-encoder: the decoder is little of its time"
     if distributed.world_size() > 1:
         raise UserError("--train-encoder runs in one process; start it without torchrun")
-    args.no_cache, args.compile = True, "off"
-    args.encoder_lr = args.encoder_lr or args.lr * (1 if args.train_encoder == "lora" else 0.1)
-    if args.train_encoder == "lora":
+    if train_encoder == "lora":
         import_peft()  # now, rather than after the data has been read
-        args.lora_rank = args.lora_rank or DEFAULT_RANK
+    return None
+
+
+def encoder_settings(
+    train_encoder: str, lr: float, encoder_lr: float | None, lora_rank: int | None
+):
+    """Return what a recipe has of the image encoder, with the defaults that follow from it."""
+    if train_encoder == "none":
+        return {"train_encoder": "none"}
+    is_lora = train_encoder == "lora"
+    return {
+        "train_encoder": train_encoder,
+        "encoder_lr": encoder_lr or lr * (1 if is_lora else 0.1),
+        "lora_rank": (lora_rank or DEFAULT_RANK) if is_lora else None,
+    }

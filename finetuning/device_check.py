@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 
-from sam2_utils import encode_images, make_predictor, make_prompt, predict_masks
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+from finetuning.models import make_predictor
+from finetuning.prompts import make_prompt
+from finetuning.segmentation import encode_images, predict_masks
 
 TOLERANCE = 0.02  # relative; float32 differs by less than 0.001 between devices that are right
 

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from image_files import atomic_write, write_csv
-from sam2_utils import (
-    Features,
-    Prompt,
-    calculate_iou,
-    corrective_click,
-    segment_with_logits,
-)
+from sam2_utils import calculate_iou
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+from finetuning.batches import Batch
+from finetuning.image_files import atomic_write, write_csv
+from finetuning.prompts import Prompt, add_click, corrective_click
+from finetuning.segmentation import (
+    Features,
+    choose_masks,
+    predict_masks,
+    segment_with_logits,
+    upscale_masks,
+)
 
 MAX_CLICKS = 20  # as many as RITM allows
 TARGET_IOUS = (0.85, 0.90)  # of NoC@85 and NoC@90
@@ -57,6 +62,35 @@ def simulate_clicks(
         )
         ious.append(float(calculate_iou(mask, true_mask)))
     return ious + ious[-1:] * (count - len(ious))
+
+
+@torch.no_grad()
+def add_clicks(
+    predictor: SAM2ImagePredictor, features: Features, batch: Batch, decoder: torch.nn.Module
+) -> tuple[list[Prompt], torch.Tensor | None]:
+    """Return the batch's prompts with the clicks of its plan, and what else goes in with them.
+
+    Each click corrects the mask that the model itself would choose. With batch.plan.gives_mask
+    the logits of the last one are returned too, Bx1x(S/4)x(S/4).
+    """
+    prompts, mask_inputs = batch.prompts, None
+    size = predictor.model.image_size
+    for _ in range(batch.plan.clicks):
+        prediction = predict_masks(
+            predictor, features, prompts, [(size, size)] * len(prompts), decoder, mask_inputs
+        )
+        chosen, _ = choose_masks(predictor, prediction)
+        prompts = [
+            add_click(
+                prompt,
+                (upscale_masks(predictor, logits[None], true_mask.shape)[0, 0] > 0).cpu().numpy(),
+                true_mask.numpy() > 0.5,
+                size,
+            )
+            for prompt, logits, true_mask in zip(prompts, chosen, batch.true_masks, strict=True)
+        ]
+        mask_inputs = chosen.clamp(-32, 32) if batch.plan.gives_mask else None
+    return prompts, mask_inputs
 
 
 def number_of_clicks(ious: np.ndarray, target: float) -> tuple[float, int]:

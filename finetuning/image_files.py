@@ -12,12 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from command_line import UserError
-
-# Read by OpenCV when it is first imported. A file of a few bytes may claim any size; and these
-# scripts say themselves what is wrong with a file.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "250000000")
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+from sam2_utils import UserError
 
 import cv2
 import numpy as np
@@ -218,12 +213,19 @@ def _is_binary(gray: np.ndarray, is_lossy: bool) -> bool:
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """Read an image (HxWx3 uint8 RGB) and its mask (HxW bool), which must have the same size."""
     image, mask = read_image(pair.image), read_mask(pair.mask)
-    if image.shape[:2] != mask.shape:
-        raise UserError(
-            f"{pair.image} is {image.shape[1]}x{image.shape[0]} but {pair.mask} is "
-            f"{mask.shape[1]}x{mask.shape[0]}; a mask must have its image's size"
-        )
+    require_equal_sizes(pair.image, image.shape[:2], pair.mask, mask.shape)
     return image, mask
+
+
+def require_equal_sizes(
+    image: Path, image_size: tuple[int, int], mask: Path | str, mask_size: tuple[int, int]
+) -> None:
+    """Raise UserError unless an image and its mask have the same (H,W)."""
+    if image_size != mask_size:
+        raise UserError(
+            f"{image} is {image_size[1]}x{image_size[0]} but {mask} is "
+            f"{mask_size[1]}x{mask_size[0]}; a mask must have its image's size"
+        )
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

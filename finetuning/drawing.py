@@ -1,0 +1,107 @@
+"""Pictures: masks and prompts on an image, curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+
+from finetuning.image_files import atomic_write
+from finetuning.prompts import Prompt
+
+GREEN, RED, YELLOW, BLUE, WHITE = (
+    (0, 200, 0),
+    (230, 0, 0),
+    (255, 220, 0),
+    (30, 144, 255),
+    (255,) * 3,
+)
+
+
+def draw_overlay(
+    image: np.ndarray,
+    mask: np.ndarray | None = None,
+    prompt: Prompt | None = None,
+    true_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw on a copy of an HxWx3 uint8 RGB image, and return it.
+
+    The mask (HxW bool) is tinted blue with a white outline, the true mask outlined in yellow;
+    foreground points are green, background points red, a box green.
+    """
+    canvas = image.copy()
+    line = max(1, round(max(image.shape[:2]) / 300))
+    if mask is not None:
+        canvas[mask] = (0.5 * canvas[mask] + 0.5 * np.array(BLUE)).astype(np.uint8)
+        _draw_outline(canvas, mask, WHITE, line)
+    if true_mask is not None:
+        _draw_outline(canvas, true_mask, YELLOW, line)
+    if prompt is not None:
+        _draw_prompt(canvas, prompt, line)
+    return canvas
+
+
+def _draw_outline(canvas: np.ndarray, mask: np.ndarray, color: tuple, line: int) -> None:
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(canvas, contours, -1, color, line, cv2.LINE_AA)
+
+
+def _draw_prompt(canvas: np.ndarray, prompt: Prompt, line: int) -> None:
+    points = [tuple(round(float(value)) for value in point) for point in prompt.point_coords]
+    corners = [
+        point for point, label in zip(points, prompt.point_labels, strict=True) if label in (2, 3)
+    ]
+    if corners:
+        cv2.rectangle(canvas, *corners, GREEN, line, cv2.LINE_AA)
+    for point, label in zip(points, prompt.point_labels, strict=True):
+        if label in (0, 1):
+            cv2.circle(canvas, point, 4 * line, WHITE, -1, cv2.LINE_AA)
+            cv2.circle(canvas, point, 3 * line, GREEN if label else RED, -1, cv2.LINE_AA)
+
+
+def draw_learning_curve(path: Path, log: list[dict[str, float]]) -> None:
+    """Draw the loss and the mean IoU over the epochs."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, iou_axes = figure.subplots(1, 2)
+    for axes, column, label in (
+        (loss_axes, "loss", "training loss"),
+        (iou_axes, "train_iou", "train (its own prompts)"),
+        (iou_axes, "val_iou", "val (center point)"),
+    ):
+        rows = [row for row in log if column in row]
+        axes.plot([row["epoch"] for row in rows], [row[column] for row in rows], "o-", label=label)
+    iou_axes.axhline(log[0]["val_iou"], color="gray", linestyle="--", label="val before training")
+    for axes, name in ((loss_axes, "loss"), (iou_axes, "mean IoU")):
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def draw_comparison(
+    path: Path,
+    image: np.ndarray,
+    true_mask: np.ndarray,
+    prompt: Prompt,
+    masks: dict[str, np.ndarray],
+) -> None:
+    """Draw an image with its prompt, then with each mask, the true outline in yellow in all.
+
+    Arguments:
+      image: HxWx3 uint8 RGB.
+      true_mask, masks: HxW bool; the masks by the titles of their panels.
+    """
+    panels = {"prompt and true outline": draw_overlay(image, prompt=prompt, true_mask=true_mask)}
+    for title, mask in masks.items():
+        panels[title] = draw_overlay(image, mask, true_mask=true_mask)
+    figure = Figure(figsize=(12, 12), layout="constrained")
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.imshow(panel)
+        axes.set_title(title)
+        axes.axis("off")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")

@@ -1,0 +1,289 @@
+"""What the frozen image encoder says of each image: computed once, kept on disk.
+
+A folder holds one safetensors file an image, named by a hash of all that it was computed from: the
+encoder's weights, the image file's content, the precision. An image that is moved, renamed or in
+several splits is encoded once, runs may share a folder, and what is stale is never asked for.
+Files are written whole, and each holds a digest of itself, by which damaged ones are found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from sam2_utils import NotFiniteError, UserError, autocast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from sam2.modeling.sam2_base import SAM2Base
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+
+from finetuning import distributed
+from finetuning.command_line import is_memory_error
+from finetuning.image_files import Pair, atomic_write, read_image, read_mask, require_equal_sizes
+from finetuning.segmentation import Features, encode_images, feature_shapes
+
+FORMAT = 2  # of the files; another one is not read
+ENCODED_AT_ONCE = {"cuda": 8}  # images; one elsewhere
+FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
+
+
+def hash_encoder(model: SAM2Base) -> str:
+    """Return a SHA-256 of the weights that features depend on.
+
+    set_image uses the image encoder, the mask decoder's two convolutions on high-resolution
+    features, and no_mem_embed.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        if name.startswith(("image_encoder.", "sam_mask_decoder.conv_s", "no_mem_embed")):
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """The features of images, as one model computes them in one precision, in a folder.
+
+    An image's content, and whether its features are there and undamaged, is looked up once a run.
+    """
+
+    def __init__(self, folder: Path, predictor: SAM2ImagePredictor, precision: torch.dtype) -> None:
+        """Nothing is read or written yet; the folder need not be there."""
+        model, device = predictor.model, predictor.device.type
+        self.folder, self.precision = folder, precision
+        self._shapes = dict(zip(FEATURES, feature_shapes(model), strict=True))
+        self._source = [
+            FORMAT, torch.__version__, device, precision, model.image_size, hash_encoder(model),
+        ]  # fmt: skip
+        self._paths: dict[Path, Path] = {}  # of the features, by the image's
+        self._sizes: dict[Path, tuple[int, int] | None] = {}  # by those; None: not there
+
+    def __contains__(self, image: Path) -> bool:
+        return self.size(image) is not None
+
+    def size(self, image: Path) -> tuple[int, int] | None:
+        """Return the (H,W) of an image whose features are there, or None where they are not."""
+        path = self._path(image)
+        if path not in self._sizes:
+            self._sizes[path] = self._look_up(path)
+        return self._sizes[path]
+
+    def missing(self, images: list[Path]) -> list[Path]:
+        """Return the images that are to be encoded, one of each content."""
+        progress = tqdm(images, desc="Looking up features", unit="image", leave=False, delay=1)
+        by_path = {self._path(image): image for image in progress if image not in self}
+        return list(by_path.values())
+
+    def bytes_to_come(self, images: list[Path]) -> int:
+        """Return how much there will be to write when the cache is filled."""
+        values = sum(height * width * depth for height, width, depth in self._shapes.values())
+        return len(self.missing(images)) * values * torch.float16.itemsize
+
+    def read(self, images: list[Path]) -> Features:
+        """Return float16 features of B images on the CPU, in the order asked for.
+
+        The files are mapped for a moment only, so that memory does not grow with what was read.
+        Raises UserError where features are not there, or no longer.
+        """
+        try:
+            files = [_map(self._path(image))[0] for image in images]
+        except (FileNotFoundError, SafetensorError) as error:
+            raise UserError(
+                f"features are missing from {self.folder}, or were damaged since the run began; "
+                "start it again to encode those images anew"
+            ) from error
+        maps = [torch.stack([file[name] for file in files]) for name in FEATURES]
+        image_embed, *high_res_feats = (values.permute(0, 3, 1, 2) for values in maps)
+        return Features(image_embed, high_res_feats)
+
+    def fill(self, images: list[Path], predictor: SAM2ImagePredictor, description: str) -> None:
+        """Encode the images that are missing, each process its share; `description`: of what.
+
+        Raises UserError for an image that is unreadable, NotFiniteError rather than keep features
+        that are NaN or beyond half precision.
+        """
+        missing = self.missing(images)
+        distributed.wait_for_all()  # all must have seen the same files before one writes
+        if missing:
+            self._encode(distributed.share(missing), predictor, description)
+        distributed.wait_for_all()
+        for image in missing:
+            del self._sizes[self._path(image)]
+        if self.missing(missing):
+            raise UserError(
+                f"not all machines see {self.folder}; name a shared folder with --cache"
+            )
+
+    def _path(self, image: Path) -> Path:
+        """Return where an image's features are, or will be."""
+        if image not in self._paths:
+            content = hashlib.sha256(image.read_bytes()).hexdigest()
+            key = hashlib.sha256(repr([*self._source, content]).encode()).hexdigest()
+            self._paths[image] = self.folder / f"{key}.safetensors"
+        return self._paths[image]
+
+    def _look_up(self, path: Path) -> tuple[int, int] | None:
+        """Return the (H,W) of the image whose features a file holds; None if it is damaged."""
+        if not path.is_file():
+            return None
+        try:
+            maps, metadata = _map(path)
+        except SafetensorError:  # cut off, or something else
+            return None
+        size = metadata.get("size", "")
+        kinds = {name: (values.dtype, tuple(values.shape)) for name, values in maps.items()}
+        if kinds != {name: (torch.float16, shape) for name, shape in self._shapes.items()}:
+            return None
+        if metadata.get("digest") != _digest(path, size, maps):
+            return None
+        height, width = map(int, size.split("x"))
+        return height, width
+
+    def _encode(self, images: list[Path], predictor: SAM2ImagePredictor, description: str) -> None:
+        """Encode images and write each one's features; what is written stays if it is stopped."""
+        batch_size = ENCODED_AT_ONCE.get(predictor.device.type, 1)
+        with tqdm(total=len(images), desc=f"Encoding {description}", unit="image") as progress:
+            while images:
+                batch = images[:batch_size]
+                pixels = [read_image(image) for image in batch]
+                try:
+                    with autocast(predictor.device, self.precision):
+                        features = encode_images(predictor, pixels)
+                except RuntimeError as error:
+                    batch_size = _smaller_batch(batch_size, error)
+                    continue
+                maps = [  # channels last, as set_image leaves them
+                    feature_map.permute(0, 2, 3, 1).half().cpu().contiguous()
+                    for feature_map in (features.image_embed, *features.high_res_feats)
+                ]
+                for image, of_image, *of_maps in zip(batch, pixels, *maps, strict=True):
+                    self._write(image, of_image.shape, dict(zip(FEATURES, of_maps, strict=True)))
+                images = images[len(batch) :]
+                progress.update(len(batch))
+
+    def _write(self, image: Path, shape: tuple[int, ...], maps: dict[str, torch.Tensor]) -> None:
+        """Write the HxWxC float16 maps of an image of a shape (H,W,3)."""
+        if not all(values.isfinite().all() for values in maps.values()):
+            raise NotFiniteError(
+                f"the features of {image} are not finite (NaN) in "
+                f"{str(self.precision).removeprefix('torch.')}; use --precision float32, "
+                "or another --checkpoint"
+            )
+        path, size = self._path(image), f"{shape[0]}x{shape[1]}"
+        with atomic_write(path) as temporary:
+            metadata = {"size": size, "digest": _digest(path, size, maps)}
+            # save_file would raise no OSError on a full disk
+            temporary.write_bytes(save(maps, metadata))
+
+
+class FeatureSource(NamedTuple):
+    """Where an image's features come from: a cache, as far as it has them, or the encoder."""
+
+    predictor: SAM2ImagePredictor
+    precision: torch.dtype
+    cache: FeatureCache | None = None
+
+    def features(self, image: Path, mask_size: tuple[int, int] | None = None) -> Features:
+        """Return float32 features of one image on the predictor's device.
+
+        mask_size: (H,W) of the image's mask, if it has one; raises UserError for another size.
+        """
+        device, is_cached = self.predictor.device, self.cache is not None and image in self.cache
+        pixels = None if is_cached else read_image(image)
+        size = self.cache.size(image) if is_cached else pixels.shape[:2]
+        require_equal_sizes(image, size, "its mask", mask_size or size)
+        if is_cached:
+            return self.cache.read([image]).to(device, torch.float32)
+        with autocast(device, self.precision):
+            return encode_images(self.predictor, [pixels]).to(device, torch.float32)
+
+
+def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:
+    """Say how much will be written to a folder; raise UserError if it has no room for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = cache.bytes_to_come(images), shutil.disk_usage(folder).free
+    if needed:
+        print(f"features: {needed / 1e9:.2f} GB to write to {folder} ({free / 1e9:.1f} GB free)")
+    if needed > 0.98 * free:
+        raise UserError(
+            f"{folder} has room for {free / 1e9:.2f} GB of features, not for "
+            f"{needed / 1e9:.2f} GB; make room, name a folder on another disk with --cache, or "
+            "go on without them with --no-cache (slow)"
+        )
+
+
+def open_cache(
+    predictor: SAM2ImagePredictor,
+    folder: Path,
+    precision: torch.dtype,
+    pairs_of_splits: dict[str, list[Pair]],
+) -> FeatureCache:
+    """Return the cache in a folder, after encoding what is not yet there.
+
+    Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
+    """
+    cache = FeatureCache(folder, predictor, precision)
+    images = {split: [pair.image for pair in pairs] for split, pairs in pairs_of_splits.items()}
+    if distributed.rank() == 0:
+        check_room(cache, [image for of_split in images.values() for image in of_split], folder)
+    try:
+        for split, of_split in images.items():
+            cache.fill(of_split, predictor, split)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with the images that are left")
+        raise
+    return cache
+
+
+def pairs_with_objects(pairs: list[Pair], cache: FeatureCache | None = None) -> list[int]:
+    """Return the indices of the pairs whose masks are not empty.
+
+    Raises UserError for a mask that is unreadable, or not of its image's size, as a cache has it.
+    """
+    indices = []
+    with tqdm(pairs, desc="Reading masks", unit="mask", leave=False) as progress:
+        for index, pair in enumerate(progress):
+            mask = read_mask(pair.mask)
+            if cache is not None and pair.image in cache:
+                require_equal_sizes(pair.image, cache.size(pair.image), pair.mask, mask.shape)
+            if mask.any():
+                indices.append(index)
+    return indices
+
+
+def _map(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return a file's HxWxC maps, left on the disk until they are used, and its metadata.
+
+    Raises SafetensorError where it is cut off, or something else.
+    """
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in FEATURES}, file.metadata() or {}
+
+
+def _digest(path: Path, size: str, maps: dict[str, torch.Tensor]) -> str:
+    """Return a SHA-256 of what a file holds, under the name that it has."""
+    digest = hashlib.sha256(f"{path.stem} {size}".encode())
+    for name in FEATURES:
+        digest.update(maps[name].view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _smaller_batch(batch_size: int, error: RuntimeError) -> int:
+    """Return half a batch size where memory ran out; any other error is raised again.
+
+    Raises UserError where even one image was too many.
+    """
+    if not is_memory_error(error):
+        raise error
+    if batch_size == 1:
+        raise UserError(
+            "the memory is too small to encode even one image; use a smaller --model, "
+            "or --device cpu"
+        ) from error
+    torch.cuda.empty_cache()  # does nothing where there is no CUDA
+    return batch_size // 2

@@ -1,0 +1,162 @@
+"""What learns: the prompt encoder and the mask decoder, compiled and distributed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sam2_utils import autocast
+
+import torch
+from sam2.modeling.sam2_base import SAM2Base
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+from finetuning import distributed
+from finetuning.encoder_training import let_encoder_learn
+from finetuning.recipe import Recipe
+from finetuning.segmentation import Features, PromptedDecoder, feature_shapes
+
+# Compiling the decoder takes about a minute, which so many images of a full-size model win back.
+COMPILE_FROM_IMAGES = 3000
+
+
+class LearningWeights(PromptedDecoder):
+    """All that learns: prompt encoder, mask decoder, and the given part of the image encoder."""
+
+    def __init__(self, model: SAM2Base, encoder_weights: list[torch.nn.Parameter]) -> None:
+        super().__init__(model)
+        self.encoder = torch.nn.ParameterList(encoder_weights)
+
+
+class Learner(NamedTuple):
+    """What learns, and how; its weights, optimizer and scaler are saved to go on later."""
+
+    weights: LearningWeights
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of float16 gradients; else it does nothing
+    precision: torch.dtype  # that the components compute in
+    decoder: torch.nn.Module  # computes with the weights, perhaps compiled or distributed
+
+
+def make_learner(
+    predictor: SAM2ImagePredictor,
+    recipe: Recipe,
+    precision: torch.dtype,
+    checkpointing: bool | None = None,
+) -> Learner:
+    """Freeze the whole model but its prompt encoder and its mask decoder; these learn.
+
+    With recipe.train_encoder, the image encoder learns too; see let_encoder_learn.
+    """
+    model, device = predictor.model, predictor.device
+    model.eval().requires_grad_(False)
+    encoder_weights = let_encoder_learn(model, recipe, checkpointing)
+    weights = LearningWeights(model, encoder_weights).requires_grad_(True)
+    decoder_weights = [*weights.prompt_encoder.parameters(), *weights.mask_decoder.parameters()]
+    groups = [{"params": decoder_weights, "initial_lr": recipe.lr}]
+    if encoder_weights:
+        groups.append({"params": list(weights.encoder), "initial_lr": recipe.encoder_lr})
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        fused=device.type in ("cpu", "cuda"),  # one kernel for all weights
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    return Learner(weights, optimizer, scaler, precision, decoder=weights)
+
+
+def set_learning_rate(learner: Learner, factor: float) -> None:
+    """Set each group's learning rate to a part of its highest, which the group keeps."""
+    for group in learner.optimizer.param_groups:
+        group["lr"] = factor * group["initial_lr"]
+
+
+def take_step(learner: Learner, loss: torch.Tensor, max_grad_norm: float) -> float:
+    """Change the weights by one step against the gradients of a loss.
+
+    Gradients longer than max_grad_norm, over all weights, are scaled down to it (0: none are).
+    Returns 1.0 where they were, else 0.0.
+    """
+    learner.optimizer.zero_grad()
+    learner.scaler.scale(loss).backward()
+    clipped = 0.0
+    if max_grad_norm:
+        learner.scaler.unscale_(learner.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(learner.weights.parameters(), max_grad_norm)
+        clipped = float(norm > max_grad_norm)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    return clipped
+
+
+def speed_up(
+    learner: Learner, predictor: SAM2ImagePredictor, recipe: Recipe, images: int, compiling: str
+) -> Learner:
+    """Compile the decoder, if it is on, or auto and worth it; distribute it.
+
+    images: how many there are in an epoch. compiling: on, off or auto.
+    """
+    decoder = learner.decoder
+    pays = compiling_pays(predictor, images * recipe.epochs)
+    if compiling == "on" or (compiling == "auto" and pays):
+        decoder = compile_decoder(learner, predictor, recipe)
+    if distributed.world_size() > 1:
+        decoder = torch.nn.parallel.DistributedDataParallel(decoder, find_unused_parameters=True)
+    return learner._replace(decoder=decoder)
+
+
+def compiling_pays(predictor: SAM2ImagePredictor, image_count: int) -> bool:
+    """Say whether a faster decoder will have won back the time of compiling; measured on CPUs."""
+    is_full_size = predictor.model.image_size >= 1024
+    return predictor.device.type == "cpu" and is_full_size and image_count >= COMPILE_FROM_IMAGES
+
+
+class CompiledDecoder(torch.nn.Module):
+    """A decoder compiled for full batches; others, like the last of an epoch, go uncompiled."""
+
+    def __init__(self, decoder: PromptedDecoder, batch_size: int) -> None:
+        super().__init__()
+        self.decoder, self.batch_size = decoder, batch_size
+        self.compiled = torch.compile(decoder.decode_masks)
+
+    def forward(
+        self, features: Features, point_coords: torch.Tensor, *prompts: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if len(point_coords) != self.batch_size:
+            return self.decoder(features, point_coords, *prompts)
+        prompts = point_coords, *prompts
+        sparse_embeddings, dense_embeddings = self.decoder.embed_prompts(*prompts)
+        # One kernel for prompts of any number of points, with masks and without
+        torch._dynamo.mark_dynamic(sparse_embeddings, 1)
+        return self.compiled(features, sparse_embeddings, dense_embeddings.float().contiguous())
+
+
+def compile_decoder(
+    learner: Learner, predictor: SAM2ImagePredictor, recipe: Recipe
+) -> torch.nn.Module:
+    """Return the decoder compiled, or as it is where that does not work here."""
+    print("compiling the decoder (a minute or so; --compile off does without)")
+    decoder, device = learner.weights, predictor.device
+    batch_size = len(distributed.share(list(range(recipe.batch_size))))
+    compiled = CompiledDecoder(decoder, batch_size)
+    maps = [
+        torch.zeros(batch_size, *shape, device=device).permute(0, 3, 1, 2)
+        for shape in feature_shapes(predictor.model)
+    ]
+    points = torch.zeros(batch_size, 1, 2, device=device)
+    labels = torch.ones(batch_size, 1, dtype=torch.int32, device=device)
+    try:
+        features = Features(maps[0], maps[1:])
+        with autocast(device, learner.precision):
+            if recipe.prompts == "mixed":  # clicks are placed without gradients
+                with torch.no_grad():
+                    compiled(features, points, labels, None)
+            answers = compiled(features, points, labels, None)
+        sum(answer.mean() for answer in answers).backward()
+    except Exception as error:  # whatever compilers raise: the run can go on without one
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"torch.compile does not work here ({reason}); going on without it, only slower")
+        return decoder
+    finally:
+        decoder.zero_grad()
+    return compiled

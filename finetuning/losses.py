@@ -1,0 +1,107 @@
+"""The loss of a step."""
+
+from __future__ import annotations
+
+from sam2_utils import calculate_iou, copy_to
+
+import torch
+import torch.nn.functional as F
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+from finetuning.recipe import Recipe
+from finetuning.segmentation import Prediction, upscale_masks
+
+
+def image_losses(
+    prediction: Prediction, true_mask: torch.Tensor, recipe: Recipe
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss of each image, and what to report of each.
+
+    seg_loss: the mask_losses of the first, the best or all of the three masks (recipe.mask_loss).
+    score_loss: mean |predicted score - actual IoU of the thresholded mask|, over all three, so
+    that choosing by score stays honest. The guide's loss is that of the first mask without dice.
+    With recipe.single_weight the single mask, which other tools take, learns as much: its mask and
+    its score, and that there is an object (cross-entropy, weighted like a score).
+
+    Arguments:
+      prediction: ...x4xHxW mask logits, at the true mask's resolution; ...x4 scores; ...x1.
+      true_mask: ...xHxW float in [0, 1]; where cells are larger than pixels, the part covered.
+    """
+    mask_logits, iou_scores, object_logits = prediction
+    actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5)
+    score_losses = (iou_scores - actual_iou).abs()
+
+    # The three masks
+    learning = slice(1, 2) if recipe.mask_loss == "first" else slice(1, 4)
+    losses = mask_losses(mask_logits[..., learning, :, :], true_mask, recipe.dice_weight)
+    seg_loss = losses.min(-1).values if recipe.mask_loss == "best" else losses.mean(-1)
+    score_loss = score_losses[..., 1:].mean(-1)
+    loss = seg_loss + recipe.score_weight * score_loss
+
+    # The single mask
+    if recipe.single_weight:
+        single_loss = mask_losses(mask_logits[..., :1, :, :], true_mask, recipe.dice_weight)[..., 0]
+        scores_loss = score_losses[..., 0] + F.softplus(-object_logits)[..., 0]
+        loss = loss + recipe.single_weight * (single_loss + recipe.score_weight * scores_loss)
+
+    chosen = iou_scores[..., 1:].argmax(-1, keepdim=True)
+    report = {
+        "loss": loss.detach(),
+        "seg_loss": seg_loss.detach(),
+        "score_loss": score_loss.detach(),
+        "train_iou": actual_iou[..., 1:].gather(-1, chosen).squeeze(-1),
+    }
+    return loss, report
+
+
+def mask_losses(
+    mask_logits: torch.Tensor, true_mask: torch.Tensor, dice_weight: float
+) -> torch.Tensor:
+    """Return the loss of each mask, ...xC: cross-entropy, and dice_weight times the dice loss.
+
+    Cross-entropy is that between sigmoid(logits) and the true mask, mean over pixels. Takes
+    ...xCxHxW logits and the ...xHxW true mask, as in image_losses.
+    """
+    targets = true_mask.unsqueeze(-3).expand_as(mask_logits)
+    losses = F.binary_cross_entropy_with_logits(mask_logits, targets, reduction="none")
+    losses = losses.mean((-2, -1))
+    if dice_weight:
+        losses = losses + dice_weight * dice_loss(mask_logits.sigmoid(), targets)
+    return losses
+
+
+def dice_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """Return 1 - (2 sum(predicted true) + 1) / (sum(predicted) + sum(true) + 1), of ...xHxW.
+
+    Unlike cross-entropy it weighs an object by its outline's share of itself, not of the image:
+    of a small object, an empty mask is as wrong as of a large one (Milletari et al., V-Net, 2016).
+    """
+    overlap = (predicted * true).sum((-2, -1))
+    return 1 - (2 * overlap + 1) / (predicted.sum((-2, -1)) + true.sum((-2, -1)) + 1)
+
+
+def batch_loss(
+    predictor: SAM2ImagePredictor,
+    prediction: Prediction,
+    true_masks: list[torch.Tensor],
+    recipe: Recipe,
+) -> tuple[torch.Tensor, list[dict[str, float]]]:
+    """Return the mean of B images' losses, each at its true mask's resolution, and B reports."""
+    if len({mask.shape for mask in true_masks}) == 1:  # all at once
+        groups = [(prediction, torch.stack(true_masks))]
+    else:
+        groups = [
+            (Prediction(*(answer[i : i + 1] for answer in prediction)), mask[None])
+            for i, mask in enumerate(true_masks)
+        ]
+    losses, reports = [], []
+    for answers, masks in groups:
+        logits = answers.mask_logits
+        masks = copy_to(logits.device, masks)
+        if logits.shape[-2:] != masks.shape[-2:]:
+            logits = upscale_masks(predictor, logits, masks.shape[-2:])
+        loss, report = image_losses(answers._replace(mask_logits=logits), masks, recipe)
+        losses.append(loss)
+        columns = [values.tolist() for values in report.values()]
+        reports += [dict(zip(report, row, strict=True)) for row in zip(*columns, strict=True)]
+    return torch.cat(losses).mean(), reports

@@ -1,0 +1,280 @@
+"""The SAM 2.1 models: where they come from, how they are loaded, and checkpoints of them."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import http.client
+import socket
+import ssl
+import urllib.error
+import warnings
+from itertools import starmap
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from sam2_utils import UserError
+
+import torch
+from sam2.build_sam import build_sam2
+from sam2.modeling.sam2_base import SAM2Base
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+from finetuning.image_files import atomic_write
+
+CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+    ValueError,  # an answer that makes no sense, of a proxy perhaps
+)
+
+
+class ModelSpec(NamedTuple):
+    """Where a SAM 2.1 model comes from, and how its weights are recognised."""
+
+    config: str  # the full path inside the sam2 package, as Hydra needs it
+    filename: str
+    sha256: str | None  # None: not for download
+    embed_dim: int  # channels of the image encoder's first stage
+    blocks: int  # blocks of the image encoder
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        return CHECKPOINT_URL + self.filename
+
+
+# SAM 2.1 at small size: the same classes, for tests, demos and machines without a network.
+MINI_OVERRIDES = (
+    "model.image_size=256",
+    "model.image_encoder.trunk.embed_dim=32",
+    "model.image_encoder.trunk.stages=[1,2,3,1]",
+    "model.image_encoder.trunk.global_att_blocks=[4]",
+    "model.image_encoder.neck.d_model=128",
+    "model.image_encoder.neck.backbone_channel_list=[256,128,64,32]",
+    "model.image_encoder.neck.position_encoding.num_pos_feats=128",
+    "model.memory_attention.d_model=128",
+    "model.memory_attention.num_layers=1",
+    "model.memory_attention.layer.d_model=128",
+    "model.memory_attention.layer.dim_feedforward=256",
+    "model.memory_attention.layer.self_attention.embedding_dim=128",
+    "model.memory_attention.layer.self_attention.feat_sizes=[16,16]",
+    "model.memory_attention.layer.cross_attention.embedding_dim=128",
+    "model.memory_attention.layer.cross_attention.feat_sizes=[16,16]",
+    "+model.memory_encoder.in_dim=128",
+    "+model.memory_encoder.mask_downsampler.embed_dim=128",
+    "model.memory_encoder.fuser.layer.dim=128",
+)
+MODELS = {
+    "tiny": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_t.yaml",
+        filename="sam2.1_hiera_tiny.pt",
+        sha256="7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+        embed_dim=96,
+        blocks=12,
+    ),
+    "small": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_s.yaml",
+        filename="sam2.1_hiera_small.pt",
+        sha256="6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+        embed_dim=96,
+        blocks=16,
+    ),
+    "base_plus": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_b+.yaml",
+        filename="sam2.1_hiera_base_plus.pt",
+        sha256="a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+        embed_dim=112,
+        blocks=24,
+    ),
+    "large": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_l.yaml",
+        filename="sam2.1_hiera_large.pt",
+        sha256="2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+        embed_dim=144,
+        blocks=48,
+    ),
+    "mini": ModelSpec(
+        config="configs/sam2.1/sam2.1_hiera_t.yaml",
+        filename="sam2_mini.pt",
+        sha256=None,
+        embed_dim=32,
+        blocks=7,
+        overrides=MINI_OVERRIDES,
+    ),
+}
+
+
+def download_file(url: str, destination: Path, sha256: str, by_hand: str) -> None:
+    """Download `url` to `destination` with a progress bar; nothing half-written stays there.
+
+    `by_hand` tells the user how to go on without this download.
+    Raises UserError when the network fails or the file's SHA-256 is not `sha256`.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Downloading {url}")
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        torch.hub.download_url_to_file(url, str(destination), hash_prefix=sha256)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url} answered {error.code} {error.reason}; {by_hand}") from error
+    except RuntimeError as error:  # the hash differs
+        raise UserError(
+            f"the download of {url} was cut off or is not the published file; "
+            f"try again, or {by_hand}"
+        ) from error
+    except NETWORK_ERRORS as error:
+        reason = getattr(error, "reason", error) or type(error).__name__
+        raise UserError(f"{url} cannot be reached ({reason}); {by_hand}") from error
+    finally:
+        socket.setdefaulttimeout(previous_timeout)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(functools.partial(file.read, 1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Path:
+    """Return the path of the original checkpoint of `model_name`, downloading it if missing."""
+    spec = MODELS[model_name]
+    path = folder / spec.filename
+    if path.is_file():
+        return path
+    if spec.sha256 is None:
+        raise UserError(f"{path} is missing; it comes with this project: run from its folder")
+    download_file(spec.url, path, spec.sha256, by_hand=f"put that file at {path} by hand")
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint {"model": state_dict, ...}, running no code that it may contain.
+
+    Raises UserError when the file is missing or is not a checkpoint with finite weights.
+    """
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}; check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other kinds of pickles and archives
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # damaged files raise errors of pickle, zip, struct and torch
+        raise UserError(
+            f"{path} is not a readable checkpoint (damaged, cut off, or another kind of file); "
+            "download or train it again"
+        ) from error
+    state_dict = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict) or not all(starmap(_is_weight, state_dict.items())):
+        raise UserError(f'{path} holds no "model" weights; use a SAM 2.1 checkpoint')
+    if not all(torch.isfinite(weight.float()).all() for weight in state_dict.values()):
+        raise UserError(f"{path} holds weights that are not finite (NaN); train or download again")
+    return checkpoint
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    """Say whether an entry of a state_dict is one of a model that computes with real numbers."""
+    is_real = torch.is_tensor(value) and value.is_floating_point() and value.ndim > 0
+    return is_real and value.layout == torch.strided and isinstance(name, str)
+
+
+def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:
+    """Return the name of the model that these weights seem to belong to, or None."""
+    patch_embed = state_dict.get("image_encoder.trunk.patch_embed.proj.weight")
+    prefix = "image_encoder.trunk.blocks."
+    blocks = {key.split(".")[3] for key in state_dict if key.startswith(prefix)}
+    for name, spec in MODELS.items():
+        if patch_embed is not None and (len(patch_embed), len(blocks)) == (
+            spec.embed_dim,
+            spec.blocks,
+        ):
+            return name
+    return None
+
+
+def load_predictor(
+    model_name: str | None, checkpoint: Path, device: torch.device
+) -> tuple[SAM2ImagePredictor, dict[str, Any]]:
+    """Build SAM 2.1 `model_name` with the weights of a checkpoint file, in eval mode on `device`.
+
+    Without a name, the weights tell which model it is. Returns the predictor, and the model_name
+    with whatever else save_checkpoint kept beside the weights.
+    Raises UserError when the file is not a checkpoint of that model.
+    """
+    facts = load_checkpoint(checkpoint)
+    state_dict = facts.pop("model")
+    found = identify_model(state_dict)
+    if found is None:
+        raise UserError(f"{checkpoint} is not a SAM 2.1 checkpoint; use one of {', '.join(MODELS)}")
+    if model_name not in (None, found):
+        raise UserError(
+            f"{checkpoint} is a SAM 2 {found} checkpoint, not {model_name}; use --model {found}"
+        )
+    predictor = build_predictor(found, device)
+    try:
+        predictor.model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        expected = predictor.model.state_dict().keys()
+        missing, unknown = len(expected - state_dict.keys()), len(state_dict.keys() - expected)
+        raise UserError(
+            f"{checkpoint} does not fit SAM 2.1 {found} ({missing} weights missing, {unknown} "
+            "unknown, or of another shape); use a SAM 2.1 checkpoint, not one of SAM 2.0"
+        ) from error
+    return predictor, {**facts, "model_name": found}
+
+
+def build_predictor(model_name: str, device: torch.device) -> SAM2ImagePredictor:
+    """Build SAM 2.1 `model_name` with random weights, in eval mode on `device`."""
+    spec = MODELS[model_name]
+    # Where SAM 2 sees CUDA it puts position encodings on the first GPU, whatever `device` is.
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        model = build_sam2(
+            spec.config, None, device=device, hydra_overrides_extra=list(spec.overrides)
+        )
+    return make_predictor(model)
+
+
+def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
+    """Make a predictor for a model of any image_size; SAM 2 hard-codes the sizes of 1024 pixels."""
+    predictor = SAM2ImagePredictor(model)
+    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    return predictor
+
+
+def save_checkpoint(
+    path: Path, model: torch.nn.Module | dict[str, torch.Tensor], **plain_values: Any
+) -> None:
+    """Save the weights so that SAM 2's own build_sam2(config, path) loads them.
+
+    The weights are a model's, or a state_dict. `plain_values` (numbers, strings, lists, dicts, and
+    tensors in them) are kept beside them. Tensors are saved as those of the CPU: any computer
+    can load them.
+    """
+    weights = model if isinstance(model, dict) else model.state_dict()
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(_on_cpu({"model": weights, **plain_values}), temporary)
+        except RuntimeError as error:  # what torch makes of a disk that is full
+            raise OSError(errno.ENOSPC, "cannot be written (is the disk full?)") from error
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return nested dicts and lists with their tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in value]
+    return value.cpu() if torch.is_tensor(value) else value

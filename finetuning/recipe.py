@@ -1,0 +1,117 @@
+"""The recipe: how a model is fine-tuned, in values that are fixed before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from finetuning.command_line import ArgumentParser, number, seed
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What --recipe sets, and the options of the recipe one by one; the default is as here."""
+
+    # The steps
+    epochs: int = 20
+    batch_size: int = 4
+    lr: float | str = 1e-4  # the learning rate at its highest; "auto": to be found first
+    schedule: str = "cosine"  # or constant
+    weight_decay: float = 4e-5
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to it; 0: none are
+    seed: int = 42
+
+    # What each step shows: mixed (points, boxes and clicks), inner or random points
+    prompts: str = "mixed"
+
+    # The loss
+    mask_loss: str = "first"  # which of the three masks learn; or best, or all
+    single_weight: float = 1.0  # of the single mask, which other tools take
+    dice_weight: float = 1.0  # beside cross-entropy
+    score_weight: float = 0.05  # beside the mask loss
+
+    # The image encoder
+    train_encoder: str = "none"  # or lora, or full
+    encoder_lr: float | None = None
+    lora_rank: int | None = None
+
+
+DEFAULT = Recipe()
+GUIDE = Recipe(
+    batch_size=1,
+    lr=1e-5,
+    schedule="constant",
+    max_grad_norm=0.0,
+    prompts="random",
+    single_weight=0.0,
+    dice_weight=0.0,
+)
+RECIPES = {"default": DEFAULT, "guide": GUIDE}
+MINI_LR = 3e-4  # of the default recipe: mini was pretrained for an hour only, with less to forget
+DEMO_LR = 1e-3  # of the default recipe, for a run of a minute
+RECIPE_OPTIONS = (
+    "epochs", "batch_size", "lr", "schedule", "weight_decay", "max_grad_norm", "seed", "prompts",
+    "mask_loss", "single_weight", "dice_weight", "score_weight",
+)  # fmt: skip
+
+
+def parse_rate(text: str) -> float | str:
+    """Parse --lr, as an argparse type: "auto", or a number above 0."""
+    return text if text == "auto" else number(float, above=0)(text)
+
+
+def add_recipe_options(parser: ArgumentParser) -> None:
+    """Add --recipe, and an option for each of RECIPE_OPTIONS."""
+    recipe = parser.add_argument_group("the recipe")
+    at_least_0, at_least_1 = number(float, at_least=0), number(int, at_least=1)
+
+    def add(option: str, help: str, **limits: Any) -> None:
+        """Add an option whose default is the recipe's."""
+        name = option.removeprefix("--").replace("-", "_")
+        ours, guides = getattr(DEFAULT, name), getattr(GUIDE, name)
+        differs = "" if ours == guides else f" (guide: {guides})"
+        recipe.add_argument(option, default=ours, help=help + differs, **limits)
+
+    recipe.add_argument(
+        "--recipe", choices=RECIPES, default="default", help="what sets the defaults below"
+    )
+    add("--epochs", "passes over the data", type=at_least_1)
+    add("--batch-size", "images a step", type=at_least_1)
+    add(
+        "--lr",
+        "learning rate, at its highest; auto: the best of some that are tried before training, "
+        f"on a part of the training images; mini's default is {MINI_LR:g}",
+        type=parse_rate,
+    )
+    add(
+        "--schedule",
+        "whether the learning rate warms up and falls to zero over the epochs, or stays",
+        choices=("cosine", "constant"),
+    )
+    add("--weight-decay", "of AdamW", type=at_least_0)
+    add("--max-grad-norm", "longer gradients are scaled down to it (0: none)", type=at_least_0)
+    add("--mask-loss", "which of the three masks are corrected", choices=("first", "best", "all"))
+    add(
+        "--single-weight",
+        "of the loss of the single mask, which other tools take, beside the three (0: none)",
+        type=at_least_0,
+    )
+    add("--dice-weight", "of the dice loss beside cross-entropy", type=at_least_0)
+    add("--score-weight", "of the score loss beside the mask loss", type=at_least_0)
+    add(
+        "--prompts",
+        "a random point in the mask (random); one that is likelier the deeper it lies (inner); "
+        "or such points, rough boxes and corrective clicks (mixed)",
+        type=lambda name: "random" if name == "point" else name,  # as it was once called
+        choices=("mixed", "inner", "random"),
+    )
+    add("--seed", "of the order and the prompts", type=seed)
+
+
+def recipe_defaults(recipe_name: str, model: str | None, demo: bool) -> dict[str, Any]:
+    """Return what options of the recipe are where they are not typed; model: if it is."""
+    defaults = dataclasses.asdict(RECIPES[recipe_name])
+    if recipe_name == "default" and (model == "mini" or demo):
+        defaults["lr"] = DEMO_LR if demo else MINI_LR
+    return {name: defaults[name] for name in RECIPE_OPTIONS}

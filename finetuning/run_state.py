@@ -1,0 +1,207 @@
+"""A run's files: its settings, its log, its models, and what it needs to go on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sam2_utils import UserError
+
+import torch
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+from finetuning import distributed
+from finetuning.drawing import draw_learning_curve
+from finetuning.encoder_training import merged_state_dict
+from finetuning.image_files import Pair, write_csv
+from finetuning.learner import Learner
+from finetuning.models import file_sha256, load_checkpoint, save_checkpoint
+from finetuning.recipe import GUIDE, Recipe
+
+STATE_FILE, BEST_FILE, FINAL_FILE = "train_state.pt", "sam2_best.pt", "sam2_final.pt"
+LOG_FILES = ("train_log.csv", "learning_curve.png")
+RESULTS = (BEST_FILE, FINAL_FILE, *LOG_FILES)  # what a run is for
+# What a resumed run may have otherwise than the run that it goes on with.
+FREE_SETTINGS = ("epochs", "checkpoint", "checkpoint_sha256", "data", "data_sha256", "cache")
+
+Log = list[dict[str, float]]  # a row an epoch; epoch 0 is the original, with its val metrics only
+
+
+def run_settings(
+    recipe: Recipe,
+    model: str,
+    checkpoint: Path,
+    data: Path,
+    limit: int | None,
+    precision: torch.dtype,
+    cache: Path | None,
+    pairs: dict[str, list[Pair]],
+) -> dict[str, Any]:
+    """Return what fixes the outcome of a run, as plain values; it is saved with the model."""
+    all_pairs = [pair for of_split in pairs.values() for pair in of_split]
+    files = [path for pair in all_pairs for path in (pair.image, pair.mask)]
+    sizes = [(path.parent.name, path.name, path.stat().st_size) for path in files]
+    return {
+        "model": model,
+        **asdict(recipe),
+        "limit": limit,
+        "precision": str(precision).removeprefix("torch."),
+        "no_cache": cache is None,
+        "cache": None if cache is None else str(cache),
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": file_sha256(checkpoint),
+        "data": str(data),
+        "data_sha256": hashlib.sha256(repr(sizes).encode()).hexdigest(),
+    }
+
+
+def save_state(output: Path, learner: Learner, log: Log, settings: dict[str, Any]) -> None:
+    """Save what load_state needs to go on after this epoch."""
+    save_checkpoint(
+        output / STATE_FILE,
+        learner.weights,
+        optimizer=learner.optimizer.state_dict(),
+        scaler=learner.scaler.state_dict(),
+        log=log,
+        settings=settings,
+    )
+
+
+def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Read what save_state saved; its settings must be these, but an lr that is auto may be any.
+
+    Raises UserError if there is no such run, or its settings, its data or its model differ.
+    """
+    path = output / STATE_FILE
+    if not path.is_file():
+        raise UserError(f"nothing to resume in {output}; run without --resume")
+    state = load_checkpoint(path)
+    # Files from before there were recipes or --train-encoder do not say these.
+    before = {**asdict(GUIDE), **state.get("settings", {})}
+    if before["prompts"] == "point":  # as it was called
+        before["prompts"] = "random"
+    for name in [name for name in settings if name not in FREE_SETTINGS]:
+        is_found = name == "lr" and settings["lr"] == "auto"
+        if before.get(name) != settings[name] and not is_found:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"the run in {output} had {option} {before.get(name)}, not {settings[name]}; "
+                "resume with the same, or use another --output"
+            )
+    for name, what in (
+        ("checkpoint_sha256", f"started from another --checkpoint than {settings['checkpoint']}"),
+        ("data_sha256", f"had other images or masks than {settings['data']} has now"),
+    ):
+        if before.get(name) != settings[name]:
+            raise UserError(f"the run in {output} {what}; resume with the same, or start anew")
+    if "original_iou" in state:  # a file from before epoch 0 had a row
+        state["log"].insert(0, {"epoch": 0, "val_iou": state["original_iou"]})
+    return {**state, "settings": before}
+
+
+def restore(learner: Learner, state: dict[str, Any]) -> None:
+    """Put the learner back to where an interrupted run was."""
+    rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
+    learner.weights.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scaler.load_state_dict(state["scaler"])
+    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
+        group["initial_lr"] = rate  # files of earlier versions do not have it
+
+
+def start(
+    output: Path,
+    predictor: SAM2ImagePredictor,
+    learner: Learner,
+    recipe: Recipe,
+    state: dict[str, Any] | None,
+    log: Log,
+    settings: dict[str, Any],
+) -> None:
+    """Put the learner to where an interrupted run was, or save it as it is, so that one can be."""
+    done = log[-1]["epoch"]
+    if distributed.rank() == 0:
+        if not state:
+            save_state(output, learner, log, settings)
+        if best_of(log)["epoch"] == 0:  # and the model is still the original
+            save_model(output / BEST_FILE, predictor, log[0], settings)
+    if state:
+        restore(learner, state)
+        print(f"going on after epoch {done}")
+    if done >= recipe.epochs:
+        print(f"all {done} epochs are done; for more, raise --epochs")
+    if len(learner.weights.encoder):
+        count = sum(weight.numel() for weight in learner.weights.encoder)
+        print(
+            f"the image encoder learns too ({recipe.train_encoder}, {count / 1e6:.2f} M weights): "
+            "its features change, so no cache; each image is encoded in each epoch (slow)"
+        )
+
+
+def best_of(log: Log) -> dict[str, float]:
+    """Return the row of the epoch with the highest val IoU; the earliest of several."""
+    return max(log, key=lambda row: row["val_iou"])
+
+
+def conclude(log: Log) -> str:
+    """Return the last word on a run: how good it became, or that it did not help."""
+    before, best = log[0]["val_iou"], best_of(log)
+    if best["epoch"]:
+        return (
+            f"val IoU {before:.4f} before training, {best['val_iou']:.4f} at best "
+            f"(epoch {best['epoch']})"
+        )
+    return (
+        f"fine-tuning did not help: no epoch was better than the original (val IoU {before:.4f}), "
+        "so sam2_best.pt is the original; try --lr auto or a smaller --lr, or more images"
+    )
+
+
+def save_epoch(
+    output: Path,
+    predictor: SAM2ImagePredictor,
+    learner: Learner,
+    log: Log,
+    settings: dict[str, Any],
+) -> None:
+    """Save the model if it is the best so far, the state and the log; print the log's last row."""
+    row = log[-1]
+    is_best = best_of(log) is row
+    if is_best:
+        save_model(output / BEST_FILE, predictor, row, settings)
+    save_state(output, learner, log, settings)
+    write_log(output, log)
+    print(
+        f"epoch {row['epoch']:3}  loss {row['loss']:.4f}  train IoU {row['train_iou']:.4f}  "
+        f"val IoU {row['val_iou']:.4f}  {row['seconds']:.1f} s{'  best' if is_best else ''}"
+    )
+
+
+def save_model(
+    path: Path, predictor: SAM2ImagePredictor, row: dict[str, float], settings: dict[str, Any]
+) -> None:
+    """Save the whole model, with its row of the log and where it comes from beside its weights."""
+    save_checkpoint(
+        path,
+        merged_state_dict(predictor.model),
+        model_name=settings["model"],
+        epoch=row["epoch"],
+        val_iou=row["val_iou"],
+        settings=settings,
+    )
+
+
+def write_log(output: Path, log: Log) -> None:
+    """Write train_log.csv and learning_curve.png, a row and a point an epoch.
+
+    They are written whole after each epoch, so that one that is open elsewhere only has to wait.
+    """
+    columns = list(log[-1])
+    table, curve = (output / name for name in LOG_FILES)
+    try:
+        write_csv(table, columns, [[row.get(column, "") for column in columns] for row in log])
+        draw_learning_curve(curve, log)
+    except PermissionError as error:
+        print(f"warning: {error.filename} cannot be written; is it open in another program?")

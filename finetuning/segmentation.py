@@ -1,0 +1,199 @@
+"""From an image and a prompt to masks and scores: the one path that all scripts take."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+from sam2_utils import NotFiniteError, copy_to
+
+import numpy as np
+import torch
+from sam2.modeling.sam2_base import SAM2Base
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from finetuning.prompts import Prompt
+
+
+class Features(NamedTuple):
+    """What SAM2ImagePredictor.set_image computes, for B images of a model of input size S.
+
+    image_embed: BxCx(S/16)x(S/16); high_res_feats: Bx(C/8)x(S/4)x(S/4), Bx(C/4)x(S/8)x(S/8).
+    """
+
+    image_embed: torch.Tensor
+    high_res_feats: list[torch.Tensor]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Features:
+        """Move to a device, and convert there: half precision is half as much to copy."""
+        maps = (self.image_embed, *self.high_res_feats)
+        moved = [copy_to(device, feature_map).to(dtype) for feature_map in maps]
+        return Features(moved[0], moved[1:])
+
+
+class Prediction(NamedTuple):
+    """What the mask decoder answers to B prompts.
+
+    mask_logits: Bx4x(S/4)x(S/4) float32, for upscale_masks: the single mask, then the three that
+      are for prompts of several meanings.
+    iou_scores: Bx4 float32, the model's own estimate of each mask's IoU.
+    object_logits: Bx1 float32, whether there is an object at all.
+    """
+
+    mask_logits: torch.Tensor
+    iou_scores: torch.Tensor
+    object_logits: torch.Tensor
+
+
+def feature_shapes(model: SAM2Base) -> list[tuple[int, int, int]]:
+    """Return HxWxC of an image's maps in Features: image_embed, then high_res_feats."""
+    size, channels = model.image_size, model.sam_prompt_embed_dim
+    levels = ((16, channels), (4, channels // 8), (8, channels // 4))
+    return [(size // stride, size // stride, depth) for stride, depth in levels]
+
+
+class PromptedDecoder(torch.nn.Module):
+    """The parts of SAM 2 that learn: the prompt encoder and the mask decoder."""
+
+    def __init__(self, model: SAM2Base) -> None:
+        super().__init__()
+        self.prompt_encoder = model.sam_prompt_encoder
+        self.mask_decoder = model.sam_mask_decoder
+
+    def forward(
+        self,
+        features: Features,
+        point_coords: torch.Tensor,
+        point_labels: torch.Tensor,
+        mask_inputs: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Do what predict_masks does, with BxNx2 points in pixels of the input and BxN labels."""
+        prompt_embeddings = self.embed_prompts(point_coords, point_labels, mask_inputs)
+        return self.decode_masks(features, *prompt_embeddings)
+
+    def embed_prompts(
+        self,
+        point_coords: torch.Tensor,
+        point_labels: torch.Tensor,
+        mask_inputs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sparse embeddings, BxTxC of T tokens, and the dense ones, BxCxhxw."""
+        return self.prompt_encoder(
+            points=(point_coords, point_labels), boxes=None, masks=mask_inputs
+        )
+
+    def decode_masks(
+        self, features: Features, sparse_embeddings: torch.Tensor, dense_embeddings: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what a Prediction holds, of embedded prompts."""
+        # On a CPU, plain attention between few tokens and many is faster than the flash kernel.
+        on_cpu = features.image_embed.device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
+            # What the decoder's forward chooses from: three masks, or the single one
+            mask_logits, iou_scores, _, object_logits = self.mask_decoder.predict_masks(
+                image_embeddings=features.image_embed,
+                image_pe=self.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse_embeddings,
+                dense_prompt_embeddings=dense_embeddings,
+                repeat_image=False,
+                high_res_features=features.high_res_feats,
+            )
+        return mask_logits.float(), iou_scores.float(), object_logits.float()
+
+
+def encode_images(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
+    """Run the frozen image encoder, without gradients, on HxWx3 uint8 RGB images of any sizes."""
+    predictor.set_image_batch(images)
+    return Features(**predictor._features)
+
+
+def predict_masks(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    prompts: list[Prompt],
+    image_sizes: list[tuple[int, int]],
+    decoder: torch.nn.Module | None = None,
+    mask_inputs: torch.Tensor | None = None,
+) -> Prediction:
+    """Turn features and prompts into masks and scores; gradients flow, unlike in predict().
+
+    Arguments:
+      features: of B images.
+      prompts: one an image, all with the same number N of points.
+      image_sizes: (H,W) of the original images, in whose pixels the prompts are given.
+      decoder: the predictor's PromptedDecoder, where it is wrapped to be faster or distributed.
+      mask_inputs: Bx1x(S/4)x(S/4) logits of the masks that the prompts are to correct, if any.
+    """
+    model, transforms = predictor.model, predictor._transforms
+
+    # The prompts, from pixels of each image to pixels of the model's square input
+    coords = [
+        transforms.transform_coords(torch.from_numpy(prompt.point_coords), True, size)
+        for prompt, size in zip(prompts, image_sizes, strict=True)
+    ]
+    labels = [torch.from_numpy(prompt.point_labels) for prompt in prompts]
+    points = torch.stack(coords).to(model.device), torch.stack(labels).to(model.device)
+
+    # Prompt encoder and mask decoder
+    return Prediction(*(decoder or PromptedDecoder(model))(features, *points, mask_inputs))
+
+
+def choose_masks(
+    predictor: SAM2ImagePredictor, prediction: Prediction, kind: str = "best"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose one mask an image; return Bx1x(S/4)x(S/4) logits and Bx1 scores.
+
+    kind: best (of the three, the one with the highest score) or single (what other tools take: the
+    single mask, or the best of three where it is not stable, as SAM 2 decides it).
+    """
+    if kind == "single":
+        return predictor.model.sam_mask_decoder._dynamic_multimask_via_stability(
+            prediction.mask_logits, prediction.iou_scores
+        )
+    mask_logits, iou_scores = prediction.mask_logits[:, 1:], prediction.iou_scores[:, 1:]
+    best = iou_scores.argmax(-1, keepdim=True)
+    return mask_logits.take_along_dim(best[..., None, None], 1), iou_scores.gather(-1, best)
+
+
+def upscale_masks(
+    predictor: SAM2ImagePredictor, mask_logits: torch.Tensor, image_size: tuple[int, int]
+) -> torch.Tensor:
+    """Upscale BxCxhxw mask logits to BxCxHxW, the (H,W) of the original image."""
+    return predictor._transforms.postprocess_masks(mask_logits, image_size)
+
+
+@torch.no_grad()
+def segment_with_logits(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    prompt: Prompt,
+    image_size: tuple[int, int],
+    mask_input: torch.Tensor | None = None,
+    kind: str = "best",
+) -> tuple[np.ndarray, float, torch.Tensor]:
+    """Do what segment does, after `mask_input`, the logits that an earlier prompt led to.
+
+    Returns the HxW bool mask, its score, and its logits for the next call, 1x1x(S/4)x(S/4) and
+    clamped as SAM2ImagePredictor does.
+    """
+    prediction = predict_masks(predictor, features, [prompt], [image_size], mask_inputs=mask_input)
+    if not torch.isfinite(prediction.iou_scores).all():
+        raise NotFiniteError("the model's scores are not finite (NaN); lower --lr, or use float32")
+    mask_logits, scores = choose_masks(predictor, prediction, kind)
+    mask = upscale_masks(predictor, mask_logits, image_size)[0, 0] > 0
+    return mask.cpu().numpy(), float(scores), mask_logits.clamp(-32, 32)
+
+
+def segment(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    prompt: Prompt,
+    image_size: tuple[int, int],
+    kind: str = "best",
+) -> tuple[np.ndarray, float]:
+    """Segment one image; `kind` says which mask, as in choose_masks.
+
+    Returns the HxW bool mask and its score. Raises NotFiniteError where the scores are not finite.
+    """
+    return segment_with_logits(predictor, features, prompt, image_size, kind=kind)[:2]
