@@ -181,7 +181,7 @@ def make_parser() -> ArgumentParser:
         "--no-cache", action="store_true", help="encode each image anew in each epoch (slow)"
     )
 
-    model = parser.add_argument_group("the model to run_state.start from")
+    model = parser.add_argument_group("the model to start from")
     model.add_argument("--model", choices=MODELS, default="small", help="its size")
     model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
 
@@ -233,9 +233,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-def next_command(output: Path, data: Path, demo: bool) -> str:
+def next_command(output: Path, data: Path) -> str:
     """Return the command that compares what this run has trained."""
-    if demo:
+    if (output, data) == (DEMO["output"], DEMO["data"]):
         return "python compare_models.py --demo"
     command = f"python compare_models.py --finetuned {output / run_state.BEST_FILE}"
     return command + (f" --data {data}" if data != Path("data") else "")
@@ -312,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
         distributed.wait_for_all()
         pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
         checkpoint = args.checkpoint or ensure_checkpoint(args.model)
+        if checkpoint.resolve() in [(args.output / name).resolve() for name in run_state.MODELS]:
+            raise UserError(f"{checkpoint} would be overwritten; use another --output")
         predictor, _ = load_predictor(args.model, checkpoint, device)
         device = trusted_device(predictor, device, insists=args.device == "mps")
         if distributed.rank() == 0:
@@ -336,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {', '.join(run_state.RESULTS)} to {args.output}")
         if args.cache:
             print(f"the features in {args.cache} may be deleted; another run would need them again")
-        print(f"next: {next_command(args.output, args.data, args.demo)}")
+        print(f"next: {next_command(args.output, args.data)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ ENCODER_OPTIONS = ("encoder_lr", "lora_rank", "gradient_checkpointing")
 
 
 def encode_with_gradients(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
-    """Do what sam2_utils.encode_images does, but let gradients reach the image encoder.
+    """Do what segmentation.encode_images does, but let gradients reach the image encoder.
 
     They reach the decoder's two convolutions on high-resolution features too. Under autocast,
     weights and their gradients stay float32, and the features are of autocast's dtype or float32.

@@ -112,6 +112,7 @@ def add_recipe_options(parser: ArgumentParser) -> None:
 def recipe_defaults(recipe_name: str, model: str | None, demo: bool) -> dict[str, Any]:
     """Return what options of the recipe are where they are not typed; model: if it is."""
     defaults = dataclasses.asdict(RECIPES[recipe_name])
-    if recipe_name == "default" and (model == "mini" or demo):
+    is_mini = model == "mini" or (model is None and demo)
+    if recipe_name == "default" and is_mini:
         defaults["lr"] = DEMO_LR if demo else MINI_LR
     return {name: defaults[name] for name in RECIPE_OPTIONS}

@@ -22,7 +22,8 @@ from finetuning.recipe import GUIDE, Recipe
 
 STATE_FILE, BEST_FILE, FINAL_FILE = "train_state.pt", "sam2_best.pt", "sam2_final.pt"
 LOG_FILES = ("train_log.csv", "learning_curve.png")
-RESULTS = (BEST_FILE, FINAL_FILE, *LOG_FILES)  # what a run is for
+MODELS = (BEST_FILE, FINAL_FILE)
+RESULTS = (*MODELS, *LOG_FILES)  # what a run is for
 # What a resumed run may have otherwise than the run that it goes on with.
 FREE_SETTINGS = ("epochs", "checkpoint", "checkpoint_sha256", "data", "data_sha256", "cache")
 

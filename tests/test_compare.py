@@ -16,7 +16,7 @@ import compare_models
 import train_sam2_proper
 from compare_models import choose_figures, main
 from finetuning import feature_cache
-from finetuning.evaluation import Result, bootstrap_interval
+from finetuning.evaluation import METRICS, Result, bootstrap_interval
 from finetuning.image_files import Pair, read_image, read_mask, write_image
 from finetuning.models import save_checkpoint
 from finetuning.prompts import make_prompt
@@ -50,7 +50,7 @@ def made_up_results(
             Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")),
             prompt,
             area,
-            [{"IoU": iou, "Dice": iou} for iou in ious],
+            [dict.fromkeys(METRICS, iou) for iou in ious],
         )
         for i, (*ious, area) in enumerate(zip(original, finetuned, areas, strict=True))
     ]

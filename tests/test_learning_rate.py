@@ -1,6 +1,7 @@
 """The learning rate fits the model, is found where that is asked for, and never makes it worse."""
 
 import csv
+import dataclasses
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import compare_models
 import train_sam2_proper
 from finetuning import learning_rate
 from finetuning.learning_rate import RATES, choose_rate, split_for_trials
+from finetuning.recipe import GUIDE
 from train_sam2_proper import main, parse_args
 
 
@@ -50,6 +52,11 @@ def test_models_that_know_much_learn_more_slowly_than_mini():
     assert parse_args(["--model", "mini", "--lr", "2e-5"]).lr == 2e-5
     assert parse_args(["--model", "mini", "--recipe", "guide"]).lr == 1e-5
     assert parse_args(["--demo"]).lr == 1e-3
+    assert parse_args(["--demo", "--model", "small"]).lr == 1e-4
+    assert parse_args(["--demo", "--recipe", "guide"]).recipe == dataclasses.replace(
+        GUIDE, epochs=8
+    )
+    assert parse_args(["--demo", "--lr", "2e-5", "--epochs", "3"]).recipe.epochs == 3
 
 
 # Never worse

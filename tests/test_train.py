@@ -344,6 +344,16 @@ def test_the_command_to_go_on_with_names_this_runs_files(run_script, data, rando
     assert f"next: {expected}" in outcome.out
 
 
+def test_a_run_does_not_overwrite_what_it_starts_from(run_script, data, random_mini):
+    assert run_training(run_script, random_mini, "--epochs", 1).status == 0
+    best = Path("output/sam2_best.pt")
+    content = best.read_bytes()
+    outcome = run_training(run_script, best, "--epochs", 1)
+    assert outcome.status == 2 and "would be overwritten; use another --output" in outcome.err
+    assert best.read_bytes() == content
+    assert run_training(run_script, best, "--epochs", 1, "--output", "more").status == 0
+
+
 def test_resuming_another_kind_of_run_is_refused_with_the_difference(run_script, data, random_mini):
     outcome = run_training(run_script, random_mini, "--resume")
     assert outcome.status == 2 and "nothing to resume" in outcome.err
