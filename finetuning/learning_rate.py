@@ -105,8 +105,9 @@ def find_learning_rate(try_rate: Callable[[float], float], before: float) -> flo
         ious[rate] = try_rate(rate)
         print(f"  --lr {rate:<6g}  IoU {ious[rate]:.4f}")
     best = choose_rate(ious)
-    helps = "" if ious[best] > before else "; none of them helped, which is little to go by"
-    print(f"chose --lr {best:g} in {time.perf_counter() - start:.0f} s{helps}")
+    helps = np.nanmax([*ious.values(), 0.0]) > before + ALIKE
+    doubt = "" if helps else "; in so short a time no rate was clearly better than no training"
+    print(f"chose --lr {best:g} in {time.perf_counter() - start:.0f} s{doubt}")
     return best
 
 

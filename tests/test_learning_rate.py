@@ -138,6 +138,12 @@ def test_of_rates_that_are_alike_the_lowest_is_chosen():
     assert choose_rate({1e-5: math.nan, 1e-4: math.nan}) == 1e-5
 
 
+def test_where_no_rate_is_clearly_better_than_no_training_it_says_so(capsys):
+    for gain, doubts in ((0.1, False), (0.001, True), (math.nan, True)):
+        assert learning_rate.find_learning_rate(lambda _, gain=gain: 0.5 + gain, 0.5) == min(RATES)
+        assert ("no rate was clearly better" in capsys.readouterr().out) == doubts
+
+
 def test_auto_finds_a_rate_and_trains_as_with_that_rate(train, monkeypatch):
     monkeypatch.setattr(learning_rate, "TRIAL_IMAGES", 12)
     outcome = train("--epochs", 2, "--lr", "auto", "--output", "auto")
