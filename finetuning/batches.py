@@ -32,7 +32,7 @@ PREFETCH = 2  # batches that each loading process has ready
 
 
 class Step(NamedTuple):
-    """What EpochSampler has a process do."""
+    """One process's share of a training step: which images, in which epoch."""
 
     epoch: int
     indices: list[int]  # of this process's images
@@ -54,8 +54,8 @@ class Batch(NamedTuple):
 class TrainingSet(Dataset):
     """Batches by Step.
 
-    Prompts are drawn on the grid of the model's input. They follow from the seed, the epoch and the
-    images alone: neither workers nor the cache change them.
+    Prompts are drawn on the grid of the model's input. They follow from the seed, the epoch, the
+    step's number and the images alone: neither workers nor the cache change them.
     """
 
     def __init__(

@@ -169,8 +169,8 @@ def contradiction(
 
 
 def encoder_settings(
-    train_encoder: str, lr: float, encoder_lr: float | None, lora_rank: int | None
-):
+    train_encoder: str, lr: float | str, encoder_lr: float | None, lora_rank: int | None
+) -> dict[str, Any]:
     """Return what a recipe has of the image encoder, with the defaults that follow from it."""
     if train_encoder == "none":
         return {"train_encoder": "none"}
