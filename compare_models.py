@@ -54,7 +54,14 @@ from finetuning.evaluation import (
     segment_with_all,
 )
 from finetuning.feature_cache import FeatureCache, FeatureSource, hash_encoder
-from finetuning.image_files import DEMO_DATA, read_mask, read_pair, split_pairs, write_csv
+from finetuning.image_files import (
+    DEMO_DATA,
+    DEMO_OUTPUT,
+    read_mask,
+    read_pair,
+    split_pairs,
+    write_csv,
+)
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
 from finetuning.report import format_details, format_table, print_anywhere
 
@@ -243,8 +250,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = make_parser().parse_args_with_demo(
         argv,
         data=DEMO_DATA,
-        finetuned=Path("output/demo/sam2_best.pt"),
-        output=Path("output/demo/comparison"),
+        finetuned=DEMO_OUTPUT / "sam2_best.pt",
+        output=DEMO_OUTPUT / "comparison",
     )
     if args.no_mask_prompt and not args.clicks:
         raise UserError("--no-mask-prompt is about simulated clicks; add --clicks 10, say")

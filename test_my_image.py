@@ -26,7 +26,7 @@ import numpy as np
 from finetuning.command_line import ArgumentParser, add_device_option, run
 from finetuning.device_check import trusted_device
 from finetuning.drawing import draw_overlay
-from finetuning.image_files import DEMO_DATA, read_image, read_mask, write_image
+from finetuning.image_files import DEMO_DATA, DEMO_OUTPUT, read_image, read_mask, write_image
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
 from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.segmentation import encode_images, segment
@@ -173,8 +173,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         argv,
         image=DEMO_IMAGE,
         model="mini",
-        finetuned=Path("output/demo/sam2_best.pt"),
-        output=Path("output/demo/my_results"),
+        finetuned=DEMO_OUTPUT / "sam2_best.pt",
+        output=DEMO_OUTPUT / "my_results",
     )
     if not args.image:
         parser.error("--image is missing: the image to segment")

@@ -37,32 +37,26 @@ from tqdm import tqdm
 from finetuning import distributed, encoder_training, run_state
 from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_indices
 from finetuning.clicks import add_clicks
-from finetuning.command_line import (
-    ArgumentParser,
-    add_device_option,
-    add_precision_option,
-    number,
-    run,
-)
+from finetuning.command_line import ArgumentParser, number, run
 from finetuning.data_folder import draw_demo, is_filled
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.feature_cache import FeatureSource, open_cache
-from finetuning.image_files import DEMO_DATA, Pair, only_run_in, split_pairs
-from finetuning.learner import Learner, make_learner, set_learning_rate, speed_up, take_step
+from finetuning.image_files import Pair, only_run_in, split_pairs
+from finetuning.learner import (
+    Learner,
+    Machine,
+    add_machine_options,
+    make_learner,
+    set_learning_rate,
+    speed_up,
+    take_step,
+)
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
-from finetuning.recipe import RECIPE_OPTIONS, Recipe, add_recipe_options, recipe_defaults
+from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.segmentation import encode_images, predict_masks
-
-DEMO = {
-    "data": DEMO_DATA,
-    "output": Path("output/demo"),
-    "model": "mini",
-    "epochs": 8,
-    "precision": "float32",  # the same figures on every CPU
-}
 
 
 def train_one_epoch(
@@ -111,14 +105,9 @@ def train_one_epoch(
         share = batch.fraction * distributed.world_size()
         clipped = take_step(learner, loss * share, recipe.max_grad_norm)
         reports += [{**report, "clipped": clipped, "count": share > 0} for report in of_images]
-        show_progress(progress, reports[-50:])
+        recent = {name: np.mean([r[name] for r in reports[-50:]]) for name in ("loss", "train_iou")}
+        progress.set_postfix({name: f"{mean:.3f}" for name, mean in recent.items()})
     return distributed.mean_over_all(reports, predictor.device)
-
-
-def show_progress(progress: tqdm, recent: list[dict[str, float]]) -> None:
-    """Show the means of recent reports beside the bar."""
-    loss, iou = (np.mean([report[name] for report in recent]) for name in ("loss", "train_iou"))
-    progress.set_postfix(loss=f"{loss:.4f}", IoU=f"{iou:.3f}")
 
 
 def evaluate(model: Model, pairs: list[Pair]) -> dict[str, float]:
@@ -188,25 +177,8 @@ def make_parser() -> ArgumentParser:
     add_recipe_options(parser)
     encoder_training.add_encoder_options(parser)
 
-    machine = parser.add_argument_group("the machine")
-    add_device_option(machine)
-    add_precision_option(
-        machine,
-        "auto: bfloat16 on GPUs and CPUs that multiply it, else float16 on CUDA, float32 elsewhere",
-    )
-    machine.add_argument(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="compile the decoder; auto: where the run is long enough to win the time back",
-    )
+    add_machine_options(parser)
     return parser
-
-
-def choose_defaults(typed: Namespace) -> dict[str, Any]:
-    """Return what options are where they are not typed: of --demo, then of --recipe."""
-    defaults = recipe_defaults(typed.recipe, typed.model, typed.demo)
-    return {**defaults, **(DEMO if typed.demo else {})}
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -233,46 +205,26 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-def next_command(output: Path, data: Path) -> str:
-    """Return the command that compares what this run has trained."""
-    if (output, data) == (DEMO["output"], DEMO["data"]):
-        return "python compare_models.py --demo"
-    command = f"python compare_models.py --finetuned {output / run_state.BEST_FILE}"
-    return command + (f" --data {data}" if data != Path("data") else "")
-
-
-def fetch(data: Path, demo: bool, checkpoint: Path | None, model: str) -> None:
-    """Make the demo's data and download the checkpoint, where they are missing."""
-    if demo and not is_filled(data):
-        draw_demo(data)
-    split_pairs(data, "train")  # without data, no download is needed
-    if checkpoint is None:
-        ensure_checkpoint(model)
-
-
 def train(
     predictor: SAM2ImagePredictor,
     pairs: dict[str, list[Pair]],
     recipe: Recipe,
-    precision: torch.dtype,
+    machine: Machine,
     settings: dict[str, Any],
     output: Path,
     resume: bool,
-    checkpointing: bool | None,
-    compiling: str,
 ) -> None:
     """Fine-tune a model on pairs["train"], for the epochs that are not done yet.
 
-    settings: of the run, as run_state.run_settings returns them. checkpointing, compiling: as in
-    make_learner and speed_up.
+    settings: of the run, as run_state.run_settings returns them.
     """
     state = run_state.load_state(output, settings) if resume else None
 
     # What the frozen encoder says of the images, once
     cache = None
     if settings["cache"]:
-        cache = open_cache(predictor, Path(settings["cache"]), precision, pairs)
-    model = Model(predictor, FeatureSource(predictor, precision, cache))
+        cache = open_cache(predictor, Path(settings["cache"]), machine.precision, pairs)
+    model = Model(predictor, FeatureSource(predictor, machine.precision, cache))
     training_set = TrainingSet(
         pairs["train"], cache, predictor.model.image_size, recipe.seed, recipe.prompts
     )
@@ -291,10 +243,10 @@ def train(
         recipe, settings = dataclasses.replace(recipe, lr=lr), {**settings, "lr": lr}
 
     # Training
-    learner = make_learner(predictor, recipe, precision, checkpointing)
+    learner = make_learner(predictor, recipe, machine.precision, machine.checkpointing)
     run_state.start(output, predictor, learner, recipe, state, log, settings)
     if log[-1]["epoch"] < recipe.epochs:
-        learner = speed_up(learner, predictor, recipe, len(indices), compiling)
+        learner = speed_up(learner, predictor, recipe, len(indices), machine.compiling)
     sampler = EpochSampler(indices, recipe.batch_size, recipe.seed)
     loader = make_loader(training_set, sampler, predictor.device)
     fit(learner, model, loader, pairs["val"], recipe, log, settings, output)
@@ -308,7 +260,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(recipe.seed)
     with distributed.process_group(device), contextlib.ExitStack() as locks:
         if distributed.rank() == 0:
-            fetch(args.data, args.demo, args.checkpoint, args.model)
+            if args.demo and not is_filled(args.data):
+                draw_demo(args.data)
+            split_pairs(args.data, "train")  # without data, no download is needed
+            if args.checkpoint is None:
+                ensure_checkpoint(args.model)
         distributed.wait_for_all()
         pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
         checkpoint = args.checkpoint or ensure_checkpoint(args.model)
@@ -324,21 +280,12 @@ def main(argv: list[str] | None = None) -> None:
         train_count, val_count = map(len, pairs.values())
         print(f"{train_count} training and {val_count} validation images from {args.data}")
         print(f"SAM 2.1 {args.model} on {device} in {settings['precision']}")
-        train(
-            predictor,
-            pairs,
-            recipe,
-            precision,
-            settings,
-            args.output,
-            args.resume,
-            args.gradient_checkpointing,
-            args.compile,
-        )
+        machine = Machine(precision, args.gradient_checkpointing, args.compile)
+        train(predictor, pairs, recipe, machine, settings, args.output, args.resume)
         print(f"wrote {', '.join(run_state.RESULTS)} to {args.output}")
         if args.cache:
             print(f"the features in {args.cache} may be deleted; another run would need them again")
-        print(f"next: {next_command(args.output, args.data)}")
+        print(f"next: {run_state.next_command(args.output, args.data)}")
 
 
 if __name__ == "__main__":

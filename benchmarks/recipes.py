@@ -43,7 +43,7 @@ from finetuning.feature_cache import FeatureCache, FeatureSource, open_cache, pa
 from finetuning.image_files import Pair, atomic_write, split_pairs, write_csv
 from finetuning.learner import make_learner
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
-from finetuning.recipe import DEFAULT, GUIDE, RECIPE_OPTIONS, Recipe, recipe_defaults
+from finetuning.recipe import DEFAULT, GUIDE, MINI_LR, RECIPE_OPTIONS, Recipe
 from train_sam2_proper import train_one_epoch
 
 BATCH = replace(GUIDE, batch_size=4)
@@ -200,7 +200,7 @@ def choose_learning_rates(names: list[str], epochs: int, bench: Bench) -> dict[s
 
     Where there is a choice, it is the best with one point, on the images held out.
     """
-    own = recipe_defaults("default", bench.model, demo=False)["lr"]
+    own = MINI_LR if bench.model == "mini" else DEFAULT.lr
     candidates: dict[str, list[Recipe]] = {}
     for name in names:
         recipe, rates = COMPARED[name]

@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
     ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-DEMO_DATA = Path("data/demo")
+DEMO_DATA, DEMO_OUTPUT = Path("data/demo"), Path("output/demo")
 UNREADABLE_SUFFIXES = {".heic", ".heif"}  # of phones; OpenCV does not read them
 # Two bytes that begin a segment of a JPEG, or end it; pixels and padding hold none such.
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")

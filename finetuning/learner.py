@@ -11,12 +11,21 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning import distributed
+from finetuning.command_line import ArgumentParser, add_device_option, add_precision_option
 from finetuning.encoder_training import let_encoder_learn
 from finetuning.recipe import Recipe
 from finetuning.segmentation import Features, PromptedDecoder, feature_shapes
 
 # Compiling the decoder takes about a minute, which so many images of a full-size model win back.
 COMPILE_FROM_IMAGES = 3000
+
+
+class Machine(NamedTuple):
+    """How a run computes on its machine."""
+
+    precision: torch.dtype
+    checkpointing: bool | None = None  # of the encoder that learns, as in let_encoder_learn
+    compiling: str = "auto"  # on, off, or auto, as in speed_up
 
 
 class LearningWeights(PromptedDecoder):
@@ -35,6 +44,22 @@ class Learner(NamedTuple):
     scaler: torch.amp.GradScaler  # of float16 gradients; else it does nothing
     precision: torch.dtype  # that the components compute in
     decoder: torch.nn.Module  # computes with the weights, perhaps compiled or distributed
+
+
+def add_machine_options(parser: ArgumentParser) -> None:
+    """Add --device, --precision and --compile."""
+    machine = parser.add_argument_group("the machine")
+    add_device_option(machine)
+    add_precision_option(
+        machine,
+        "auto: bfloat16 on GPUs and CPUs that multiply it, else float16 on CUDA, float32 elsewhere",
+    )
+    machine.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the decoder; auto: where the run is long enough to win the time back",
+    )
 
 
 def make_learner(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
 from finetuning.command_line import ArgumentParser, number, seed
+from finetuning.image_files import DEMO_DATA, DEMO_OUTPUT
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ GUIDE = Recipe(
 RECIPES = {"default": DEFAULT, "guide": GUIDE}
 MINI_LR = 3e-4  # of the default recipe: mini was pretrained for an hour only, with less to forget
 DEMO_LR = 1e-3  # of the default recipe, for a run of a minute
+DEMO = {  # what --demo sets beside it
+    "data": DEMO_DATA,
+    "output": DEMO_OUTPUT,
+    "model": "mini",
+    "epochs": 8,
+    "precision": "float32",  # the same figures on every CPU
+}
 RECIPE_OPTIONS = (
     "epochs", "batch_size", "lr", "schedule", "weight_decay", "max_grad_norm", "seed", "prompts",
     "mask_loss", "single_weight", "dice_weight", "score_weight",
@@ -109,10 +118,10 @@ def add_recipe_options(parser: ArgumentParser) -> None:
     add("--seed", "of the order and the prompts", type=seed)
 
 
-def recipe_defaults(recipe_name: str, model: str | None, demo: bool) -> dict[str, Any]:
-    """Return what options of the recipe are where they are not typed; model: if it is."""
-    defaults = dataclasses.asdict(RECIPES[recipe_name])
-    is_mini = model == "mini" or (model is None and demo)
-    if recipe_name == "default" and is_mini:
-        defaults["lr"] = DEMO_LR if demo else MINI_LR
-    return {name: defaults[name] for name in RECIPE_OPTIONS}
+def choose_defaults(typed: Namespace) -> dict[str, Any]:
+    """Return what options are where they are not typed: of --demo, then of --recipe."""
+    defaults = dataclasses.asdict(RECIPES[typed.recipe])
+    is_mini = typed.model == "mini" or (typed.model is None and typed.demo)
+    if typed.recipe == "default" and is_mini:
+        defaults["lr"] = DEMO_LR if typed.demo else MINI_LR
+    return {**defaults, **(DEMO if typed.demo else {})}

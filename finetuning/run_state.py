@@ -15,7 +15,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from finetuning import distributed
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
-from finetuning.image_files import Pair, write_csv
+from finetuning.image_files import DEMO_DATA, DEMO_OUTPUT, Pair, write_csv
 from finetuning.learner import Learner
 from finetuning.models import file_sha256, load_checkpoint, save_checkpoint
 from finetuning.recipe import GUIDE, Recipe
@@ -158,6 +158,14 @@ def conclude(log: Log) -> str:
         f"fine-tuning did not help: no epoch was better than the original (val IoU {before:.4f}), "
         "so sam2_best.pt is the original; try --lr auto or a smaller --lr, or more images"
     )
+
+
+def next_command(output: Path, data: Path) -> str:
+    """Return the command that compares what a run has trained."""
+    if (output, data) == (DEMO_OUTPUT, DEMO_DATA):
+        return "python compare_models.py --demo"
+    command = f"python compare_models.py --finetuned {output / BEST_FILE}"
+    return command + (f" --data {data}" if data != Path("data") else "")
 
 
 def save_epoch(
