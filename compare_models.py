@@ -54,15 +54,10 @@ from finetuning.evaluation import (
     segment_with_all,
 )
 from finetuning.feature_cache import FeatureCache, FeatureSource, hash_encoder
-from finetuning.image_files import (
-    DEMO_DATA,
-    DEMO_OUTPUT,
-    read_mask,
-    read_pair,
-    split_pairs,
-    write_csv,
-)
+from finetuning.files import write_csv
+from finetuning.image_files import read_mask
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, read_pair, split_pairs
 from finetuning.report import format_details, format_table, print_anywhere
 
 FIGURE_NAME = re.compile(r"comparison_\d+_[+-]\d+p_")

@@ -26,8 +26,8 @@ from finetuning.data_folder import (
     is_kept,
     recover_if_killed,
 )
-from finetuning.image_files import DEMO_DATA, find_pairs
 from finetuning.models import MODELS, download_file, ensure_checkpoint, file_sha256
+from finetuning.pairs import DEMO_DATA, find_pairs
 
 DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
 DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"

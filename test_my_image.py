@@ -26,8 +26,9 @@ import numpy as np
 from finetuning.command_line import ArgumentParser, add_device_option, run
 from finetuning.device_check import trusted_device
 from finetuning.drawing import draw_overlay
-from finetuning.image_files import DEMO_DATA, DEMO_OUTPUT, read_image, read_mask, write_image
+from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
 from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.segmentation import encode_images, segment
 

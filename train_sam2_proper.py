@@ -42,7 +42,7 @@ from finetuning.data_folder import draw_demo, is_filled
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.feature_cache import FeatureSource, open_cache
-from finetuning.image_files import Pair, only_run_in, split_pairs
+from finetuning.files import only_run_in
 from finetuning.learner import (
     Learner,
     Machine,
@@ -55,6 +55,7 @@ from finetuning.learner import (
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.segmentation import encode_images, predict_masks
 

@@ -40,7 +40,7 @@ from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.evaluation import Model, measure
 from finetuning.feature_cache import FeatureCache, FeatureSource, pairs_with_objects
-from finetuning.image_files import Pair, atomic_write, read_pair, split_pairs, write_csv
+from finetuning.files import atomic_write, write_csv
 from finetuning.learner import make_learner, speed_up
 from finetuning.models import (
     MODELS,
@@ -49,6 +49,7 @@ from finetuning.models import (
     load_predictor,
     save_checkpoint,
 )
+from finetuning.pairs import Pair, read_pair, split_pairs
 from finetuning.prompts import prompt_from_mask, random_point
 from finetuning.recipe import DEFAULT, GUIDE, Recipe
 from finetuning.segmentation import encode_images, predict_masks

@@ -36,7 +36,7 @@ from sam2_utils import calculate_iou
 
 from finetuning.command_line import ArgumentParser, number, run, seed
 from finetuning.encoder_training import encode_with_gradients
-from finetuning.image_files import atomic_write
+from finetuning.files import atomic_write
 from finetuning.models import build_predictor, load_predictor, make_predictor
 from finetuning.prompts import make_prompt, mask_box, prompt_from_mask, random_point
 from finetuning.segmentation import Features, encode_images, predict_masks, segment

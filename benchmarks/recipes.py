@@ -40,9 +40,10 @@ from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.command_line import ArgumentParser, add_device_option, number, run
 from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.feature_cache import FeatureCache, FeatureSource, open_cache, pairs_with_objects
-from finetuning.image_files import Pair, atomic_write, split_pairs, write_csv
+from finetuning.files import atomic_write, write_csv
 from finetuning.learner import make_learner
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import DEFAULT, GUIDE, MINI_LR, RECIPE_OPTIONS, Recipe
 from train_sam2_proper import train_one_epoch
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from sam2_utils import UserError
 
-from finetuning.image_files import Pair, find_pairs
+from finetuning.pairs import Pair, find_pairs
 
 # What an archive may hold. Images are checked one at a time, each as a whole in memory.
 MAX_UNPACKED_BYTES = 50 * 10**9

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetuning import distributed
 from finetuning.feature_cache import FeatureCache, pairs_with_objects
-from finetuning.image_files import Pair, read_mask, read_pair, require_equal_sizes
+from finetuning.image_files import read_mask
+from finetuning.pairs import Pair, read_pair, require_equal_sizes
 from finetuning.prompts import Prompt, PromptPlan, draw_prompt, plan_prompts
 from finetuning.segmentation import Features
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.batches import Batch
-from finetuning.image_files import atomic_write, write_csv
+from finetuning.files import atomic_write, write_csv
 from finetuning.prompts import Prompt, add_click, corrective_click
 from finetuning.segmentation import (
     Features,

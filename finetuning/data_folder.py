@@ -17,7 +17,8 @@ from sam2_utils import UserError
 from tqdm import tqdm
 
 from finetuning.demo_images import write_demo_dataset
-from finetuning.image_files import IMAGE_SUFFIXES, Pair, find_pairs, only_run_in, read_pair
+from finetuning.files import only_run_in
+from finetuning.pairs import IMAGE_SUFFIXES, Pair, find_pairs, read_pair
 
 SPLITS = ("train", "val")
 SPLIT_FILE = "split.json"  # in every data folder that this script has filled

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from finetuning.image_files import atomic_write
+from finetuning.files import atomic_write
 from finetuning.prompts import Prompt
 
 GREEN, RED, YELLOW, BLUE, WHITE = (

@@ -12,7 +12,8 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.feature_cache import FeatureSource
-from finetuning.image_files import Pair, read_mask
+from finetuning.image_files import read_mask
+from finetuning.pairs import Pair
 from finetuning.prompts import Prompt, prompt_from_mask
 from finetuning.segmentation import Features, segment
 

@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from finetuning import distributed
 from finetuning.command_line import is_memory_error
-from finetuning.image_files import Pair, atomic_write, read_image, read_mask, require_equal_sizes
+from finetuning.files import atomic_write
+from finetuning.image_files import read_image, read_mask
+from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.segmentation import Features, encode_images, feature_shapes
 
 FORMAT = 2  # of the files; another one is not read

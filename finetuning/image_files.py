@@ -1,139 +1,19 @@
-"""Images and masks on disk: pairing, reading, and writing that is never left half done."""
+"""Reading images and masks, and writing them."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import os
 import re
-import unicodedata
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
-from typing import NamedTuple
+from pathlib import Path
 
 from sam2_utils import UserError
 
 import cv2
 import numpy as np
-from filelock import FileLock, Timeout
 
-IMAGE_SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
-    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-}  # fmt: skip
-DEMO_DATA, DEMO_OUTPUT = Path("data/demo"), Path("output/demo")
-UNREADABLE_SUFFIXES = {".heic", ".heif"}  # of phones; OpenCV does not read them
+from finetuning.files import atomic_write
+
 # Two bytes that begin a segment of a JPEG, or end it; pixels and padding hold none such.
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what is written there becomes `path` when complete.
-
-    An error inside the block, or a pulled plug, leaves whatever stood at `path` as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # the name that the user knows
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Keep other runs from writing to a folder; what a killed one left half-written is removed.
-
-    The system takes the lock from a process that ends, however it ends. Raises UserError where
-    another run holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another run is writing to {folder}; wait for it to end, or use another folder"
-        ) from error
-    except NotImplementedError:  # some network drives have no locks
-        pass
-    try:
-        for leftover in folder.glob(".*.partial"):
-            leftover.unlink()
-        yield
-    finally:
-        lock.release()
-
-
-class Pair(NamedTuple):
-    """An image and its mask: files on disk, or members of a zip archive (zipfile.Path)."""
-
-    name: str
-    image: Path
-    mask: Path
-
-
-def find_pairs(image_dir: Path, mask_dir: Path) -> list[Pair]:
-    """Pair the images and the masks of two folders by file stem, sorted by name.
-
-    The suffixes may differ. Raises UserError unless every image has one mask, and the reverse.
-    """
-    images, masks = _files_by_stem(image_dir), _files_by_stem(mask_dir)
-    if not images:
-        raise UserError(f"no images in {image_dir}; expected files like name.jpg or name.png")
-    _require_partners(images, masks, f"no mask of the same name in {mask_dir}")
-    _require_partners(masks, images, f"no image of the same name in {image_dir}")
-    return [Pair(stem, images[stem], masks[stem]) for stem in sorted(images)]
-
-
-def _require_partners(files: dict[str, Path], partners: dict[str, Path], what: str) -> None:
-    alone = sorted(files.keys() - partners.keys())
-    if alone:
-        names = ", ".join(files[stem].name for stem in alone[:3])
-        more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-        raise UserError(f"{names}{more}: {what}; add what is missing, or take these files away")
-
-
-def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """Map the stem of each image file in `folder` to its path; hidden files are left out."""
-    files: dict[str, Path] = {}
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}; check the path")
-    for path in folder.iterdir():
-        name = PurePath(path.name)
-        if name.suffix.lower() in UNREADABLE_SUFFIXES:
-            raise UserError(f"{path} is in a format that cannot be read; save it as JPEG or PNG")
-        if name.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
-        stem = unicodedata.normalize("NFC", name.stem)  # macOS decomposes 한글 in file names
-        if stem in files:
-            raise UserError(
-                f"{files[stem].name} and {path.name} in {folder} have the same name but for the "
-                "suffix; keep one of them"
-            )
-        files[stem] = path
-    return files
-
-
-def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
-    """Return the pairs of a split ("train" or "val") of a data folder, the first `limit` of them.
-
-    Raises UserError with the command to run where the folder is not there.
-    """
-    image_dir, mask_dir = data / "images" / split, data / "masks" / split
-    for folder in (image_dir, mask_dir):
-        if not folder.is_dir():
-            option = "--demo" if data == DEMO_DATA else f"--data {data}"
-            raise UserError(f"no data in {folder}; run: python download_dataset.py {option}")
-    return find_pairs(image_dir, mask_dir)[:limit]
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -210,24 +90,6 @@ def _is_binary(gray: np.ndarray, is_lossy: bool) -> bool:
     return brightest > 127 and between <= max(16, 0.01 * np.count_nonzero(gray))
 
 
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image (HxWx3 uint8 RGB) and its mask (HxW bool), which must have the same size."""
-    image, mask = read_image(pair.image), read_mask(pair.mask)
-    require_equal_sizes(pair.image, image.shape[:2], pair.mask, mask.shape)
-    return image, mask
-
-
-def require_equal_sizes(
-    image: Path, image_size: tuple[int, int], mask: Path | str, mask_size: tuple[int, int]
-) -> None:
-    """Raise UserError unless an image and its mask have the same (H,W)."""
-    if image_size != mask_size:
-        raise UserError(
-            f"{image} is {image_size[1]}x{image_size[0]} but {mask} is "
-            f"{mask_size[1]}x{mask_size[0]}; a mask must have its image's size"
-        )
-
-
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write an HxWx3 RGB or HxW gray uint8 array; the suffix of `path` names the format."""
     if image.ndim == 3:
@@ -235,15 +97,6 @@ def write_image(path: Path, image: np.ndarray) -> None:
     encoded = cv2.imencode(path.suffix, image)[1]
     with atomic_write(path) as temporary:  # cv2.imwrite fails on non-ASCII paths on Windows
         temporary.write_bytes(encoded.tobytes())
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Write a table; with a byte-order mark, so that Excel reads non-ASCII names."""
-    encoding = {"encoding": "utf-8-sig", "errors": "backslashreplace"}  # names may be no UTF-8
-    with atomic_write(path) as temporary, temporary.open("w", newline="", **encoding) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -14,8 +14,8 @@ import numpy as np
 
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.evaluation import Model
-from finetuning.image_files import Pair
 from finetuning.learner import make_learner
+from finetuning.pairs import Pair
 from finetuning.recipe import Recipe
 
 WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine

@@ -22,7 +22,7 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.image_files import atomic_write
+from finetuning.files import atomic_write
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 DOWNLOAD_TIMEOUT_SECONDS = 30.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetuning.command_line import ArgumentParser, number, seed
-from finetuning.image_files import DEMO_DATA, DEMO_OUTPUT
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from finetuning import distributed
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
-from finetuning.image_files import DEMO_DATA, DEMO_OUTPUT, Pair, write_csv
+from finetuning.files import write_csv
 from finetuning.learner import Learner
 from finetuning.models import file_sha256, load_checkpoint, save_checkpoint
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair
 from finetuning.recipe import GUIDE, Recipe
 
 STATE_FILE, BEST_FILE, FINAL_FILE = "train_state.pt", "sam2_best.pt", "sam2_final.pt"

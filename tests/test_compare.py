@@ -17,8 +17,9 @@ import train_sam2_proper
 from compare_models import choose_figures, main
 from finetuning import feature_cache
 from finetuning.evaluation import METRICS, Result, bootstrap_interval
-from finetuning.image_files import Pair, read_image, read_mask, write_image
+from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.models import save_checkpoint
+from finetuning.pairs import Pair
 from finetuning.prompts import make_prompt
 from finetuning.report import format_interval, format_sizes, format_table, print_anywhere
 

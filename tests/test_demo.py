@@ -15,8 +15,9 @@ import download_dataset
 import test_my_image
 import train_sam2_proper
 from finetuning.demo_images import draw_demo_pair, write_demo_dataset
-from finetuning.image_files import read_image, read_mask, split_pairs
+from finetuning.image_files import read_image, read_mask
 from finetuning.models import load_predictor
+from finetuning.pairs import split_pairs
 from finetuning.prompts import make_prompt, prompt_from_mask
 from finetuning.segmentation import encode_images, segment
 from finetuning.synthetic_images import draw_pretraining_image

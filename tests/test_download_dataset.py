@@ -24,7 +24,9 @@ from download_dataset import main
 from finetuning import archives, models
 from finetuning.archives import is_portable
 from finetuning.data_folder import recover, split_names
-from finetuning.image_files import only_run_in, split_pairs, write_image
+from finetuning.files import only_run_in
+from finetuning.image_files import write_image
+from finetuning.pairs import split_pairs
 
 # Splitting
 

@@ -23,7 +23,7 @@ from sam2.build_sam import build_sam2
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
 
-from finetuning import feature_cache, image_files
+from finetuning import feature_cache, files
 from finetuning.batches import (
     LOSS_GRID,
     Batch,
@@ -39,18 +39,12 @@ from finetuning.feature_cache import (
     hash_encoder,
     pairs_with_objects,
 )
-from finetuning.image_files import (
-    Pair,
-    only_run_in,
-    read_image,
-    read_mask,
-    read_pair,
-    split_pairs,
-    write_image,
-)
+from finetuning.files import only_run_in
+from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.learner import compiling_pays
 from finetuning.losses import batch_loss
 from finetuning.models import MODELS, load_predictor, make_predictor
+from finetuning.pairs import Pair, read_pair, split_pairs
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import Features, PromptedDecoder, encode_images, predict_masks
 from train_sam2_proper import main
@@ -469,7 +463,7 @@ def test_a_file_takes_its_name_after_it_has_reached_the_disk(predictor, pairs, f
         raise OSError(errno.EIO, "the power is gone")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the power is gone"):
-        patch.setattr(image_files.os, "fsync", pull_the_plug)
+        patch.setattr(files.os, "fsync", pull_the_plug)
         fill(folder, predictor, pairs)
     assert list(folder.iterdir()) == [] and held(folder, predictor, pairs) == []
 

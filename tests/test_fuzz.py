@@ -20,9 +20,10 @@ from hypothesis.extra import numpy as hnp
 from finetuning.batches import mask_on_grid
 from finetuning.data_folder import split_names
 from finetuning.drawing import draw_overlay
-from finetuning.image_files import IMAGE_SUFFIXES, find_pairs, read_image, read_mask, write_image
+from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.losses import image_losses
 from finetuning.models import load_predictor
+from finetuning.pairs import IMAGE_SUFFIXES, find_pairs
 from finetuning.prompts import deepest_point, make_prompt, mask_box, prompt_from_mask, random_point
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import Prediction, encode_images, segment, upscale_masks

@@ -13,10 +13,10 @@ from conftest import CPU, write_data
 import train_sam2_proper
 from finetuning.batches import Step, TrainingSet
 from finetuning.clicks import add_clicks
-from finetuning.image_files import split_pairs
 from finetuning.learner import make_learner, take_step
 from finetuning.losses import batch_loss
 from finetuning.models import load_predictor
+from finetuning.pairs import split_pairs
 from finetuning.prompts import PromptPlan
 from finetuning.recipe import DEFAULT
 from finetuning.segmentation import encode_images, predict_masks

@@ -8,16 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from finetuning.image_files import (
-    Pair,
-    atomic_write,
-    find_pairs,
-    read_image,
-    read_mask,
-    read_pair,
-    split_pairs,
-    write_image,
-)
+from finetuning.files import atomic_write
+from finetuning.image_files import read_image, read_mask, write_image
+from finetuning.pairs import Pair, find_pairs, read_pair, split_pairs
 
 
 def write_raw(path: Path, array: np.ndarray, *parameters: int) -> Path:

@@ -13,7 +13,7 @@ from conftest import write_data
 
 import train_sam2_proper
 from finetuning import feature_cache
-from finetuning.image_files import only_run_in
+from finetuning.files import only_run_in
 from train_sam2_proper import main
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from conftest import CPU, write_data
 from finetuning import batches, distributed
 from finetuning.batches import EpochSampler, TrainingSet, count_workers, make_loader
 from finetuning.command_line import run
-from finetuning.image_files import split_pairs
+from finetuning.pairs import split_pairs
 
 MEGABYTE = 2**20
 

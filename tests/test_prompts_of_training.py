@@ -9,8 +9,9 @@ from conftest import CPU, draw_pair, write_pair
 
 from finetuning.batches import Step, TrainingSet, mask_on_grid
 from finetuning.clicks import add_clicks
-from finetuning.image_files import Pair, read_mask
+from finetuning.image_files import read_mask
 from finetuning.models import load_predictor
+from finetuning.pairs import Pair
 from finetuning.prompts import (
     MAX_CLICKS,
     PromptPlan,

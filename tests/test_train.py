@@ -15,11 +15,12 @@ from sam2.build_sam import build_sam2, build_sam2_video_predictor
 import train_sam2_proper
 from finetuning import run_state
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
-from finetuning.image_files import split_pairs, write_image
+from finetuning.image_files import write_image
 from finetuning.learner import make_learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.losses import image_losses
 from finetuning.models import MODELS, load_predictor
+from finetuning.pairs import split_pairs
 from finetuning.recipe import GUIDE, Recipe
 from finetuning.segmentation import Prediction
 from train_sam2_proper import main, parse_args, train_one_epoch

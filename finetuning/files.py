@@ -1,0 +1,68 @@
+"""Writing files that are never left half done."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sam2_utils import UserError
+
+from filelock import FileLock, Timeout
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there becomes `path` when complete.
+
+    An error inside the block, or a pulled plug, leaves whatever stood at `path` as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing to a folder; what a killed one left half-written is removed.
+
+    The system takes the lock from a process that ends, however it ends. Raises UserError where
+    another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {folder}; wait for it to end, or use another folder"
+        ) from error
+    except NotImplementedError:  # some network drives have no locks
+        pass
+    try:
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a table; with a byte-order mark, so that Excel reads non-ASCII names."""
+    encoding = {"encoding": "utf-8-sig", "errors": "backslashreplace"}  # names may be no UTF-8
+    with atomic_write(path) as temporary, temporary.open("w", newline="", **encoding) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
