@@ -21,9 +21,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from sam2_utils import UserError, autocast, select_device, select_precision
+from sam2_utils import UserError, select_device, select_precision
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from finetuning.clicks import (
     MAX_CLICKS,
     draw_clicks,
     format_clicks,
-    simulate_clicks,
+    measure_clicks,
     write_clicks,
 )
 from finetuning.command_line import (
@@ -44,20 +43,24 @@ from finetuning.command_line import (
     seed,
 )
 from finetuning.device_check import trusted_device
-from finetuning.drawing import draw_comparison
+from finetuning.drawing import draw_object, draw_panels
 from finetuning.evaluation import (
     METRICS,
     Model,
     Result,
     features_for,
+    group_by_image,
+    mean_gain,
+    mean_metrics,
     measure,
     segment_with_all,
+    unit_of,
 )
 from finetuning.feature_cache import FeatureCache, FeatureSource, hash_encoder
 from finetuning.files import write_csv
-from finetuning.image_files import read_mask
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, read_pair, split_pairs
+from finetuning.objects import read_pair
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, SPLITS, split_pairs
 from finetuning.report import format_details, format_table, print_anywhere
 
 FIGURE_NAME = re.compile(r"comparison_\d+_[+-]\d+p_")
@@ -109,7 +112,7 @@ def choose_precision(name: str, settings: dict[str, Any], device: torch.device) 
 
 
 def write_results(path: Path, results: list[Result]) -> None:
-    """Write a row an image."""
+    """Write a row an object."""
     columns = [f"{model}_{name.lower()}" for name in METRICS for model in ("original", "finetuned")]
     rows = []
     for result in results:
@@ -117,13 +120,13 @@ def write_results(path: Path, results: list[Result]) -> None:
         prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
         numbers = [of_model[name] for name in METRICS for of_model in result.metrics]
         numbers = [f"{value:.6f}" for value in (*numbers, result.area_fraction)]
-        rows.append([result.pair.image.name, prompt, *numbers])
-    write_csv(path, ["image", "prompt", *columns, "area_fraction"], rows)
+        rows.append([*result.name, prompt, *numbers])
+    write_csv(path, ["image", "object", "prompt", *columns, "area_fraction"], rows)
 
 
-def choose_figures(results: list[Result], count: int) -> list[Result]:
-    """Choose the results to draw: half the biggest gains, half the biggest losses."""
-    ranked = sorted(results, key=lambda result: result.gain, reverse=True)
+def choose_figures(results: list[Result], count: int) -> list[list[Result]]:
+    """Choose the images to draw, by their objects' mean gain: half the biggest, half the worst."""
+    ranked = sorted(group_by_image(results), key=mean_gain, reverse=True)
     if count >= len(ranked):
         return ranked
     return ranked[: count - count // 2] + ranked[len(ranked) - count // 2 :]
@@ -132,18 +135,25 @@ def choose_figures(results: list[Result], count: int) -> list[Result]:
 def draw_comparisons(
     output: Path, models: list[Model], results: list[Result], mask_kind: str, count: int
 ) -> int:
-    """Draw the chosen results, named by rank and gain in %p; return how many."""
+    """Draw the chosen images, named by rank and gain in %p; return how many."""
     chosen = choose_figures(results, count)
-    for rank, result in enumerate(tqdm(chosen, desc="Drawing", unit="figure"), start=1):
-        image, true_mask = read_pair(result.pair)
-        masks = segment_with_all(models, result.pair, result.prompt, true_mask.shape, mask_kind)
-        titles = [
-            f"{name}: IoU {metrics['IoU']:.2f}"
-            for name, metrics in zip(("original", "fine-tuned"), result.metrics, strict=True)
+    for rank, of_image in enumerate(tqdm(chosen, desc="Drawing", unit="figure"), start=1):
+        pair = of_image[0].pair
+        image, objects = read_pair(pair)
+        features = features_for(models, pair, objects.size)
+        panels = [image.copy() for _ in range(1 + len(models))]
+        for result in of_image:
+            true_mask = objects[result.object]
+            masks = segment_with_all(models, features, result.prompt, objects.size, mask_kind)
+            draw_object(panels[0], prompt=result.prompt, true_mask=true_mask)
+            for panel, mask in zip(panels[1:], masks, strict=True):
+                draw_object(panel, mask, true_mask=true_mask, number=result.object)
+        titles = ["prompt and true outline"] + [
+            f"{name}: IoU {mean_metrics(of_image, model)['IoU']:.2f}"
+            for model, name in enumerate(("original", "fine-tuned"))
         ]
-        name = f"comparison_{rank:02}_{round(100 * result.gain):+d}p_{result.pair.name}.png"
-        panels = dict(zip(titles, masks, strict=True))
-        draw_comparison(output / name, image, true_mask, result.prompt, panels)
+        name = f"comparison_{rank:02}_{round(100 * mean_gain(of_image)):+d}p_{pair.name}.png"
+        draw_panels(output / name, dict(zip(titles, panels, strict=True)))
     return len(chosen)
 
 
@@ -156,27 +166,11 @@ def remove_earlier(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def measure_clicks(
-    models: list[Model], results: list[Result], count: int, use_mask_prompt: bool, mask_kind: str
-) -> np.ndarray:
-    """Return the IoU of both models on the M images of the results after 1 to N clicks, 2xMxN."""
-    ious = np.zeros((len(models), len(results), count))
-    for row, result in enumerate(tqdm(results, desc="Clicking", unit="image")):
-        true_mask = read_mask(result.pair.mask)
-        all_features = features_for(models, result.pair, true_mask.shape)
-        for of_model, model, features in zip(ious, models, all_features, strict=True):
-            with autocast(model.predictor.device, model.source.precision):
-                of_model[row] = simulate_clicks(
-                    model.predictor, features, true_mask, count, use_mask_prompt, mask_kind
-                )
-    return ious
-
-
 def add_data_options(parser: ArgumentParser) -> None:
     """Add what the models are compared on, and how they are prompted."""
     data = parser.add_argument_group("what they are compared on")
     data.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
-    data.add_argument("--split", choices=("val", "train"), default="val", help="which images")
+    data.add_argument("--split", choices=SPLITS, default="val", help="which images")
     data.add_argument("--limit", type=number(int, at_least=1), help="the first N images only")
     data.add_argument(
         "--prompt",
@@ -285,10 +279,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.clicks:
         with_mask = not args.no_mask_prompt
         ious = measure_clicks(models, results, args.clicks, with_mask, args.mask)
-        print(format_clicks(ious, with_mask))
-        names = [result.pair.image.name for result in results]
-        write_clicks(args.output / "clicks.csv", names, ious)
-        draw_clicks(args.output / "clicks.png", ious, with_mask)
+        what = unit_of(results) + "s"
+        print(format_clicks(ious, with_mask, what))
+        write_clicks(args.output / "clicks.csv", [result.name for result in results], ious)
+        draw_clicks(args.output / "clicks.png", ious, with_mask, what)
     also = ", ".join(["", *CLICK_FILES]) if args.clicks else ""
     print(f"wrote results.csv{also} and {drawn} picture(s) to {args.output}")
 

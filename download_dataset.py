@@ -1,88 +1,73 @@
 """Fill data/ with pairs of images and masks, split into train and val, and fetch SAM 2.1.
 
     python download_dataset.py                                # Kvasir-SEG, from the network
-    python download_dataset.py --archive kvasir-seg.zip       # from a file that you have
+    python download_dataset.py --archive kvasir-seg.zip       # from a zip or folder that you have
     python download_dataset.py --images photos --masks masks  # your own folders
+    python download_dataset.py --images cells --masks labels --instances    # many objects an image
+    python download_dataset.py --images photos --annotations coco.json      # COCO, YOLO, labelme
     python download_dataset.py --demo                         # drawn images, no network
 
-An image and its mask have the same name, whatever their suffixes. Files are copied, never
-changed. Kvasir-SEG is for research and education only; cite Jha et al., MMM 2020.
+Images and masks are paired by their names, or by a table (--pairs). Files are copied, never
+changed; look at data/overview.png before you train. Kvasir-SEG is for research and education only;
+cite Jha et al., MMM 2020.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 
 from sam2_utils import UserError
 
-from finetuning.archives import open_archive
 from finetuning.command_line import ArgumentParser, number, run, seed
 from finetuning.data_folder import (
-    copy_pairs,
     count_pairs,
     draw_demo,
+    fill_folder,
     is_kept,
     recover_if_killed,
 )
-from finetuning.models import MODELS, download_file, ensure_checkpoint, file_sha256
-from finetuning.pairs import DEMO_DATA, find_pairs
-
-DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
-DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the pairs come from: an archive, two folders, or drawings; else the network."""
-
-    archive: Path | None = None
-    images: Path | None = None
-    masks: Path | None = None
-    demo: bool = False
-
-    @property
-    def name(self) -> str | None:
-        """What tells one source from another; None where the user has not chosen any."""
-        if self.demo:
-            return "demo"
-        chosen = self.images or self.archive
-        return str(chosen.resolve()) if chosen else None
+from finetuning.mask_values import MaskRule, add_mask_options
+from finetuning.models import MODELS, ensure_checkpoint
+from finetuning.overview import OVERVIEW_FILE, describe
+from finetuning.pairs import DEMO_DATA, split_pairs
+from finetuning.sources import DATASET_URL, Source, add_source_options
 
 
-def fill(data: Path, source: Source, val_fraction: float, seed: int) -> None:
-    """Fill a data folder from its source, split by seed."""
+def name_of(source: Source, rule: MaskRule) -> str | None:
+    """Return what a data set is made from, and how; None where the user has not chosen a source."""
+    return f"{source.name} {rule.name}".strip() if source.name else None
+
+
+def fill(
+    data: Path,
+    source: Source,
+    rule: MaskRule,
+    value_range: tuple[float, float] | None,
+    val_fraction: float,
+    seed: int,
+) -> None:
+    """Fill a data folder from its source, split by seed; report what is in it."""
     if source.demo:
         draw_demo(data)
         return
-    split = {"source": source.name or DATASET_URL, "val_fraction": val_fraction, "seed": seed}
-    if source.images:
-        pairs = find_pairs(source.images, source.masks)
-        for folder in (source.images, source.masks):
-            if data.resolve() in folder.resolve().parents:
-                raise UserError(f"{folder} lies inside {data}; use another --data folder")
-        copy_pairs(pairs, data, **split)
-        return
-    with open_archive(source.archive or fetch_archive(data / "kvasir-seg.zip")) as pairs:
-        copy_pairs(pairs, data, **split)
-
-
-def fetch_archive(path: Path) -> Path:
-    """Return the path of Kvasir-SEG's archive, downloading it if it is missing or damaged."""
-    if not path.is_file() or file_sha256(path) != DATASET_SHA256:
-        by_hand = "download it with a browser and run again with --archive FILE.zip"
-        download_file(DATASET_URL, path, DATASET_SHA256, by_hand)
-    return path
+    for folder in filter(None, (source.images, source.masks, source.annotations)):
+        if data.resolve() in folder.resolve().parents:
+            raise UserError(f"{folder} lies inside {data}; use another --data folder")
+    made_from = name_of(source, rule) or DATASET_URL
+    with source.find(data) as (examples, notes):
+        for note in notes:
+            print(note)
+        filled = fill_folder(data, examples, rule, value_range, made_from, val_fraction, seed)
+    for line in describe(filled, split_pairs(data, "train")[0].of_objects):
+        print(line)
+    print(f"look at: {data / OVERVIEW_FILE}")
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
-    source = parser.add_argument_group("where the pairs come from")
-    source.add_argument("--archive", type=Path, help="a zip with images/ and masks/ inside")
-    source.add_argument("--images", type=Path, help="a folder of images")
-    source.add_argument("--masks", type=Path, help="the folder of their masks")
-    source.add_argument("--demo", action="store_true", help="draw the demo's, into data/demo")
+    add_source_options(parser)
+    add_mask_options(parser)
     split = parser.add_argument_group("how they are split")
     split.add_argument("--data", type=Path, default=Path("data"), help="the folder to fill")
     split.add_argument(
@@ -100,21 +85,35 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     model.add_argument("--skip-checkpoint", action="store_true", help="do not fetch it")
     args = parser.parse_args_with_demo(argv, data=DEMO_DATA, model="mini")
-    if bool(args.images) != bool(args.masks):
+    if not (args.annotations or args.pairs) and bool(args.images) != bool(args.masks):
         parser.error("--images and --masks go together")
-    if sum(map(bool, (args.images, args.archive, args.demo))) > 1:
+    if args.annotations and args.masks:
+        parser.error("--masks and --annotations are different sources; give one of them")
+    if sum(map(bool, (args.images or args.pairs or args.annotations, args.archive, args.demo))) > 1:
         parser.error("--archive, --images and --demo are different sources; give one of them")
+    if args.mask_value and (args.instances or args.classes):
+        parser.error("--mask-value takes one value, --instances and --classes take each")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    source = Source(args.archive, args.images, args.masks, args.demo)
+    names = ("archive", "images", "masks", "annotations", "pairs", "demo", "skip_unlabelled")
+    source = Source(
+        **{name: getattr(args, name) for name in names}, class_names=tuple(args.class_name)
+    )
+    rule = MaskRule(
+        args.mask_value,
+        args.instances or args.classes,
+        args.parts,
+        args.smallest_part,
+        args.ignore_value,
+    )
     recover_if_killed(args.data)
-    if is_kept(args.data, source.name, args.force):
-        print(f"{args.data} already holds this data set: nothing to do (--force splits it anew).")
+    if is_kept(args.data, name_of(source, rule), args.force):
+        print(f"{args.data} already holds this data set: nothing to do (--force makes it anew).")
     else:
-        fill(args.data, source, args.val_fraction, args.seed)
+        fill(args.data, source, rule, args.value_range, args.val_fraction, args.seed)
     for split, count in count_pairs(args.data).items():
         print(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
     if not args.skip_checkpoint:

@@ -3,11 +3,13 @@
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg               # click in a window
     python test_my_image.py --image test_images/dog.jpg --box "40,30,600,620" --original
+    python test_my_image.py --image cells.png --box "5,5,40,40" --box "60,8,90,51"   # two objects
     python test_my_image.py --demo                                    # an image of the demo
 
-Coordinates are x,y in pixels from the top left. In the window, a left click adds a foreground
-point, a right click a background point; closing the window runs the segmentation. The overlay
-and the mask are written to output/my_results/.
+Coordinates are x,y in pixels from the top left. A second --box, or --next-object, begins another
+object. In the window, a left click adds a foreground point, a right click a background point;
+closing the window runs the segmentation. Written to output/my_results/: the overlay, and the mask;
+of several objects a label map, in which each has a value of its own.
 """
 
 from __future__ import annotations
@@ -23,84 +25,24 @@ from sam2_utils import UserError, autocast, select_device, select_precision
 
 import numpy as np
 
-from finetuning.command_line import ArgumentParser, add_device_option, run
+from finetuning.command_line import (
+    ArgumentParser,
+    add_device_option,
+    parse_numbers,
+    parse_range,
+    run,
+)
 from finetuning.device_check import trusted_device
-from finetuning.drawing import draw_overlay
+from finetuning.drawing import draw_object
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
 from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.segmentation import encode_images, segment
+from finetuning.window import ask_for_clicks
 
+RESULTS = ("mask", "labels", "overlay")  # how the files' names end
 DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))
-LEFT_BUTTON, RIGHT_BUTTON = 1, 3
-
-
-class ClickWindow:
-    """Collect foreground (left) and background (right) clicks on an image in a figure."""
-
-    def __init__(self, figure: Any, image: np.ndarray) -> None:
-        """Show an HxWx3 uint8 RGB image in an empty matplotlib figure, and listen."""
-        self.foreground: list[tuple[int, int]] = []
-        self.background: list[tuple[int, int]] = []
-        self.size = image.shape[1], image.shape[0]
-        self.axes = figure.subplots()
-        self.axes.imshow(image)
-        self.axes.set_title("left click: object   right click: background   close: segment")
-        self.axes.axis("off")
-        self.axes.autoscale(False)
-        figure.canvas.mpl_connect("button_press_event", self.on_click)
-
-    def on_click(self, event: Any) -> None:
-        """Keep a click inside the image, and draw it at once."""
-        toolbar = event.canvas.toolbar
-        if event.inaxes is not self.axes or (toolbar is not None and toolbar.mode):
-            return  # outside the image, or zooming and panning
-        point = (round(event.xdata), round(event.ydata))
-        if not all(0 <= value < size for value, size in zip(point, self.size, strict=True)):
-            return  # beside the image, which may have been moved or zoomed
-        if event.button == LEFT_BUTTON:
-            self.foreground.append(point)
-            self.axes.plot(*point, "o", color="lime", markeredgecolor="white", markersize=9)
-        elif event.button == RIGHT_BUTTON:
-            self.background.append(point)
-            self.axes.plot(*point, "X", color="red", markeredgecolor="white", markersize=9)
-        event.canvas.draw_idle()
-
-
-def ask_for_clicks(image: np.ndarray) -> Prompt:
-    """Open a window, wait until it is closed, and return the clicks made in it.
-
-    Raises UserError where no window can be opened, or nothing was clicked.
-    """
-    import matplotlib.pyplot as plt  # chooses a window system, which --point has no need of
-
-    no_window = (
-        'no window can be opened here; give the object\'s position with --point "x,y" '
-        "(on a Linux desktop, python3-tk may be missing: sudo apt install python3-tk)"
-    )
-    try:
-        figure = plt.figure("SAM 2", figsize=(9, 7), layout="constrained")
-    except ImportError as error:
-        raise UserError(no_window) from error
-    if figure.canvas.required_interactive_framework is None:  # it fell back to drawing to files
-        raise UserError(no_window)
-    window = ClickWindow(figure, image)
-    plt.show(block=True)
-    if not (window.foreground or window.background):
-        raise UserError("nothing was clicked; click on the object, then close the window")
-    return make_prompt(window.foreground, window.background)
-
-
-def parse_numbers(text: str, count: int, example: str) -> tuple[float, ...]:
-    """Parse `count` numbers, separated by commas, that a picture's pixels may have."""
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):  # nor NaN
-        raise argparse.ArgumentTypeError(f'"{text}" is not like "{example}" (pixels)')
-    return numbers
 
 
 def parse_point(text: str) -> tuple[float, ...]:
@@ -114,6 +56,32 @@ def parse_box(text: str) -> tuple[float, ...]:
     if x1 >= x2 or y1 >= y2:
         raise argparse.ArgumentTypeError(f'"{text}" is empty or turned round: x1<x2 and y1<y2')
     return box
+
+
+class AddToPrompt(argparse.Action):
+    """Keeps what is given of the prompt in its order: (option, value), (option, value), ..."""
+
+    def __call__(self, parser: Any, namespace: Namespace, value: Any, option: str) -> None:
+        namespace.given = [*namespace.given, (option, value)]
+
+
+def make_prompts(given: list[tuple[str, Any]]) -> list[Prompt]:
+    """Return a prompt an object, of (option, value) in the order that they were typed.
+
+    A second --box, or --next-object, begins another object.
+    """
+    objects: list[dict[str, Any]] = [{}]
+    for option, value in given:
+        if option == "--next-object" or (option == "--box" and "box" in objects[-1]):
+            objects.append({})
+        if option == "--box":
+            objects[-1]["box"] = value
+        elif option != "--next-object":
+            kind = "foreground" if option == "--point" else "background"
+            objects[-1].setdefault(kind, []).append(value)
+    if not all(objects):
+        raise UserError("--next-object goes between the points or boxes of two objects")
+    return [make_prompt(**of_object) for of_object in objects]
 
 
 def check_inside(prompt: Prompt, width: int, height: int) -> None:
@@ -131,8 +99,43 @@ def free_name(folder: Path, stem: str) -> str:
     """Return `stem` with the first number that no result in `folder` has yet."""
     for number in itertools.count(1):
         name = f"{stem}_{number:03}"
-        if not any((folder / f"{name}_{kind}.png").exists() for kind in ("mask", "overlay")):
+        if not any((folder / f"{name}_{kind}.png").exists() for kind in RESULTS):
             return name
+
+
+def value_range_of(facts: dict[str, Any]) -> tuple[float, float] | None:
+    """Return the range of values that a model was trained on, if its file says one."""
+    settings = facts.get("settings")
+    limits = settings.get("value_range") if isinstance(settings, dict) else None
+    is_range = isinstance(limits, list) and len(limits) == 2
+    return tuple(limits) if is_range and all(isinstance(x, int | float) for x in limits) else None
+
+
+def write_results(
+    folder: Path,
+    stem: str,
+    image: np.ndarray,
+    prompts: list[Prompt],
+    found: list[tuple[np.ndarray, float]],
+) -> dict[str, Path]:
+    """Write the overlay, and the mask or the label map; return their paths.
+
+    found: of each object the HxW bool mask and its score; where two overlap in the label map, the
+    pixel is of the one with the higher score.
+    """
+    name = free_name(folder, stem)
+    overlay, labels = image.copy(), np.zeros(image.shape[:2], np.uint16)
+    for number, (prompt, (mask, _)) in enumerate(zip(prompts, found, strict=True)):
+        draw_object(overlay, mask, prompt, number=number)
+    for number in sorted(range(len(found)), key=lambda number: found[number][1]):
+        labels[found[number][0]] = number + 1
+    kind = "labels" if len(found) > 1 else "mask"
+    paths = {"overlay": folder / f"{name}_overlay.png", kind: folder / f"{name}_{kind}.png"}
+    write_image(paths["overlay"], overlay)
+    if len(found) == 1:
+        labels = (255 * labels).astype(np.uint8)
+    write_image(paths[kind], labels.astype(np.uint8) if len(found) < 256 else labels)
+    return paths
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -140,24 +143,27 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--image", type=Path, help="the image to segment")
     parser.add_argument("--demo", action="store_true", help="use what the demo trained")
     prompt = parser.add_argument_group("the prompt (without one, a window opens to click in)")
+    for option, parse, metavar, what in (
+        ("--point", parse_point, '"x,y"', "a point on the object; may be repeated"),
+        ("--negative-point", parse_point, '"x,y"', "one on what is not the object; likewise"),
+        (
+            "--box",
+            parse_box,
+            '"x1,y1,x2,y2"',
+            "its bounding box; a second box is another object's",
+        ),
+    ):
+        prompt.add_argument(
+            option, action=AddToPrompt, type=parse, metavar=metavar, help=what, dest="given"
+        )
     prompt.add_argument(
-        "--point",
-        type=parse_point,
-        action="append",
-        default=[],
-        metavar='"x,y"',
-        help="a point on the object; may be repeated",
+        "--next-object", action=AddToPrompt, nargs=0, dest="given", help="points of another follow"
     )
-    prompt.add_argument(
-        "--negative-point",
-        type=parse_point,
-        action="append",
-        default=[],
-        metavar='"x,y"',
-        help="a point on what is not the object; may be repeated",
-    )
-    prompt.add_argument(
-        "--box", type=parse_box, metavar='"x1,y1,x2,y2"', help="the object's bounding box"
+    parser.add_argument(
+        "--value-range",
+        type=parse_range,
+        metavar='"low,high"',
+        help="what is black and white in images of more than 8 bits (default: as in training)",
     )
     model = parser.add_argument_group("the model (default: the fine-tuned output/sam2_best.pt)")
     model.add_argument("--original", action="store_true", help="use the original SAM 2.1")
@@ -169,7 +175,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--output", type=Path, default=Path("output/my_results"), help="where results go"
     )
     add_device_option(parser)
-    parser.set_defaults(finetuned=Path("output/sam2_best.pt"))
+    parser.set_defaults(finetuned=Path("output/sam2_best.pt"), given=[])
     args = parser.parse_args_with_demo(
         argv,
         image=DEMO_IMAGE,
@@ -202,29 +208,31 @@ def main(argv: list[str] | None = None) -> None:
     predictor, facts = load_predictor(args.model, checkpoint, device)
     device = trusted_device(predictor, device, insists=args.device == "mps")
 
-    # The prompt: given, or else clicked; of the demo's own image the mask is known
-    if args.point or args.negative_point or args.box:
-        prompt = make_prompt(args.point, args.negative_point, args.box)
+    value_range = args.value_range or value_range_of(facts)
+    if value_range:
+        image = read_image(args.image, value_range)
+
+    # The prompts: given, or else clicked; of the demo's own image the mask is known
+    if args.given:
+        prompts = make_prompts(args.given)
     elif args.demo and args.image == DEMO_IMAGE:
-        prompt = prompt_from_mask(read_mask(DEMO_MASK), "center")
+        prompts = [prompt_from_mask(read_mask(DEMO_MASK), "center")]
     else:
-        prompt = ask_for_clicks(image)
-    check_inside(prompt, width, height)
+        prompts = [ask_for_clicks(image)]
+    for prompt in prompts:
+        check_inside(prompt, width, height)
 
     with autocast(device, select_precision("auto", device)):
         features = encode_images(predictor, [image])
-        mask, score = segment(predictor, features, prompt, (height, width))
+        found = [segment(predictor, features, prompt, (height, width)) for prompt in prompts]
 
-    stem = free_name(args.output, args.image.stem)
-    overlay_path = args.output / f"{stem}_overlay.png"
-    mask_path = args.output / f"{stem}_mask.png"
-    write_image(overlay_path, draw_overlay(image, mask, prompt))
-    write_image(mask_path, mask.astype(np.uint8) * 255)
     print(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
-    print(f"score:   {score:.3f} (the model's own estimate of its IoU)")
-    print(f"area:    {mask.sum()} pixels, {mask.mean():.1%} of the image")
-    print(f"overlay: {overlay_path}")
-    print(f"mask:    {mask_path}")
+    for number, (mask, score) in enumerate(found, start=1):
+        which = f"object {number}\n" if len(found) > 1 else ""
+        print(f"{which}score:   {score:.3f} (the model's own estimate of its IoU)")
+        print(f"area:    {mask.sum()} pixels, {mask.mean():.1%} of the image")
+    for name, path in write_results(args.output, args.image.stem, image, prompts, found).items():
+        print(f"{name + ':':<8} {path}")
 
 
 if __name__ == "__main__":

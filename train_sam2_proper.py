@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetuning import distributed, encoder_training, run_state
-from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_indices
+from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_objects
 from finetuning.clicks import add_clicks
 from finetuning.command_line import ArgumentParser, number, run
 from finetuning.data_folder import draw_demo, is_filled
@@ -55,6 +55,7 @@ from finetuning.learner import (
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.objects import limit_objects
 from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.segmentation import encode_images, predict_masks
@@ -83,7 +84,7 @@ def train_one_epoch(
         with autocast(predictor.device, learner.precision):
             # Features of the image encoder: from the cache, or computed now
             features = batch.features or encode(predictor, batch.images)
-            features = features.to(predictor.device, torch.float32)
+            features = features.to(predictor.device, torch.float32).of(batch.image_of)
 
             # What the model is shown: a prompt, perhaps with clicks that correct its answers
             prompts, mask_inputs = add_clicks(predictor, features, batch, learner.decoder)
@@ -229,17 +230,18 @@ def train(
     training_set = TrainingSet(
         pairs["train"], cache, predictor.model.image_size, recipe.seed, recipe.prompts
     )
-    indices = training_indices(pairs["train"], cache)
+    objects = training_objects(pairs["train"], cache)
+    val_pairs = limit_objects(pairs["val"], recipe.seed)
 
     # Epoch 0, the model as it is; and the learning rate
     log = state["log"] if state else [{"epoch": 0}]
     if not state and distributed.rank() == 0:
-        log[0].update(evaluate(model, pairs["val"]))
+        log[0].update(evaluate(model, val_pairs))
         print(f"before training: val IoU {log[0]['val_iou']:.4f}")
     if recipe.lr == "auto":
         lr = state["settings"]["lr"] if state else None
         lr = lr or try_learning_rates(
-            model, training_set, indices, recipe, train_one_epoch, evaluate
+            model, training_set, objects, recipe, train_one_epoch, evaluate
         )
         recipe, settings = dataclasses.replace(recipe, lr=lr), {**settings, "lr": lr}
 
@@ -247,10 +249,10 @@ def train(
     learner = make_learner(predictor, recipe, machine.precision, machine.checkpointing)
     run_state.start(output, predictor, learner, recipe, state, log, settings)
     if log[-1]["epoch"] < recipe.epochs:
-        learner = speed_up(learner, predictor, recipe, len(indices), machine.compiling)
-    sampler = EpochSampler(indices, recipe.batch_size, recipe.seed)
+        learner = speed_up(learner, predictor, recipe, objects, machine.compiling)
+    sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, predictor.device)
-    fit(learner, model, loader, pairs["val"], recipe, log, settings, output)
+    fit(learner, model, loader, val_pairs, recipe, log, settings, output)
 
 
 def main(argv: list[str] | None = None) -> None:

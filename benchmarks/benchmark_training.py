@@ -37,19 +37,15 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.checkpoints import save_checkpoint
 from finetuning.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.evaluation import Model, measure
-from finetuning.feature_cache import FeatureCache, FeatureSource, pairs_with_objects
+from finetuning.feature_cache import FeatureCache, FeatureSource
 from finetuning.files import atomic_write, write_csv
 from finetuning.learner import make_learner, speed_up
-from finetuning.models import (
-    MODELS,
-    build_predictor,
-    ensure_checkpoint,
-    load_predictor,
-    save_checkpoint,
-)
-from finetuning.pairs import Pair, read_pair, split_pairs
+from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
+from finetuning.objects import count_objects, read_pair
+from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import prompt_from_mask, random_point
 from finetuning.recipe import DEFAULT, GUIDE, Recipe
 from finetuning.segmentation import encode_images, predict_masks
@@ -99,7 +95,8 @@ def measure_guide(bench: Bench, recipe: Recipe, image_count: int | None) -> dict
     for _ in range(recipe.epochs):
         for index in tqdm(rng.permutation(len(pairs)), desc=GUIDES_LOOP, unit="image"):
             start = clock(bench.device)
-            image, mask = read_pair(pairs[index])
+            image, objects = read_pair(pairs[index])
+            mask = objects[0]
             predictor.set_image(image)
             encoded = clock(bench.device)
 
@@ -173,11 +170,12 @@ def measure_project(
     training_set = TrainingSet(
         bench.pairs, cache, predictor.model.image_size, recipe.seed, recipe.prompts
     )
-    sampler = EpochSampler(list(range(count)), recipe.batch_size, recipe.seed)
+    objects = count_objects(bench.pairs)
+    sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, bench.device)
     start = clock(bench.device)
     learner = make_learner(predictor, recipe, precision)
-    learner = speed_up(learner, predictor, recipe, count, compiling)
+    learner = speed_up(learner, predictor, recipe, objects, compiling)
     compiled = clock(bench.device)
     for epoch in range(1, recipe.epochs + 1):
         train_one_epoch(predictor, loader, learner, recipe, epoch)
@@ -197,13 +195,13 @@ def measure_floor(bench: Bench, recipe: Recipe, compiling: str) -> float:
     """Return the bare decoder's seconds an image: forward and backward, on tensors in memory."""
     predictor, precision = bench.load(recipe.seed), select_precision("auto", bench.device)
     learner = make_learner(predictor, recipe, precision)
-    learner = speed_up(learner, predictor, recipe, 1, compiling)
+    learner = speed_up(learner, predictor, recipe, {0: 1}, compiling)
     batch = bench.pairs[: recipe.batch_size]
-    images, masks = zip(*map(read_pair, batch), strict=True)
+    images, objects = zip(*map(read_pair, batch), strict=True)
     with autocast(bench.device, precision):
         features = encode_images(predictor, list(images)).to(bench.device, torch.float32)
-    prompts = [prompt_from_mask(mask, "center") for mask in masks]
-    sizes = [mask.shape for mask in masks]
+    prompts = [prompt_from_mask(of_image[0], "center") for of_image in objects]
+    sizes = [of_image.size for of_image in objects]
 
     def step() -> None:
         learner.weights.zero_grad()
@@ -345,7 +343,7 @@ def prepare(args: Namespace) -> Bench:
         save_checkpoint(checkpoint, build_predictor(args.model, torch.device("cpu")).model)
     checkpoint = checkpoint or ensure_checkpoint(args.model)
     pairs = split_pairs(args.data, "train", args.limit)
-    pairs = [pairs[index] for index in pairs_with_objects(pairs)]
+    pairs = [pairs[index] for index in count_objects(pairs)]
     if len(pairs) < 5:
         raise UserError("a benchmark needs at least 5 training images; raise --limit")
     val_pairs = split_pairs(args.data, "val", args.val_limit)

@@ -35,14 +35,15 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from compare_models import measure_clicks
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.clicks import measure_clicks
 from finetuning.command_line import ArgumentParser, add_device_option, number, run
 from finetuning.evaluation import Model, mean_metrics, measure
-from finetuning.feature_cache import FeatureCache, FeatureSource, open_cache, pairs_with_objects
+from finetuning.feature_cache import FeatureCache, FeatureSource, open_cache
 from finetuning.files import atomic_write, write_csv
 from finetuning.learner import make_learner
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.objects import count_objects
 from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import DEFAULT, GUIDE, MINI_LR, RECIPE_OPTIONS, Recipe
 from train_sam2_proper import train_one_epoch
@@ -118,15 +119,19 @@ class Run(NamedTuple):
         return dict(zip(KEY_COLUMNS, map(str, facts), strict=True))
 
 
-def split_images(planned: Run, bench: Bench) -> tuple[list[Pair], list[int], list[Pair]]:
-    """Return the training pairs, the indices of those to learn from, and the pairs to measure."""
+def split_images(planned: Run, bench: Bench) -> tuple[list[Pair], dict[int, int], list[Pair]]:
+    """Return the training pairs, how many objects those to learn from have, the pairs to measure.
+
+    The objects are by the index of their image among the training pairs.
+    """
     pairs = split_pairs(bench.data, "train", bench.limit)
-    indices = pairs_with_objects(pairs)
+    objects = count_objects(pairs)
     if planned.measured_on == VAL:
-        return pairs, indices, split_pairs(bench.data, "val", bench.limit)
-    order = np.random.default_rng(0).permutation(indices).tolist()
+        return pairs, objects, split_pairs(bench.data, "val", bench.limit)
+    order = np.random.default_rng(0).permutation(list(objects)).tolist()
     held_out, learned_from = order[: len(order) // 4], order[len(order) // 4 :]
-    return pairs, sorted(learned_from), [pairs[index] for index in held_out]
+    learned_from = {index: objects[index] for index in sorted(learned_from)}
+    return pairs, learned_from, [pairs[index] for index in held_out]
 
 
 def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
@@ -137,12 +142,12 @@ def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
     torch.manual_seed(recipe.seed)
     predictor, _ = load_predictor(bench.model, bench.checkpoint, bench.device)
     cache = FeatureCache(bench.output / "cache", predictor, bench.precision)
-    pairs, indices, measured = split_images(planned, bench)
+    pairs, objects, measured = split_images(planned, bench)
 
     training_set = TrainingSet(
         pairs, cache, predictor.model.image_size, recipe.seed, recipe.prompts
     )
-    sampler = EpochSampler(indices, recipe.batch_size, recipe.seed)
+    sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, bench.device)
     learner = make_learner(predictor, recipe, bench.precision)
     for epoch in range(1, recipe.epochs + 1):

@@ -1,17 +1,16 @@
-"""Zip archives of images and masks: what they may hold, and where in them the pairs are."""
+"""Zip archives of images and masks: what they may hold."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import stat
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sam2_utils import UserError
-
-from finetuning.pairs import Pair, find_pairs
 
 # What an archive may hold. Images are checked one at a time, each as a whole in memory.
 MAX_UNPACKED_BYTES = 50 * 10**9
@@ -19,28 +18,29 @@ MAX_MEMBER_BYTES = 2 * 10**9
 MAX_DEPTH = 20  # folders within folders
 MAX_PATH_LENGTH = 1000  # characters
 MAX_NAME_BYTES = 255  # of a file or folder, on Linux
+NAME_IS_UTF8 = 0x800  # the bit of a member's flags that says so
+# And control characters and ends of lines, which would spoil the output of any program.
 WINDOWS_REFUSES = re.compile(
-    r"""[<>:"|?*\\\x00-\x1f] | [. ]$
+    r"""[<>:"|?*\\\x00-\x1f\x7f-\x9f\u2028\u2029] | [. ]$
     | ^(con|prn|aux|nul|con(in|out)\$|(com|lpt)[1-9¹²³]) \ * (\.|$)""",
     re.IGNORECASE | re.VERBOSE,
 )
-BY_HAND = "unpack it, then use --images and --masks"
+BY_HAND = "unpack it, then use --archive FOLDER"
 
 
 @contextlib.contextmanager
-def open_archive(path: Path) -> Iterator[list[Pair]]:
-    """Yield the pairs inside a zip archive, wherever in it images/ and masks/ lie side by side.
+def open_archive(path: Path) -> Iterator[zipfile.Path]:
+    """Yield the root of a zip archive.
 
-    Raises UserError, before anything is written, when the archive is damaged, has a member that
-    check_member refuses, or does not pair up.
+    Raises UserError, before anything is written, when the archive is damaged, or has a member that
+    check_member refuses.
     """
     if not path.is_file():
         raise UserError(f"no such archive: {path}; check the path")
     try:
         with zipfile.ZipFile(path) as archive:
             check_archive(path, archive)
-            root = find_dataset_root(path, archive)
-            yield find_pairs(root / "images", root / "masks")
+            yield zipfile.Path(archive)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is not a whole zip archive ({error}); download it again"
@@ -48,13 +48,18 @@ def open_archive(path: Path) -> Iterator[list[Pair]]:
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raise UserError for an archive that is damaged, too large, or has an unfit member."""
-    names = set()
+    """Raise UserError for an archive that is damaged, too large, or has an unfit member.
+
+    From then on, its members are called what decode_name makes of their names.
+    """
+    members: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
+        member.filename = decode_name(member)
         check_member(path, member)
-        if member.filename in names:
+        if member.filename in members:
             raise UserError(f"{path} has two members called {quoted(member.filename)}; {BY_HAND}")
-        names.add(member.filename)
+        members[member.filename] = member
+    archive.NameToInfo = members  # in which it looks up what to open
 
     # Read by parts, as here and in copy_pairs, no member unpacks to more than its stated size.
     size = sum(member.file_size for member in archive.infolist())
@@ -71,6 +76,22 @@ def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
         raise UserError(f"{path} is damaged at {quoted(damaged)}; download it again")
 
 
+def decode_name(member: zipfile.ZipInfo) -> str:
+    """Return a member's path as it was meant, in composed characters (NFC).
+
+    Where the archive does not say that it is UTF-8, zipfile takes it for CP437. It may be UTF-8
+    all the same (macOS) or CP949 (Korean Windows), in one archive, too.
+    """
+    name = member.orig_filename  # as it stands in the archive, on Windows too
+    if not member.flag_bits & NAME_IS_UTF8:
+        content = name.encode("cp437")
+        for encoding in ("utf-8", "cp949"):  # what is CP949 is seldom UTF-8 by chance
+            with contextlib.suppress(UnicodeDecodeError):
+                name = content.decode(encoding)
+                break
+    return unicodedata.normalize("NFC", name)
+
+
 def check_member(path: Path, member: zipfile.ZipInfo) -> None:
     """Raise UserError for a member that no data set needs, or that not every computer can hold."""
     problem = describe_problem(member)
@@ -83,17 +104,16 @@ def describe_problem(member: zipfile.ZipInfo) -> str | None:
 
     Only members in images/ or masks/ become files, so only their names must do on Windows.
     """
-    name = member.orig_filename  # as it stands in the archive, on Windows too
+    name = member.filename
     shown = quoted(name)
     plain = PurePosixPath(name.replace("\\", "/"))
     if member.flag_bits & 1:
         return f"is encrypted; {BY_HAND}"
     if len(plain.parts) > MAX_DEPTH or len(name) > MAX_PATH_LENGTH:
         return f"has folders nested too deep: {shown}; {BY_HAND}"
-    if plain.is_absolute() or ".." in plain.parts or re.match("[A-Za-z]:", name):
-        return f"has a member outside its folder: {shown}; do not trust it"
-    if name.rstrip("/") != str(plain) or "\0" in name:
-        return f"has a path that is not like folder/file: {shown}; {BY_HAND}"
+    for path in (name, member.orig_filename):  # decoded, and as it stands in the archive
+        if problem := describe_path_problem(path):
+            return problem
 
     file_type = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive does not say
     if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -102,7 +122,7 @@ def describe_problem(member: zipfile.ZipInfo) -> str | None:
     if is_used and not all(map(is_portable, plain.parts)):
         return (
             f"has a name that not every computer can store: {shown}; "
-            "unpack it, rename that, then use --images and --masks"
+            "unpack it, rename that, then use --archive FOLDER"
         )
 
     # Of LZMA and bzip2, zipfile unpacks more than the stated size before it stops.
@@ -117,6 +137,16 @@ def describe_problem(member: zipfile.ZipInfo) -> str | None:
     return None
 
 
+def describe_path_problem(name: str) -> str | None:
+    """Say why a path in an archive is none of a file below its folder, or None where it is."""
+    plain = PurePosixPath(name.replace("\\", "/"))
+    if plain.is_absolute() or ".." in plain.parts or re.match("[A-Za-z]:", name):
+        return f"has a member outside its folder: {quoted(name)}; do not trust it"
+    if name.rstrip("/") != str(plain) or "\0" in name:
+        return f"has a path that is not like folder/file: {quoted(name)}; {BY_HAND}"
+    return None
+
+
 def is_portable(name: str) -> bool:
     """Say whether Windows, macOS and Linux all allow this name of a file or folder."""
     return not WINDOWS_REFUSES.search(name) and len(name.encode()) <= MAX_NAME_BYTES
@@ -125,18 +155,3 @@ def is_portable(name: str) -> bool:
 def quoted(name: str) -> str:
     """Return a member's name fit for one line of an error."""
     return repr(name if len(name) <= 100 else name[:100] + "...")
-
-
-def find_dataset_root(path: Path, archive: zipfile.ZipFile) -> zipfile.Path:
-    """Return the one folder of the archive that has images/ and masks/ in it."""
-    folders = {parent for name in archive.namelist() for parent in PurePosixPath(name).parents} | {
-        PurePosixPath(name) for name in archive.namelist() if name.endswith("/")
-    }
-    folders = {folder for folder in folders if "__MACOSX" not in folder.parts}
-    roots = [f.parent for f in folders if f.name == "images" and f.parent / "masks" in folders]
-    if len(roots) != 1:
-        raise UserError(
-            f"{path} has {len(roots)} folders with images/ and masks/ in them, not one; {BY_HAND}"
-        )
-    prefix = "" if roots[0] == PurePosixPath(".") else f"{roots[0]}/"
-    return zipfile.Path(archive, prefix)

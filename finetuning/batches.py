@@ -22,9 +22,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetuning import distributed
-from finetuning.feature_cache import FeatureCache, pairs_with_objects
-from finetuning.image_files import read_mask
-from finetuning.pairs import Pair, read_pair, require_equal_sizes
+from finetuning.feature_cache import FeatureCache
+from finetuning.objects import count_objects, read_objects, read_pair
+from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.prompts import Prompt, PromptPlan, draw_prompt, plan_prompts
 from finetuning.segmentation import Features
 
@@ -33,19 +33,21 @@ PREFETCH = 2  # batches that each loading process has ready
 
 
 class Step(NamedTuple):
-    """One process's share of a training step: which images, in which epoch."""
+    """One process's share of a training step: which objects of which images, in which epoch."""
 
     epoch: int
     indices: list[int]  # of this process's images
-    fraction: float  # of the whole step's images; 0 for a stand-in where there is none to do
+    fraction: float  # of the whole step's objects; 0 for a stand-in where there is none to do
     number: int = 0  # of the step in its epoch, alike in all processes
+    objects: list[tuple[int, ...]] | None = None  # of each image; None: its first
 
 
 class Batch(NamedTuple):
-    """What one process has of a step: B images, each with a prompt and its true mask."""
+    """What one process has of a step: P objects of B images, each with a prompt and a true mask."""
 
     features: Features | None  # of the cache, float16; None where the images are to be encoded
     images: list[np.ndarray]  # HxWx3 uint8 RGB, where there are no features
+    image_of: list[int]  # of each object, which of the B images it is in
     prompts: list[Prompt]  # what the step starts with, in pixels of the model's SxS input
     plan: PromptPlan
     true_masks: list[torch.Tensor]  # float32 in [0, 1]: LOSS_GRID a side, or HxW with images
@@ -69,7 +71,8 @@ class TrainingSet(Dataset):
     ) -> None:
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
         self.prompt_mix = prompt_mix
-        self._grids: dict[int, bytes] = {}  # of the masks read so far, packed; a few kB each
+        # Of the objects so far, by image and object, packed: a kB or so each
+        self._grids: dict[tuple[int, int], bytes] = {}
 
     def __getitem__(self, step: Step) -> Batch | Exception:
         """Return the batch of a step, or why there is none, for BatchLoader to raise."""
@@ -79,36 +82,52 @@ class TrainingSet(Dataset):
             return error
 
     def _load(self, step: Step) -> Batch:
-        epoch, indices, fraction, number = step
+        epoch, indices, fraction, number, objects = step
+        objects = objects or [(0,)] * len(indices)
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
         plan = plan_prompts(self.prompt_mix, rng)
         if self.cache is not None:
             features, images = self.cache.read([self.pairs[index].image for index in indices]), []
-            grids = [self._grid(index) for index in indices]
+            grids = [
+                grid
+                for args in zip(indices, objects, strict=True)
+                for grid in self._grids_of(*args)
+            ]
             true_masks = [_shrink(grid, LOSS_GRID) for grid in grids]
         else:
-            examples = [read_pair(self.pairs[index]) for index in indices]
-            features, images = None, [image for image, _ in examples]
-            grids = [mask_on_grid(mask, self.image_size) for _, mask in examples]
-            true_masks = [mask.astype(np.float32) for _, mask in examples]
+            features, images, masks = None, [], []
+            for index, chosen in zip(indices, objects, strict=True):
+                image, found = read_pair(self.pairs[index])
+                images.append(image)
+                masks += [found[k] for k in chosen]
+            grids = [mask_on_grid(mask, self.image_size) for mask in masks]
+            true_masks = [mask.astype(np.float32) for mask in masks]
+        examples = [(i, k) for i, chosen in enumerate(objects) for k in chosen]
         prompts = [
-            draw_prompt(grid, plan.kind, np.random.default_rng([self.seed, epoch, index]))
-            for index, grid in zip(indices, grids, strict=True)
+            draw_prompt(grid, plan.kind, np.random.default_rng([self.seed, epoch, indices[i], k]))
+            for (i, k), grid in zip(examples, grids, strict=True)
         ]
         true_masks = list(map(torch.from_numpy, true_masks))
-        return Batch(features, images, prompts, plan, true_masks, fraction)
+        image_of = [i for i, _ in examples]
+        return Batch(features, images, image_of, prompts, plan, true_masks, fraction)
 
-    def _grid(self, index: int) -> np.ndarray:
-        """Return the mask on the grid of an image in the cache; its file is read once only."""
-        size = self.image_size
-        if index not in self._grids:
+    def _grids_of(self, index: int, chosen: tuple[int, ...]) -> list[np.ndarray]:
+        """Return masks of objects of an image in the cache, on the grid of the model's input.
+
+        Each is made once only, and its image's mask file is read only where one is to be made.
+        """
+        size, new = self.image_size, [k for k in chosen if (index, k) not in self._grids]
+        if new:
             pair = self.pairs[index]
-            mask = read_mask(pair.mask)
-            image_size = self.cache.size(pair.image)
-            require_equal_sizes(pair.image, image_size, pair.mask, mask.shape)
-            self._grids[index] = zlib.compress(np.packbits(mask_on_grid(mask, size)), level=1)
-        packed = np.frombuffer(zlib.decompress(self._grids[index]), np.uint8)
-        return np.unpackbits(packed, count=size * size).reshape(size, size).view(bool)
+            objects = read_objects(pair)
+            require_equal_sizes(pair.image, self.cache.size(pair.image), pair.mask, objects.size)
+            for k in new:
+                grid = mask_on_grid(objects[k], size)
+                self._grids[index, k] = zlib.compress(np.packbits(grid), level=1)
+        packed = [np.frombuffer(zlib.decompress(self._grids[index, k]), np.uint8) for k in chosen]
+        return [
+            np.unpackbits(bits, count=size * size).reshape(size, size).view(bool) for bits in packed
+        ]
 
 
 def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:
@@ -129,21 +148,47 @@ def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 class EpochSampler(Sampler):
-    """The images of each epoch in random order, in batches, of which each process takes a share."""
+    """The images of each epoch in random order, in batches, of which each process takes a share.
 
-    def __init__(self, indices: list[int], batch_size: int, seed: int) -> None:
-        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+    Of an image's objects an epoch has at most so many, others in the next, in an order by seed.
+    """
+
+    def __init__(
+        self, objects: dict[int, int], batch_size: int, seed: int, objects_per_image: int = 1
+    ) -> None:
+        """objects: how many each image has, by its index; batch_size: in images."""
+        self.objects, self.batch_size, self.seed = objects, batch_size, seed
+        self.objects_per_image = objects_per_image
         self.epoch = 1
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return -(-len(self.objects) // self.batch_size)
 
     def __iter__(self) -> Iterator[Step]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.indices).tolist()
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(list(self.objects)).tolist()
         for number in range(len(self)):
-            batch = order[number * self.batch_size :][: self.batch_size]
+            batch = [
+                (index, self._draw(index))
+                for index in order[number * self.batch_size :][: self.batch_size]
+            ]
             mine = distributed.share(batch)
-            yield Step(self.epoch, mine or batch[:1], len(mine) / len(batch), number)
+            fraction = _count(mine) / _count(batch)
+            indices, objects = zip(*(mine or batch[:1]), strict=True)
+            yield Step(self.epoch, list(indices), fraction, number, list(objects))
+
+    def _draw(self, index: int) -> tuple[int, ...]:
+        """Return which of an image's objects this epoch has; in the end, all have had a turn."""
+        count, most = self.objects[index], self.objects_per_image
+        if count <= most:
+            return tuple(range(count))
+        order = np.random.default_rng([self.seed, 0, index, 0, 1]).permutation(count)
+        turns = (np.arange(most) + (self.epoch - 1) * most) % count
+        return tuple(sorted(order[turns].tolist()))
+
+
+def _count(batch: list[tuple[int, tuple[int, ...]]]) -> int:
+    return sum(len(objects) for _, objects in batch)
 
 
 class BatchLoader(DataLoader):
@@ -205,12 +250,12 @@ def _as_it_is(batch: Batch | Exception) -> Batch | Exception:
     return batch
 
 
-def training_indices(pairs: list[Pair], cache: FeatureCache | None) -> list[int]:
-    """Return the indices of the training images with an object; say how many have none."""
-    indices = pairs_with_objects(pairs, cache)
-    if not indices:
+def training_objects(pairs: list[Pair], cache: FeatureCache | None) -> dict[int, int]:
+    """Return how many objects each training image has that has any; say how many have none."""
+    counts = count_objects(pairs, cache.size if cache else lambda _: None)
+    if not counts:
         raise UserError("every training mask is empty; check that objects are white (255)")
-    if len(indices) < len(pairs):
-        skipped = len(pairs) - len(indices)
+    if len(counts) < len(pairs):
+        skipped = len(pairs) - len(counts)
         print(f"skipped {skipped} of {len(pairs)} training images: their masks are empty")
-    return indices
+    return counts

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sam2_utils import calculate_iou
+from sam2_utils import autocast, calculate_iou
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
 
 from finetuning.batches import Batch
+from finetuning.evaluation import Model, Result, features_for, group_by_image
 from finetuning.files import atomic_write, write_csv
+from finetuning.objects import read_objects
 from finetuning.prompts import Prompt, add_click, corrective_click
 from finetuning.segmentation import (
     Features,
@@ -40,7 +43,7 @@ def simulate_clicks(
     use_mask_prompt: bool,
     kind: str = "best",
 ) -> list[float]:
-    """Return the IoU after 1, 2, ... `count` clicks on one image, each mask that of all so far.
+    """Return the IoU after 1, 2, ... `count` clicks on one object, each mask that of all so far.
 
     Arguments:
       features: of the image.
@@ -62,6 +65,25 @@ def simulate_clicks(
         )
         ious.append(float(calculate_iou(mask, true_mask)))
     return ious + ious[-1:] * (count - len(ious))
+
+
+def measure_clicks(
+    models: list[Model], results: list[Result], count: int, use_mask_prompt: bool, mask_kind: str
+) -> np.ndarray:
+    """Return the IoU of K models on the M objects of the results after 1 to N clicks, KxMxN."""
+    ious, row = np.zeros((len(models), len(results), count)), 0
+    for of_image in tqdm(group_by_image(results), desc="Clicking", unit="image"):
+        objects = read_objects(of_image[0].pair)
+        all_features = features_for(models, of_image[0].pair, objects.size)
+        for result in of_image:
+            true_mask = objects[result.object]
+            for of_model, model, features in zip(ious, models, all_features, strict=True):
+                with autocast(model.predictor.device, model.source.precision):
+                    of_model[row] = simulate_clicks(
+                        model.predictor, features, true_mask, count, use_mask_prompt, mask_kind
+                    )
+            row += 1
+    return ious
 
 
 @torch.no_grad()
@@ -96,7 +118,7 @@ def add_clicks(
 def number_of_clicks(ious: np.ndarray, target: float) -> tuple[float, int]:
     """Return NoC, the mean number of clicks to an IoU of `target`, and how many never reach it.
 
-    ious: MxN, of M images after 1 to N clicks. An image that never reaches the target counts as
+    ious: MxN, of M objects after 1 to N clicks. An object that never reaches the target counts as
     N clicks, as in RITM.
     """
     reached = ious >= target
@@ -110,12 +132,14 @@ def describe_clicks(use_mask_prompt: bool) -> str:
     return "previous mask as a prompt too" if use_mask_prompt else "no mask prompt"
 
 
-def format_clicks(ious: np.ndarray, use_mask_prompt: bool) -> str:
+def format_clicks(ious: np.ndarray, use_mask_prompt: bool, what: str = "images") -> str:
     """Return a table: mean IoU of both models after each click, and their NoC.
 
-    ious: 2xMxN, of the original and the fine-tuned model on M images after 1 to N clicks.
+    Arguments:
+      ious: 2xMxN, of the original and the fine-tuned model on M objects after 1 to N clicks.
+      what: what the M are called.
     """
-    _, images, count = ious.shape
+    _, objects, count = ious.shape
     lines = [
         f"mean IoU by simulated clicks ({describe_clicks(use_mask_prompt)})",
         f"{'clicks':<16}{'original':>10}  {'fine-tuned':>10}",
@@ -130,28 +154,31 @@ def format_clicks(ious: np.ndarray, use_mask_prompt: bool) -> str:
             f"{f'NoC@{100 * target:.0f}':<16}{noc:>10.2f}  {finetuned_noc:>10.2f}"
             f"  (mean number of clicks to {target:.0%} IoU)",
             f"{'  not reached':<16}{never:>10}  {finetuned_never:>10}"
-            f"  (of {images} images; they count as {count})",
+            f"  (of {objects} {what}; they count as {count})",
         ]
     return "\n".join(lines)
 
 
-def write_clicks(path: Path, names: list[str], ious: np.ndarray) -> None:
-    """Write a row an image and click; `names` of the M images, ious 2xMxN as in format_clicks."""
+def write_clicks(path: Path, names: list[tuple[str, int]], ious: np.ndarray) -> None:
+    """Write a row an object and click.
+
+    names: of the M objects, each its image's and its own number; ious: 2xMxN as in format_clicks.
+    """
     rows = [
-        (name, click, *(f"{iou:.6f}" for iou in both))
-        for name, of_image in zip(names, ious.transpose(1, 2, 0), strict=True)
-        for click, both in enumerate(of_image, start=1)
+        (*name, click, *(f"{iou:.6f}" for iou in both))
+        for name, of_object in zip(names, ious.transpose(1, 2, 0), strict=True)
+        for click, both in enumerate(of_object, start=1)
     ]
-    write_csv(path, ("image", "click", "original_iou", "finetuned_iou"), rows)
+    write_csv(path, ("image", "object", "click", "original_iou", "finetuned_iou"), rows)
 
 
-def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool) -> None:
-    """Draw the mean IoU of both models over the clicks; ious 2xMxN as in format_clicks."""
+def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool, what: str = "images") -> None:
+    """Draw the mean IoU of both models over the clicks; ious and what as in format_clicks."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, means in zip(("original", "fine-tuned"), ious.mean(axis=1), strict=True):
         axes.plot(range(1, len(means) + 1), means, "o-", label=name)
-    axes.set(xlabel="clicks", ylabel=f"mean IoU of {ious.shape[1]} images")
+    axes.set(xlabel="clicks", ylabel=f"mean IoU of {ious.shape[1]} {what}")
     axes.set_title(f"simulated clicks, {describe_clicks(use_mask_prompt)}", fontsize="medium")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

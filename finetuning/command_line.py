@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 from sam2_utils import UserError
@@ -85,6 +86,35 @@ def number(
 
 
 seed = number(int, at_least=0, below=2**63)
+
+
+def parse_numbers(text: str, count: int, example: str, what: str = "pixels") -> tuple[float, ...]:
+    """Parse `count` numbers, separated by commas, that a picture's pixels may have."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):  # nor NaN
+        raise argparse.ArgumentTypeError(f'"{text}" is not like "{example}" ({what})')
+    return numbers
+
+
+def parse_range(text: str) -> tuple[float, ...]:
+    """Parse "low,high", of pixel values, as an argparse type."""
+    low, high = limits = parse_numbers(text, 2, "0,4095", "pixel values")
+    if low >= high:
+        raise argparse.ArgumentTypeError(f'"{text}" is empty or turned round: low<high')
+    return limits
+
+
+def quoted(name: object, limit: int = 100) -> str:
+    """Return a name fit for one line of a message: as is where printable, else its repr.
+
+    Control and bidirectional characters are not printable. More than `limit` characters are cut.
+    """
+    text = str(name) if isinstance(name, str | PurePath) else repr(name)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:

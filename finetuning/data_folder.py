@@ -9,19 +9,27 @@ import shutil
 import unicodedata
 import uuid
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from sam2_utils import UserError
 
-from tqdm import tqdm
-
 from finetuning.demo_images import write_demo_dataset
 from finetuning.files import only_run_in
-from finetuning.pairs import IMAGE_SUFFIXES, Pair, find_pairs, read_pair
+from finetuning.filling import Filled, Filler
+from finetuning.mask_values import MaskRule
+from finetuning.overview import OVERVIEW_FILE, draw_overview
+from finetuning.pairing import Example
+from finetuning.pairs import (
+    IMAGE_SUFFIXES,
+    SPLIT_FILE,
+    SPLITS,
+    find_pairs,
+    read_facts,
+    split_pairs,
+)
 
-SPLITS = ("train", "val")
-SPLIT_FILE = "split.json"  # in every data folder that this script has filled
+MOVED = ("images", "masks", OVERVIEW_FILE)  # what a data set is, beside that
 PARTIAL = ".partial-"  # how the names of its temporary folders in there start
 
 
@@ -42,9 +50,9 @@ def split_names(names: list[str], val_fraction: float, seed: int) -> dict[str, l
 def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
     """Yield an empty folder; the images/ and masks/ put there become those of `data`.
 
-    They are moved into place when complete, with `facts` about them in SPLIT_FILE, which goes
-    first and comes last: where it is, the data set is whole. On any error `data` is again as it
-    was; after a kill, once the next run has called `recover`.
+    They are moved into place when complete, with a picture of some of them, and with `facts` about
+    them in SPLIT_FILE, which goes first and comes last: where it is, the data set is whole. On any
+    error `data` is again as it was; after a kill, once the next run has called `recover`.
     """
     with only_run_in(data):
         recover(data)
@@ -54,11 +62,14 @@ def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
             new.mkdir(parents=True)
             old.mkdir()
             yield new
+            of_objects = facts.get("masks") == "objects"
+            pairs = find_pairs(new / "images/train", new / "masks/train", of_objects)
+            draw_overview(new / OVERVIEW_FILE, pairs)
             (new / SPLIT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            for name in (SPLIT_FILE, "images", "masks"):
+            for name in (SPLIT_FILE, *MOVED):
                 if (data / name).exists():
                     (data / name).replace(old / name)
-            for name in ("images", "masks", SPLIT_FILE):
+            for name in (*MOVED, SPLIT_FILE):
                 (new / name).replace(data / name)
         finally:
             settle(folder)
@@ -73,10 +84,10 @@ def settle(folder: Path) -> None:
     data, new, old = folder.parent, folder / "new", folder / "old"
     if (new / SPLIT_FILE).exists():  # written before the first move, moved by the last
         try:
-            for name in ("images", "masks"):
+            for name in MOVED:
                 if (data / name).exists() and not (new / name).exists():
                     (data / name).replace(new / name)
-            for name in ("images", "masks", SPLIT_FILE):
+            for name in (*MOVED, SPLIT_FILE):
                 if (old / name).exists():
                     (old / name).replace(data / name)
             (new / SPLIT_FILE).unlink()  # from here on, there is nothing to move back
@@ -122,8 +133,8 @@ def is_kept(data: Path, source: str | None, force: bool) -> bool:
     if force or not is_filled(data):
         return False
     try:
-        made_from = json.loads(split_file.read_text(encoding="utf-8"))["source"]
-    except (ValueError, LookupError):  # edited by hand
+        made_from = read_facts(data)["source"]
+    except (UserError, LookupError):  # edited by hand
         made_from = "an unknown source"
     if source and made_from != source:
         raise UserError(
@@ -133,52 +144,60 @@ def is_kept(data: Path, source: str | None, force: bool) -> bool:
     return True
 
 
-def check_cases(pairs: list[Pair]) -> None:
+def check_cases(examples: list[Example]) -> None:
     """Raise UserError for names that Windows and macOS take for one and the same."""
-    seen: dict[str, Pair] = {}
-    for pair in pairs:
-        key = unicodedata.normalize("NFC", pair.name.casefold())
+    seen: dict[tuple[str | None, str], Example] = {}
+    for example in examples:
+        key = example.split, unicodedata.normalize("NFC", example.name.casefold())
         if key in seen:
             raise UserError(
-                f"{seen[key].image} and {pair.image} differ in upper and lower case only, which is "
-                "one name on Windows and macOS; rename one of them, and its mask"
+                f"{seen[key].image} and {example.image} differ in upper and lower case only, which "
+                "is one name on Windows and macOS; rename one of them, and its mask"
             )
-        seen[key] = pair
+        seen[key] = example
 
 
-def copy_pairs(pairs: list[Pair], data: Path, source: str, val_fraction: float, seed: int) -> None:
-    """Check every pair and copy it into images/ and masks/ of `data`, in train/ and val/."""
-    check_cases(pairs)
-    splits = split_names([pair.name for pair in pairs], val_fraction, seed)
-    split_of = {name: split for split, names in splits.items() for name in names}
+def fill_folder(
+    data: Path,
+    examples: list[Example],
+    rule: MaskRule,
+    value_range: tuple[float, float] | None,
+    source: str,
+    val_fraction: float,
+    seed: int,
+) -> list[Filled]:
+    """Check every example and copy it into images/ and masks/ of `data`, in train/, val/, test/.
+
+    Those that are in no split yet are split by seed. Returns what became of each.
+    """
+    check_cases(examples)
+    of_objects = rule.gives_objects or any(len(example.masks) != 1 for example in examples)
+    names: dict[str, list[str]] = {}
+    for example in examples:
+        names.setdefault(example.split or "", []).append(example.name)
+    unsplit = names.pop("", [])
+    splits = split_names(unsplit, val_fraction, seed) if unsplit else {}
+    split_of = {name: split for split, of_split in splits.items() for name in of_split}
     facts = {"source": source, "seed": seed, "val_fraction": val_fraction}
-    with new_dataset(data, **facts, **splits) as folder:
-        for pair in tqdm(pairs, desc="Checking and copying", unit="pair"):
-            copies = []
-            for kind, source in (("images", pair.image), ("masks", pair.mask)):
-                suffix = PurePath(source.name).suffix
-                copy = folder / kind / split_of[pair.name] / (pair.name + suffix)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                with source.open("rb") as original, copy.open("wb") as file:
-                    shutil.copyfileobj(original, file)  # by parts: see check_archive
-                copies.append(copy)
-            check_pair(pair, *copies)
-
-
-def check_pair(pair: Pair, image_copy: Path, mask_copy: Path) -> None:
-    """Raise UserError, in terms of the user's own files, for a pair that cannot be trained on."""
-    try:
-        read_pair(Pair(pair.name, image_copy, mask_copy))
-    except UserError as error:
-        message = str(error).replace(str(image_copy), str(pair.image))
-        raise UserError(message.replace(str(mask_copy), str(pair.mask))) from error
+    if of_objects:
+        facts["masks"] = "objects"
+    if value_range:
+        facts["value_range"] = list(value_range)
+    with new_dataset(data, **facts, **names, **splits) as folder:
+        filler = Filler(folder, rule, of_objects, value_range)
+        filled = filler.fill(examples, split_of)
+    if filler.reader.dropped_parts:
+        print(
+            f"left out {filler.reader.dropped_parts} parts of fewer than {rule.smallest_part} "
+            "pixels (--smallest-part)"
+        )
+    return filled
 
 
 def count_pairs(data: Path) -> dict[str, int]:
     """Return the number of image files of each split in a data folder."""
-    return {
-        split: len(find_pairs(data / "images" / split, data / "masks" / split)) for split in SPLITS
-    }
+    splits = [split for split in SPLITS if split != "test" or (data / "images" / split).is_dir()]
+    return {split: len(split_pairs(data, split)) for split in splits}
 
 
 def is_filled(data: Path) -> bool:

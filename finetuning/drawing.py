@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 from finetuning.files import atomic_write
 from finetuning.prompts import Prompt
 
-GREEN, RED, YELLOW, BLUE, WHITE = (
-    (0, 200, 0),
-    (230, 0, 0),
-    (255, 220, 0),
-    (30, 144, 255),
-    (255,) * 3,
-)
+GREEN, RED, YELLOW, WHITE = (0, 200, 0), (230, 0, 0), (255, 220, 0), (255, 255, 255)
+# Of an image's objects, in turn
+COLORS = (
+    (30, 144, 255), (255, 127, 14), (148, 103, 189), (23, 190, 207), (227, 119, 194), (44, 160, 44),
+    (140, 86, 75), (188, 189, 34),
+)  # fmt: skip
 
 
 def draw_overlay(
@@ -26,21 +25,34 @@ def draw_overlay(
     prompt: Prompt | None = None,
     true_mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw on a copy of an HxWx3 uint8 RGB image, and return it.
-
-    The mask (HxW bool) is tinted blue with a white outline, the true mask outlined in yellow;
-    foreground points are green, background points red, a box green.
-    """
+    """Draw one object on a copy of an HxWx3 uint8 RGB image, as draw_object does; return it."""
     canvas = image.copy()
-    line = max(1, round(max(image.shape[:2]) / 300))
+    draw_object(canvas, mask, prompt, true_mask)
+    return canvas
+
+
+def draw_object(
+    canvas: np.ndarray,
+    mask: np.ndarray | None = None,
+    prompt: Prompt | None = None,
+    true_mask: np.ndarray | None = None,
+    number: int = 0,
+) -> None:
+    """Draw an object on an HxWx3 uint8 RGB canvas.
+
+    The mask (HxW bool) is tinted in one of COLORS, by the object's number, with a white outline,
+    the true mask outlined in yellow; foreground points are green, background points red, a box
+    green.
+    """
+    line = max(1, round(max(canvas.shape[:2]) / 300))
     if mask is not None:
-        canvas[mask] = (0.5 * canvas[mask] + 0.5 * np.array(BLUE)).astype(np.uint8)
+        color = np.array(COLORS[number % len(COLORS)])
+        canvas[mask] = (0.5 * canvas[mask] + 0.5 * color).astype(np.uint8)
         _draw_outline(canvas, mask, WHITE, line)
     if true_mask is not None:
         _draw_outline(canvas, true_mask, YELLOW, line)
     if prompt is not None:
         _draw_prompt(canvas, prompt, line)
-    return canvas
 
 
 def _draw_outline(canvas: np.ndarray, mask: np.ndarray, color: tuple, line: int) -> None:
@@ -82,22 +94,8 @@ def draw_learning_curve(path: Path, log: list[dict[str, float]]) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def draw_comparison(
-    path: Path,
-    image: np.ndarray,
-    true_mask: np.ndarray,
-    prompt: Prompt,
-    masks: dict[str, np.ndarray],
-) -> None:
-    """Draw an image with its prompt, then with each mask, the true outline in yellow in all.
-
-    Arguments:
-      image: HxWx3 uint8 RGB.
-      true_mask, masks: HxW bool; the masks by the titles of their panels.
-    """
-    panels = {"prompt and true outline": draw_overlay(image, prompt=prompt, true_mask=true_mask)}
-    for title, mask in masks.items():
-        panels[title] = draw_overlay(image, mask, true_mask=true_mask)
+def draw_panels(path: Path, panels: dict[str, np.ndarray]) -> None:
+    """Draw HxWx3 uint8 RGB images beside each other, with their titles."""
     figure = Figure(figsize=(12, 12), layout="constrained")
     for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         axes.imshow(panel)

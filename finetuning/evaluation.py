@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.feature_cache import FeatureSource
-from finetuning.image_files import read_mask
+from finetuning.objects import read_objects
 from finetuning.pairs import Pair
 from finetuning.prompts import Prompt, prompt_from_mask
 from finetuning.segmentation import Features, segment
@@ -34,13 +35,19 @@ class Model(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one or more models made of one image."""
+    """What one or more models made of one object."""
 
-    index: int  # among the pairs
+    index: int  # of its image among the pairs
+    object: int  # its number in its image, from 0
     pair: Pair
     prompt: Prompt
     area_fraction: float  # of the image that the true mask covers, 0 to 1
     metrics: list[dict[str, float]]  # of each model, by the names of METRICS
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """Its image's file name, and its number in it, from 1."""
+        return self.pair.image.name, self.object + 1
 
     @property
     def gain(self) -> float:
@@ -56,7 +63,7 @@ def measure(
     seed: int = 0,
     description: str = "Measuring",
 ) -> list[Result]:
-    """Measure models on the same prompts; pairs with an empty mask are left out.
+    """Measure models on every object, with the same prompts; an image without any is left out.
 
     Arguments:
       prompt_kind: as in prompt_from_mask.
@@ -66,32 +73,21 @@ def measure(
     """
     results = []
     for index, pair in enumerate(tqdm(pairs, desc=description, unit="image", leave=False)):
-        true_mask = read_mask(pair.mask)
-        if not true_mask.any():
+        objects = read_objects(pair)
+        if not objects:
             continue
-        prompt = prompt_from_mask(true_mask, prompt_kind, np.random.default_rng([seed, index]))
-        masks = segment_with_all(models, pair, prompt, true_mask.shape, mask_kind)
-        metrics = [
-            {name: float(metric(mask, true_mask)) for name, metric in METRICS.items()}
-            for mask in masks
-        ]
-        results.append(Result(index, pair, prompt, float(true_mask.mean()), metrics))
+        features = features_for(models, pair, objects.size)
+        for k, true_mask in enumerate(objects):
+            prompt = prompt_from_mask(
+                true_mask, prompt_kind, np.random.default_rng([seed, index, k])
+            )
+            masks = segment_with_all(models, features, prompt, objects.size, mask_kind)
+            metrics = [
+                {name: float(metric(mask, true_mask)) for name, metric in METRICS.items()}
+                for mask in masks
+            ]
+            results.append(Result(index, k, pair, prompt, float(true_mask.mean()), metrics))
     return results
-
-
-def segment_with_all(
-    models: Sequence[Model],
-    pair: Pair,
-    prompt: Prompt,
-    image_size: tuple[int, int],
-    mask_kind: str = "best",
-) -> list[np.ndarray]:
-    """Return each model's HxW bool mask of an image of (H,W) pixels, for one prompt."""
-    masks = []
-    for model, features in zip(models, features_for(models, pair, image_size), strict=True):
-        with autocast(model.predictor.device, model.source.precision):
-            masks.append(segment(model.predictor, features, prompt, image_size, mask_kind)[0])
-    return masks
 
 
 def features_for(models: Sequence[Model], pair: Pair, mask_size: tuple[int, int]) -> list[Features]:
@@ -104,6 +100,26 @@ def features_for(models: Sequence[Model], pair: Pair, mask_size: tuple[int, int]
     return [of_source[model.source] for model in models]
 
 
+def segment_with_all(
+    models: Sequence[Model],
+    features: Sequence[Features],
+    prompt: Prompt,
+    image_size: tuple[int, int],
+    mask_kind: str = "best",
+) -> list[np.ndarray]:
+    """Return each model's HxW bool mask for one prompt, of features_for it of an image of (H,W)."""
+    masks = []
+    for model, of_model in zip(models, features, strict=True):
+        with autocast(model.predictor.device, model.source.precision):
+            masks.append(segment(model.predictor, of_model, prompt, image_size, mask_kind)[0])
+    return masks
+
+
+def group_by_image(results: Sequence[Result]) -> list[list[Result]]:
+    """Return the results of each image's objects together."""
+    return [list(group) for _, group in itertools.groupby(results, key=lambda result: result.index)]
+
+
 def mean_metrics(results: list[Result], model: int = 0) -> dict[str, float]:
     """Return the mean of each metric of one of the models."""
     return {
@@ -112,16 +128,33 @@ def mean_metrics(results: list[Result], model: int = 0) -> dict[str, float]:
     }
 
 
-def bootstrap_interval(gains: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the 95% confidence interval of the mean of M gains in IoU, one an image.
+def mean_gain(results: list[Result]) -> float:
+    """Return the mean of how much the IoU is above that of the first model."""
+    return float(np.mean([result.gain for result in results]))
+
+
+def unit_of(results: Sequence[Result]) -> str:
+    """Say what is counted: "image", where each has one object, else "object"."""
+    return "image" if len({result.index for result in results}) == len(results) else "object"
+
+
+def bootstrap_interval(
+    gains: np.ndarray, seed: int, images: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Return the 95% confidence interval of the mean of M gains in IoU, one an object.
 
     It is the percentile interval of the bootstrap (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, chapter 13) over images, whose two IoUs stay paired.
+    Bootstrap, 1993, chapter 13) over images, since objects of one image are not independent; the
+    two IoUs of an object stay paired. images: of M ints, which are equal for objects of one image;
+    by default, each is in an image of its own.
     """
+    images = np.arange(len(gains)) if images is None else images
     rng = np.random.default_rng(seed)
-    parts = [  # not all at once, which would fill the memory with many images
-        gains[rng.integers(len(gains), size=(RESAMPLES // 100, len(gains)))].mean(axis=1)
-        for _ in range(100)
-    ]
+    _, of_image = np.unique(images, return_inverse=True)
+    sums, counts = np.bincount(of_image, gains), np.bincount(of_image)
+    parts = []
+    for _ in range(100):  # not all at once, which would fill the memory with many images
+        drawn = rng.integers(len(sums), size=(RESAMPLES // 100, len(sums)))
+        parts.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
     return float(low), float(high)

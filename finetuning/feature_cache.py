@@ -25,7 +25,7 @@ from tqdm import tqdm
 from finetuning import distributed
 from finetuning.command_line import is_memory_error
 from finetuning.files import atomic_write
-from finetuning.image_files import read_image, read_mask
+from finetuning.image_files import read_image
 from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.segmentation import Features, encode_images, feature_shapes
 
@@ -240,22 +240,6 @@ def open_cache(
         print("\nstopped; the same command goes on with the images that are left")
         raise
     return cache
-
-
-def pairs_with_objects(pairs: list[Pair], cache: FeatureCache | None = None) -> list[int]:
-    """Return the indices of the pairs whose masks are not empty.
-
-    Raises UserError for a mask that is unreadable, or not of its image's size, as a cache has it.
-    """
-    indices = []
-    with tqdm(pairs, desc="Reading masks", unit="mask", leave=False) as progress:
-        for index, pair in enumerate(progress):
-            mask = read_mask(pair.mask)
-            if cache is not None and pair.image in cache:
-                require_equal_sizes(pair.image, cache.size(pair.image), pair.mask, mask.shape)
-            if mask.any():
-                indices.append(index)
-    return indices
 
 
 def _map(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

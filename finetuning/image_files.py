@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from sam2_utils import UserError
@@ -10,41 +9,76 @@ from sam2_utils import UserError
 import cv2
 import numpy as np
 
+from finetuning.decoding import decode, is_lossy_format
 from finetuning.files import atomic_write
 
-# Two bytes that begin a segment of a JPEG, or end it; pixels and padding hold none such.
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+HUGE = 1e300  # differences of larger values are infinite
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read any image that OpenCV knows, upright by its EXIF orientation.
+def read_image(path: Path, value_range: tuple[float, float] | None = None) -> np.ndarray:
+    """Read any image that OpenCV knows, upright by its EXIF orientation; transparency is left out.
 
-    Returns an HxWx3 uint8 array in RGB. Raises UserError when it cannot be read, or has values
-    that would turn black when cut to 8 bits.
+    Returns an HxWx3 uint8 array in RGB. Values beyond 8 bits are stretched to 0..255, as
+    to_8_bits says. Raises UserError when it cannot be read or holds several pages.
     """
-    image = _decode(path, _read_bytes(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    if image.dtype == np.uint16 and image.max() >= 1 << 12:
-        image = (image >> 8).astype(np.uint8)
-    if image.dtype != np.uint8:
-        raise UserError(
-            f"{path} holds {image.dtype} values up to {image.max():g}, not the 0 to 255 of a "
-            "picture; save it as 8-bit JPEG or PNG"
-        )
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    image = decode(path, _read_bytes(path), color=True)
+    if image.ndim == 3:
+        image = image[..., :3]
+    image = to_8_bits(path, image, value_range)
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image
+
+
+def to_8_bits(
+    path: Path, values: np.ndarray, value_range: tuple[float, float] | None = None
+) -> np.ndarray:
+    """Return uint8 of any array: stretched from `value_range` (low, high) to 0..255, if given.
+
+    Else values of 0 to 255 stay as they are, unless they are fractions up to 1; all others are
+    stretched from their own percentiles 0.5 and 99.5, of all channels together. What lies beyond
+    is clipped. Raises UserError, with `path` in it, for NaN and infinity.
+    """
+    if values.dtype == np.uint8 and value_range is None:
+        return values
+    least, most = float(values.min()), float(values.max())
+    if not (abs(least) < HUGE and abs(most) < HUGE):
+        raise UserError(f"{path} holds NaN or infinite values; save it without, or as 8-bit PNG")
+    is_8_bits = least >= 0 and most <= 255 and (values.dtype.kind != "f" or most > 1)
+    if is_8_bits and value_range is None:
+        return np.rint(values).astype(np.uint8)
+
+    # Each level of 16 bits once, which is quicker than each pixel
+    is_table = values.dtype == np.uint16
+    levels = np.arange(1 << 16, dtype=np.float64) if is_table else values.astype(np.float64)
+    low, high = value_range or np.percentile(values if is_table else levels, (0.5, 99.5)).tolist()
+    if value_range is None and low == high:  # but for a few spots
+        low, high = least, most
+    if low < high:
+        np.clip(levels, low, high, out=levels)
+        levels -= low
+        levels /= high - low
+        levels *= 255
+    levels = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
+    return levels[values] if is_table else levels
+
+
+def read_values(path: Path) -> tuple[np.ndarray, bool]:
+    """Read the values of a mask file as they are stored, but upright by its EXIF orientation.
+
+    Returns an HxW, HxWx3 (RGB) or HxWx4 (RGBA) array, a palette's colours for its indices, and
+    whether the format is lossy. Raises UserError when it cannot be read or holds several pages.
+    """
+    content = _read_bytes(path)
+    return decode(path, content), is_lossy_format(content)
 
 
 def read_mask(path: Path) -> np.ndarray:
     """Read a mask: gray > 127, or gray == 1 where a lossless file holds only 0 and 1.
 
-    Returns an HxW bool array. Raises UserError when it cannot be read, or is no binary mask: in
-    colour, in the alpha channel, or a label map, which a threshold would silently misread.
+    Returns an HxW bool array, upright by the file's EXIF orientation. Raises UserError when it
+    cannot be read, or is no binary mask: in colour, in the alpha channel, or a label map, which a
+    threshold would silently misread.
     """
-    content = _read_bytes(path)
-    is_jpeg = content.startswith(b"\xff\xd8")
-    is_lossy = is_jpeg or content[:16].endswith(b"WEBPVP8 ")
-    # UNCHANGED keeps an alpha channel in sight, but turns no JPEG upright.
-    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if is_jpeg else cv2.IMREAD_UNCHANGED
-    mask = _decode(path, content, flags)
+    mask, is_lossy = read_values(path)
     if not (mask.min() >= 0 and mask.max() <= (65535 if mask.dtype == np.uint16 else 255)):
         raise UserError(f"{path} holds values that are not 0 to 255; save it in black and white")
     gray = _single_channel(path, mask, is_lossy)
@@ -103,35 +137,3 @@ def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise UserError(f"no such file: {path}; check the path")
     return path.read_bytes()
-
-
-def _decode(path: Path, content: bytes, flags: int) -> np.ndarray:
-    try:
-        buffer = np.frombuffer(content, np.uint8)
-        image = None if _is_cut_off(content) else cv2.imdecode(buffer, flags)
-    except cv2.error as error:
-        if "CV_IO_MAX_IMAGE" in str(error):
-            raise UserError(f"{path} has more than 250 megapixels; make it smaller") from error
-        image = None
-    if image is None:
-        raise UserError(
-            f"{path} is not a readable image (damaged, cut off, or another kind of file); "
-            "copy it again, or save it as JPEG or PNG"
-        )
-    return image
-
-
-def _is_cut_off(content: bytes) -> bool:
-    """Say whether a file's end is missing, which some versions of OpenCV fill with gray."""
-    if content.startswith(b"\x89PNG"):
-        return b"IEND" not in content
-    if not content.startswith(b"\xff\xd8"):
-        return not content
-    # From segment to segment, so that the end of a thumbnail inside one is not taken for the end
-    position = 2
-    while marker := JPEG_MARKER.search(content, position):
-        if marker[0] == b"\xff\xd9":
-            return False
-        length = content[marker.end() : marker.end() + 2]
-        position = marker.end() + int.from_bytes(length, "big")
-    return True

@@ -16,8 +16,8 @@ from finetuning.encoder_training import let_encoder_learn
 from finetuning.recipe import Recipe
 from finetuning.segmentation import Features, PromptedDecoder, feature_shapes
 
-# Compiling the decoder takes about a minute, which so many images of a full-size model win back.
-COMPILE_FROM_IMAGES = 3000
+# Compiling the decoder takes about a minute, which so many objects of a full-size model win back.
+COMPILE_FROM_OBJECTS = 3000
 
 
 class Machine(NamedTuple):
@@ -115,25 +115,31 @@ def take_step(learner: Learner, loss: torch.Tensor, max_grad_norm: float) -> flo
 
 
 def speed_up(
-    learner: Learner, predictor: SAM2ImagePredictor, recipe: Recipe, images: int, compiling: str
+    learner: Learner,
+    predictor: SAM2ImagePredictor,
+    recipe: Recipe,
+    objects: dict[int, int],
+    compiling: str,
 ) -> Learner:
     """Compile the decoder, if it is on, or auto and worth it; distribute it.
 
-    images: how many there are in an epoch. compiling: on, off or auto.
+    objects: how many each training image has. compiling: on, off or auto.
     """
     decoder = learner.decoder
-    pays = compiling_pays(predictor, images * recipe.epochs)
+    shown = [min(count, recipe.objects_per_image) for count in objects.values()]
+    pays = compiling_pays(predictor, sum(shown) * recipe.epochs)
     if compiling == "on" or (compiling == "auto" and pays):
-        decoder = compile_decoder(learner, predictor, recipe)
+        images = len(distributed.share(list(range(recipe.batch_size))))
+        decoder = compile_decoder(learner, predictor, recipe, images * max(shown))
     if distributed.world_size() > 1:
         decoder = torch.nn.parallel.DistributedDataParallel(decoder, find_unused_parameters=True)
     return learner._replace(decoder=decoder)
 
 
-def compiling_pays(predictor: SAM2ImagePredictor, image_count: int) -> bool:
+def compiling_pays(predictor: SAM2ImagePredictor, object_count: int) -> bool:
     """Say whether a faster decoder will have won back the time of compiling; measured on CPUs."""
     is_full_size = predictor.model.image_size >= 1024
-    return predictor.device.type == "cpu" and is_full_size and image_count >= COMPILE_FROM_IMAGES
+    return predictor.device.type == "cpu" and is_full_size and object_count >= COMPILE_FROM_OBJECTS
 
 
 class CompiledDecoder(torch.nn.Module):
@@ -157,12 +163,11 @@ class CompiledDecoder(torch.nn.Module):
 
 
 def compile_decoder(
-    learner: Learner, predictor: SAM2ImagePredictor, recipe: Recipe
+    learner: Learner, predictor: SAM2ImagePredictor, recipe: Recipe, batch_size: int
 ) -> torch.nn.Module:
-    """Return the decoder compiled, or as it is where that does not work here."""
+    """Return the decoder compiled for so many prompts; as it is, where that does not work."""
     print("compiling the decoder (a minute or so; --compile off does without)")
     decoder, device = learner.weights, predictor.device
-    batch_size = len(distributed.share(list(range(recipe.batch_size))))
     compiled = CompiledDecoder(decoder, batch_size)
     maps = [
         torch.zeros(batch_size, *shape, device=device).permute(0, 3, 1, 2)

@@ -59,19 +59,25 @@ def split_for_trials(indices: list[int], seed: int) -> tuple[list[int], list[int
 def try_learning_rates(
     model: Model,
     training_set: TrainingSet,
-    indices: list[int],
+    objects: dict[int, int],
     recipe: Recipe,
     train_one_epoch: Callable[..., dict[str, float]],
     evaluate: Callable[[Model, list[Pair]], dict[str, float]],
 ) -> float:
     """Find a learning rate on a part of the training images; the model stays as it is.
 
-    indices: of the images with an object. train_one_epoch, evaluate: those of the training.
+    objects: how many each training image has, by its index. train_one_epoch, evaluate: those of
+    the training.
     """
-    learn_from, held_out, epochs = split_for_trials(indices, recipe.seed)
+    learn_from, held_out, epochs = split_for_trials(list(objects), recipe.seed)
     measured_on = [training_set.pairs[index] for index in held_out]
     predictor, precision = model.predictor, model.source.precision
-    sampler = EpochSampler(learn_from, recipe.batch_size, recipe.seed)
+    sampler = EpochSampler(
+        {index: objects[index] for index in learn_from},
+        recipe.batch_size,
+        recipe.seed,
+        recipe.objects_per_image,
+    )
     loader = make_loader(training_set, sampler, predictor.device)
     original = copy.deepcopy(predictor.model.state_dict())
 

@@ -1,16 +1,11 @@
-"""The SAM 2.1 models: where they come from, how they are loaded, and checkpoints of them."""
+"""The SAM 2.1 models: where they come from, and how they are built with their weights."""
 
 from __future__ import annotations
 
-import errno
-import functools
-import hashlib
 import http.client
 import socket
 import ssl
 import urllib.error
-import warnings
-from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,10 +17,11 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.files import atomic_write
+from finetuning.checkpoints import load_checkpoint
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 DOWNLOAD_TIMEOUT_SECONDS = 30.0
+TRAIN_STATE_KEYS = {"optimizer", "scaler", "log", "settings"}  # of a run's train_state.pt
 NETWORK_ERRORS = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -138,15 +134,6 @@ def download_file(url: str, destination: Path, sha256: str, by_hand: str) -> Non
         socket.setdefaulttimeout(previous_timeout)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(functools.partial(file.read, 1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Path:
     """Return the path of the original checkpoint of `model_name`, downloading it if missing."""
     spec = MODELS[model_name]
@@ -157,38 +144,6 @@ def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Pa
         raise UserError(f"{path} is missing; it comes with this project: run from its folder")
     download_file(spec.url, path, spec.sha256, by_hand=f"put that file at {path} by hand")
     return path
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint {"model": state_dict, ...}, running no code that it may contain.
-
-    Raises UserError when the file is missing or is not a checkpoint with finite weights.
-    """
-    if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}; check the path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about other kinds of pickles and archives
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:  # damaged files raise errors of pickle, zip, struct and torch
-        raise UserError(
-            f"{path} is not a readable checkpoint (damaged, cut off, or another kind of file); "
-            "download or train it again"
-        ) from error
-    state_dict = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict) or not all(starmap(_is_weight, state_dict.items())):
-        raise UserError(f'{path} holds no "model" weights; use a SAM 2.1 checkpoint')
-    if not all(torch.isfinite(weight.float()).all() for weight in state_dict.values()):
-        raise UserError(f"{path} holds weights that are not finite (NaN); train or download again")
-    return checkpoint
-
-
-def _is_weight(name: Any, value: Any) -> bool:
-    """Say whether an entry of a state_dict is one of a model that computes with real numbers."""
-    is_real = torch.is_tensor(value) and value.is_floating_point() and value.ndim > 0
-    return is_real and value.layout == torch.strided and isinstance(name, str)
 
 
 def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:
@@ -217,6 +172,9 @@ def load_predictor(
     facts = load_checkpoint(checkpoint)
     state_dict = facts.pop("model")
     found = identify_model(state_dict)
+    if found is None and facts.keys() >= TRAIN_STATE_KEYS:
+        best = checkpoint.with_name("sam2_best.pt")
+        raise UserError(f"{checkpoint} is the state of a training, for --resume; use {best}")
     if found is None:
         raise UserError(f"{checkpoint} is not a SAM 2.1 checkpoint; use one of {', '.join(MODELS)}")
     if model_name not in (None, found):
@@ -252,29 +210,3 @@ def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
     predictor = SAM2ImagePredictor(model)
     predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
     return predictor
-
-
-def save_checkpoint(
-    path: Path, model: torch.nn.Module | dict[str, torch.Tensor], **plain_values: Any
-) -> None:
-    """Save the weights so that SAM 2's own build_sam2(config, path) loads them.
-
-    The weights are a model's, or a state_dict. `plain_values` (numbers, strings, lists, dicts, and
-    tensors in them) are kept beside them. Tensors are saved as those of the CPU: any computer
-    can load them.
-    """
-    weights = model if isinstance(model, dict) else model.state_dict()
-    with atomic_write(path) as temporary:
-        try:
-            torch.save(_on_cpu({"model": weights, **plain_values}), temporary)
-        except RuntimeError as error:  # what torch makes of a disk that is full
-            raise OSError(errno.ENOSPC, "cannot be written (is the disk full?)") from error
-
-
-def _on_cpu(value: Any) -> Any:
-    """Return nested dicts and lists with their tensors on the CPU."""
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_cpu(item) for item in value]
-    return value.cpu() if torch.is_tensor(value) else value

@@ -1,44 +1,50 @@
-"""Images and their masks on disk: found by name, read together."""
+"""Images and their masks on disk, found by name; and a data folder of them."""
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sam2_utils import UserError
-
-import numpy as np
-
-from finetuning.image_files import read_image, read_mask
 
 DEMO_DATA, DEMO_OUTPUT = Path("data/demo"), Path("output/demo")
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
     ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
+SPLITS = ("train", "val", "test")  # the last of a set that comes with one
+SPLIT_FILE = "split.json"  # in every data folder that download_dataset.py has filled
 UNREADABLE_SUFFIXES = {".heic", ".heif"}  # of phones; OpenCV does not read them
 
 
 class Pair(NamedTuple):
-    """An image and its mask: files on disk, or members of a zip archive (zipfile.Path)."""
+    """An image and the masks of its objects."""
 
     name: str
     image: Path
-    mask: Path
+    mask: Path  # black and white; or of_objects: a label map, or a folder of one mask an object
+    of_objects: bool = False
+    chosen: tuple[int, ...] | None = None  # the objects that count, from 0; None: all
+
+    def mask_files(self) -> list[Path]:
+        """Return the mask's file, or those in its folder, sorted."""
+        return sorted(self.mask.iterdir()) if self.mask.is_dir() else [self.mask]
 
 
-def find_pairs(image_dir: Path, mask_dir: Path) -> list[Pair]:
+def find_pairs(image_dir: Path, mask_dir: Path, of_objects: bool = False) -> list[Pair]:
     """Pair the images and the masks of two folders by file stem, sorted by name.
 
-    The suffixes may differ. Raises UserError unless every image has one mask, and the reverse.
+    The suffixes may differ. Raises UserError unless every image has one mask, and the reverse;
+    with of_objects a mask may be a folder.
     """
-    images, masks = _files_by_stem(image_dir), _files_by_stem(mask_dir)
+    images, masks = files_by_stem(image_dir), files_by_stem(mask_dir, of_objects)
     if not images:
         raise UserError(f"no images in {image_dir}; expected files like name.jpg or name.png")
     _require_partners(images, masks, f"no mask of the same name in {mask_dir}")
     _require_partners(masks, images, f"no image of the same name in {image_dir}")
-    return [Pair(stem, images[stem], masks[stem]) for stem in sorted(images)]
+    return [Pair(stem, images[stem], masks[stem], of_objects) for stem in sorted(images)]
 
 
 def _require_partners(files: dict[str, Path], partners: dict[str, Path], what: str) -> None:
@@ -49,8 +55,11 @@ def _require_partners(files: dict[str, Path], partners: dict[str, Path], what: s
         raise UserError(f"{names}{more}: {what}; add what is missing, or take these files away")
 
 
-def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """Map the stem of each image file in `folder` to its path; hidden files are left out."""
+def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
+    """Map the stem of each image file in `folder` to its path; hidden files are left out.
+
+    with_folders: a folder counts as well, by its name.
+    """
     files: dict[str, Path] = {}
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; check the path")
@@ -58,13 +67,15 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
         name = PurePath(path.name)
         if name.suffix.lower() in UNREADABLE_SUFFIXES:
             raise UserError(f"{path} is in a format that cannot be read; save it as JPEG or PNG")
-        if name.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+        is_folder = with_folders and path.is_dir()
+        if path.name.startswith(".") or not (is_folder or name.suffix.lower() in IMAGE_SUFFIXES):
             continue
-        stem = unicodedata.normalize("NFC", name.stem)  # macOS decomposes 한글 in file names
+        # macOS decomposes 한글 in file names
+        stem = unicodedata.normalize("NFC", name.name if is_folder else name.stem)
         if stem in files:
             raise UserError(
                 f"{files[stem].name} and {path.name} in {folder} have the same name but for the "
-                "suffix; keep one of them"
+                "suffix; rename one of them, or move it to another folder"
             )
         files[stem] = path
     return files
@@ -80,14 +91,22 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
         if not folder.is_dir():
             option = "--demo" if data == DEMO_DATA else f"--data {data}"
             raise UserError(f"no data in {folder}; run: python download_dataset.py {option}")
-    return find_pairs(image_dir, mask_dir)[:limit]
+    of_objects = read_facts(data).get("masks") == "objects"
+    return find_pairs(image_dir, mask_dir, of_objects)[:limit]
 
 
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image (HxWx3 uint8 RGB) and its mask (HxW bool), which must have the same size."""
-    image, mask = read_image(pair.image), read_mask(pair.mask)
-    require_equal_sizes(pair.image, image.shape[:2], pair.mask, mask.shape)
-    return image, mask
+def read_facts(data: Path) -> dict[str, Any]:
+    """Return what a data folder's split.json says of it; nothing where it has none."""
+    path = data / SPLIT_FILE
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is damaged; fill the folder anew with download_dataset.py --force")
+    return facts
 
 
 def require_equal_sizes(
@@ -95,7 +114,12 @@ def require_equal_sizes(
 ) -> None:
     """Raise UserError unless an image and its mask have the same (H,W)."""
     if image_size != mask_size:
+        turned = (
+            ": the image is turned upright by its EXIF orientation, perhaps, and the mask is not; "
+            "save the mask upright"
+        )
         raise UserError(
             f"{image} is {image_size[1]}x{image_size[0]} but {mask} is "
             f"{mask_size[1]}x{mask_size[0]}; a mask must have its image's size"
+            f"{turned if image_size == mask_size[::-1] else ''}"
         )

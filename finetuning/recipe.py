@@ -17,7 +17,8 @@ class Recipe:
 
     # The steps
     epochs: int = 20
-    batch_size: int = 4
+    batch_size: int = 4  # in images
+    objects_per_image: int = 4  # at most, of an image in an epoch
     lr: float | str = 1e-4  # the learning rate at its highest; "auto": to be found first
     schedule: str = "cosine"  # or constant
     weight_decay: float = 4e-5
@@ -60,8 +61,8 @@ DEMO = {  # what --demo sets beside it
     "precision": "float32",  # the same figures on every CPU
 }
 RECIPE_OPTIONS = (
-    "epochs", "batch_size", "lr", "schedule", "weight_decay", "max_grad_norm", "seed", "prompts",
-    "mask_loss", "single_weight", "dice_weight", "score_weight",
+    "epochs", "batch_size", "objects_per_image", "lr", "schedule", "weight_decay", "max_grad_norm",
+    "seed", "prompts", "mask_loss", "single_weight", "dice_weight", "score_weight",
 )  # fmt: skip
 
 
@@ -87,6 +88,11 @@ def add_recipe_options(parser: ArgumentParser) -> None:
     )
     add("--epochs", "passes over the data", type=at_least_1)
     add("--batch-size", "images a step", type=at_least_1)
+    add(
+        "--objects-per-image",
+        "of an image's objects, so many an epoch, by seed",
+        type=at_least_1,
+    )
     add(
         "--lr",
         "learning rate, at its highest; auto: the best of some that are tried before training, "

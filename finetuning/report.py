@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from finetuning.evaluation import METRICS, Result, bootstrap_interval, mean_metrics
+from finetuning.evaluation import METRICS, Result, bootstrap_interval, mean_metrics, unit_of
 
 BOX_WIDTH = 40
 ASCII_BOX = str.maketrans("┌┐└┘├┤─│", "++++++-|")
@@ -51,41 +51,50 @@ def format_details(results: list[Result], seed: int) -> str:
     """Return what is printed below the box; seed: of the bootstrap."""
     original, finetuned = mean_metrics(results, 0), mean_metrics(results, 1)
     gains = np.array([result.gain for result in results])
+    images = np.array([result.index for result in results])
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
-    equal = len(results) - better - worse
+    equal, count = len(results) - better - worse, len(set(images.tolist()))
+    what = f"images     {count}"
+    if count < len(results):
+        what = f"objects    {len(results)} in {count} images"
     return "\n".join(
         [
             *(f"mean {name:<5} {original[name]:.4f} -> {finetuned[name]:.4f}" for name in METRICS),
-            f"images     {len(results)}: {better} better, {equal} equal, {worse} worse",
-            format_interval(gains, seed),
+            f"{what}: {better} better, {equal} equal, {worse} worse",
+            format_interval(gains, seed, images),
             format_sizes(results),
         ]
     )
 
 
-def format_interval(gains: np.ndarray, seed: int) -> str:
-    """Return the mean gain and its interval in %p, and what to beware of."""
+def format_interval(gains: np.ndarray, seed: int, images: np.ndarray | None = None) -> str:
+    """Return the mean gain and its interval in %p, and what to beware of.
+
+    gains, images: as in bootstrap_interval.
+    """
     line = f"improvement {100 * gains.mean():+.1f}%p"
-    if len(gains) == 1:
+    count = len(gains if images is None else np.unique(images))
+    if count == 1:
         return f"{line}, of one image: too few for an interval"
-    low, high = bootstrap_interval(gains, seed)
+    low, high = bootstrap_interval(gains, seed, images)
     line += f", 95% interval {100 * low:+.1f} to {100 * high:+.1f}"
-    line += f" (paired bootstrap over {len(gains)} images)"
+    line += f" (paired bootstrap over {count} images)"
     if low <= 0 <= high:
         line += "; it includes 0: could be chance"
-    if len(gains) < FEW_IMAGES:
+    if count < FEW_IMAGES:
         line += "; few images: take it as wider"
     return line
 
 
 def format_sizes(results: list[Result]) -> str:
-    """Return a line a size of object: how many images, and the mean IoU of both models."""
+    """Return a line a size of object: how many there are, and the mean IoU of both models."""
+    what = unit_of(results)
     lines = ["mean IoU by object size, in % of the image's area"]
     for name, limits, at_least, below in SIZES:
         of_size = [result for result in results if at_least <= result.area_fraction < below]
         means = "-"
         if of_size:
             means = " -> ".join(f"{mean_metrics(of_size, model)['IoU']:.4f}" for model in (0, 1))
-        images = f"{len(of_size)} image{'s' * (len(of_size) != 1)}"
-        lines.append(f"  {name:<6}  {limits:<12}  {images:>11}  {means}")
+        count = f"{len(of_size)} {what}{'s' * (len(of_size) != 1)}"
+        lines.append(f"  {name:<6}  {limits:<12}  {count:>11}  {means}")
     return "\n".join(lines)

@@ -13,12 +13,12 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning import distributed
+from finetuning.checkpoints import file_sha256, load_checkpoint, save_checkpoint
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
 from finetuning.files import write_csv
 from finetuning.learner import Learner
-from finetuning.models import file_sha256, load_checkpoint, save_checkpoint
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts
 from finetuning.recipe import GUIDE, Recipe
 
 STATE_FILE, BEST_FILE, FINAL_FILE = "train_state.pt", "sam2_best.pt", "sam2_final.pt"
@@ -26,7 +26,9 @@ LOG_FILES = ("train_log.csv", "learning_curve.png")
 MODELS = (BEST_FILE, FINAL_FILE)
 RESULTS = (*MODELS, *LOG_FILES)  # what a run is for
 # What a resumed run may have otherwise than the run that it goes on with.
-FREE_SETTINGS = ("epochs", "checkpoint", "checkpoint_sha256", "data", "data_sha256", "cache")
+FREE_SETTINGS = (
+    "epochs", "checkpoint", "checkpoint_sha256", "data", "data_sha256", "cache", "value_range",
+)  # fmt: skip
 
 Log = list[dict[str, float]]  # a row an epoch; epoch 0 is the original, with its val metrics only
 
@@ -43,7 +45,7 @@ def run_settings(
 ) -> dict[str, Any]:
     """Return what fixes the outcome of a run, as plain values; it is saved with the model."""
     all_pairs = [pair for of_split in pairs.values() for pair in of_split]
-    files = [path for pair in all_pairs for path in (pair.image, pair.mask)]
+    files = [path for pair in all_pairs for path in (pair.image, *pair.mask_files())]
     sizes = [(path.parent.name, path.name, path.stat().st_size) for path in files]
     return {
         "model": model,
@@ -55,6 +57,7 @@ def run_settings(
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_sha256(checkpoint),
         "data": str(data),
+        "value_range": read_facts(data).get("value_range"),  # for images to come
         "data_sha256": hashlib.sha256(repr(sizes).encode()).hexdigest(),
     }
 

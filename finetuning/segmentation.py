@@ -31,6 +31,15 @@ class Features(NamedTuple):
         moved = [copy_to(device, feature_map).to(dtype) for feature_map in maps]
         return Features(moved[0], moved[1:])
 
+    def of(self, indices: list[int]) -> Features:
+        """Return the features of some of the B images, in this order, as often as they come."""
+        if indices == list(range(len(self.image_embed))):
+            return self
+        image_embed, *high_res_feats = (
+            feature_map[indices] for feature_map in (self.image_embed, *self.high_res_feats)
+        )
+        return Features(image_embed, high_res_feats)
+
 
 class Prediction(NamedTuple):
     """What the mask decoder answers to B prompts.

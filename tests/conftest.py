@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from finetuning import command_line
+from finetuning.checkpoints import save_checkpoint
 from finetuning.image_files import write_image
-from finetuning.models import build_predictor, save_checkpoint
+from finetuning.models import build_predictor
 
 CPU = torch.device("cpu")
 

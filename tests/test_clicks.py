@@ -13,10 +13,11 @@ from conftest import CPU, draw_pair, write_data
 import compare_models
 from compare_models import main
 from finetuning import clicks
+from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import format_clicks, number_of_clicks, simulate_clicks, write_clicks
 from finetuning.feature_cache import FeatureSource
 from finetuning.image_files import read_image
-from finetuning.models import load_predictor, save_checkpoint
+from finetuning.models import load_predictor
 from finetuning.prompts import corrective_click
 from finetuning.segmentation import encode_images
 
@@ -67,17 +68,17 @@ def test_the_table_shows_both_models_after_each_click():
     assert format_clicks(ious, True) != format_clicks(ious, False)
 
 
-def test_the_file_has_a_row_an_image_and_click(tmp_path):
+def test_the_file_has_a_row_an_object_and_click(tmp_path):
     ious = np.arange(12).reshape(2, 2, 3) / 100  # model, image, click
-    write_clicks(tmp_path / "clicks.csv", ["a.png", "b.png"], ious)
+    write_clicks(tmp_path / "clicks.csv", [("a.png", 1), ("b.png", 2)], ious)
     assert (tmp_path / "clicks.csv").read_text(encoding="utf-8-sig").splitlines() == [
-        "image,click,original_iou,finetuned_iou",
-        "a.png,1,0.000000,0.060000",
-        "a.png,2,0.010000,0.070000",
-        "a.png,3,0.020000,0.080000",
-        "b.png,1,0.030000,0.090000",
-        "b.png,2,0.040000,0.100000",
-        "b.png,3,0.050000,0.110000",
+        "image,object,click,original_iou,finetuned_iou",
+        "a.png,1,1,0.000000,0.060000",
+        "a.png,1,2,0.010000,0.070000",
+        "a.png,1,3,0.020000,0.080000",
+        "b.png,2,1,0.030000,0.090000",
+        "b.png,2,2,0.040000,0.100000",
+        "b.png,2,3,0.050000,0.110000",
     ]
 
 

@@ -16,9 +16,9 @@ import compare_models
 import train_sam2_proper
 from compare_models import choose_figures, main
 from finetuning import feature_cache
+from finetuning.checkpoints import save_checkpoint
 from finetuning.evaluation import METRICS, Result, bootstrap_interval
 from finetuning.image_files import read_image, read_mask, write_image
-from finetuning.models import save_checkpoint
 from finetuning.pairs import Pair
 from finetuning.prompts import make_prompt
 from finetuning.report import format_interval, format_sizes, format_table, print_anywhere
@@ -48,6 +48,7 @@ def made_up_results(
     return [
         Result(
             i,
+            0,
             Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")),
             prompt,
             area,
@@ -186,8 +187,8 @@ def test_pictures_show_the_biggest_gains_and_losses_only(run_script, trained, ra
 def test_the_chosen_pictures_are_the_extremes():
     gains = [0.1, -0.4, 0.3, 0.0, 0.5, -0.1]
     results = made_up_results([0.5] * 6, [0.5 + gain for gain in gains])
-    assert [result.pair.name for result in choose_figures(results, 3)] == ["4", "2", "1"]
-    assert [result.pair.name for result in choose_figures(results, 99)] == list("420351")
+    assert [of_image[0].pair.name for of_image in choose_figures(results, 3)] == ["4", "2", "1"]
+    assert [of_image[0].pair.name for of_image in choose_figures(results, 99)] == list("420351")
     assert choose_figures(results, 0) == []
 
 

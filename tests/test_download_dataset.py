@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 from conftest import snapshot, write_pairs, zip_folder
 
-import download_dataset
 from download_dataset import main
-from finetuning import archives, models
+from finetuning import archives, models, sources
 from finetuning.archives import is_portable
 from finetuning.data_folder import recover, split_names
 from finetuning.files import only_run_in
@@ -225,7 +224,7 @@ def put(folder: str) -> None:
     shutil.copytree(folder, "data")
 
 
-@pytest.mark.parametrize(("is_filled", "moves"), [(False, 3), (True, 6)])
+@pytest.mark.parametrize(("is_filled", "moves"), [(False, 6), (True, 10)])
 def test_a_run_killed_at_any_moment_leaves_the_old_data_or_the_new(
     run_script, tmp_path, monkeypatch, is_filled, moves
 ):
@@ -266,7 +265,7 @@ def test_what_a_killed_run_had_moved_away_is_put_back_by_the_next(
     options = ["--skip-checkpoint", "--images", "source/images", "--masks", "source/masks"]
     main(options)
     before = data_files()
-    assert not survives(monkeypatch, 3, lambda: main([*options, "--force", "--seed", "1"]))
+    assert not survives(monkeypatch, 6, lambda: main([*options, "--force", "--seed", "1"]))
     assert not any(Path("data", name).exists() for name in ("images", "masks", "split.json"))
     outcome = run_script(main, *options)
     assert outcome.status == 0
@@ -409,8 +408,8 @@ BAD_NAMES = {
     f"Kvasir-SEG/images/{'가' * 84}.jpg": "not every computer",
     "Kvasir-SEG/images/pair_000.jpg": "two members called 'Kvasir-SEG/images/pair_000.jpg'",
     "Kvasir-SEG/images/pair_000.png": "the same name but for the suffix",
-    "Kvasir-SEG/images/lonely.jpg": "lonely.jpg: no mask",
-    "Kvasir-SEG/masks/extra.png": "extra.png: no image",
+    "Kvasir-SEG/images/lonely.jpg": "1 of 4 images have no mask: lonely.jpg",
+    "Kvasir-SEG/masks/extra.png": "to which images these masks belong: extra.png",
 }
 
 
@@ -481,10 +480,10 @@ def test_a_member_that_understates_its_size_is_unpacked_no_further(run_script, t
 
 def test_an_archive_without_one_pair_of_folders_is_refused(run_script, tmp_path):
     archive = write_archive(tmp_path / "a.zip", ("b/images/a", b"", {}), ("b/masks/a", b"", {}))
-    assert_refused(run_script, archive, "has 2 folders with images/")
+    assert_refused(run_script, archive, "has images and masks in several places: Kvasir-SEG, b")
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("readme.txt", "hello")
-    assert_refused(run_script, archive, "has 0 folders with images/")
+    assert_refused(run_script, archive, "has no folders like images/")
 
 
 @pytest.mark.parametrize("names", [("polyp", "Polyp"), ("ä", "Ä"), ("straße", "STRASSE")])
@@ -582,8 +581,8 @@ def publish(monkeypatch, server, archive: Path, name: str = "/data.zip") -> None
     """Serve an archive in place of the official one."""
     content = archive.read_bytes()
     server.files[name] = content
-    monkeypatch.setattr(download_dataset, "DATASET_URL", server.url + name)
-    monkeypatch.setattr(download_dataset, "DATASET_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(sources, "DATASET_URL", server.url + name)
+    monkeypatch.setattr(sources, "DATASET_SHA256", hashlib.sha256(content).hexdigest())
 
 
 def test_data_set_and_checkpoint_are_downloaded_and_checked(
@@ -615,7 +614,7 @@ def test_a_failed_download_leaves_nothing_and_says_how_to_go_on(
     elif case == "404":
         server.files.clear()
     elif case == "unreachable":
-        monkeypatch.setattr(download_dataset, "DATASET_URL", "http://127.0.0.1:9/data.zip")
+        monkeypatch.setattr(sources, "DATASET_URL", "http://127.0.0.1:9/data.zip")
     elif case == "silent":  # accepts the connection and never answers
         monkeypatch.setattr(models, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
         server.shutdown()
@@ -623,7 +622,7 @@ def test_a_failed_download_leaves_nothing_and_says_how_to_go_on(
     assert outcome.status == 2
     last_line = outcome.err.splitlines()[-1]
     assert last_line.startswith("error: ") and "--archive" in last_line
-    assert download_dataset.DATASET_URL in last_line
+    assert sources.DATASET_URL in last_line
     assert not Path("data").exists() or not any(Path("data").iterdir())
     if case == "silent":
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -15,8 +15,9 @@ from sam2.build_sam import build_sam2
 import compare_models
 import train_sam2_proper
 from finetuning import run_state
+from finetuning.checkpoints import save_checkpoint
 from finetuning.encoder_training import encode_with_gradients, let_encoder_learn, merged_state_dict
-from finetuning.models import MODELS, load_predictor, make_predictor, save_checkpoint
+from finetuning.models import MODELS, load_predictor, make_predictor
 from finetuning.prompts import make_prompt
 from finetuning.recipe import GUIDE, Recipe
 from finetuning.segmentation import encode_images, predict_masks

@@ -37,14 +37,14 @@ from finetuning.feature_cache import (
     FeatureCache,
     FeatureSource,
     hash_encoder,
-    pairs_with_objects,
 )
 from finetuning.files import only_run_in
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.learner import compiling_pays
 from finetuning.losses import batch_loss
 from finetuning.models import MODELS, load_predictor, make_predictor
-from finetuning.pairs import Pair, read_pair, split_pairs
+from finetuning.objects import count_objects, read_pair
+from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import Features, PromptedDecoder, encode_images, predict_masks
 from train_sam2_proper import main
@@ -253,7 +253,7 @@ def test_a_source_encodes_what_its_cache_does_not_have(predictor, pairs, folder,
 
 def test_masks_are_read_from_their_files_and_those_without_an_object_are_left_out(pairs):
     write_image(pairs[1].mask, np.zeros(SIZES[1], np.uint8))
-    assert pairs_with_objects(pairs) == [0, 2, 3]
+    assert count_objects(pairs) == {0: 1, 2: 1, 3: 1}
 
 
 def test_a_mask_of_another_size_than_its_image_is_refused(predictor, pairs, folder):
@@ -270,7 +270,7 @@ def test_a_mask_of_another_size_than_its_image_is_refused(predictor, pairs, fold
         with pytest.raises(UserError, match=says):
             source.features(pairs[1].image, SIZES[0])
     with pytest.raises(UserError, match=says):  # before a training begins
-        pairs_with_objects(pairs, cache)
+        count_objects(pairs, cache.size)
 
 
 def test_what_is_there_is_not_encoded_again(predictor, pairs, folder, encoded):
@@ -680,7 +680,7 @@ def test_a_step_on_the_cache_has_the_gradients_of_the_guides_literal_step(predic
     batch = TrainingSet([pair], fill(folder, predictor, [pair]), 256, seed=0)[Step(1, [0], 1.0)]
 
     def guides_loss():
-        image, mask = read_pair(pair)
+        image, (mask,) = read_pair(pair)
         point_coords = batch.prompts[0].point_coords * 352 / 256
         predictor.set_image(image)
         _, coords, labels, _ = predictor._prep_prompts(point_coords, np.ones(1), None, None, True)
@@ -773,7 +773,7 @@ def test_prompts_lie_in_the_mask_and_follow_from_seed_epoch_and_image_alone(
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
     indices, orders = [1, 2, 4, 5, 7, 8, 9], []
     for seed, epoch in ((0, 1), (0, 2), (1, 1), (0, 1)):
-        sampler = EpochSampler(indices, 3, seed)
+        sampler = EpochSampler(dict.fromkeys(indices, 1), 3, seed)
         sampler.epoch = epoch
         steps = list(sampler)
         assert [(step[0], len(step[1]), step[2]) for step in steps] == [
@@ -788,7 +788,7 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_share_each_batch_and_one_without_images_stands_in(monkeypatch, world_size):
-    sampler = EpochSampler(list(range(7)), 3, seed=0)
+    sampler = EpochSampler(dict.fromkeys(range(7), 1), 3, seed=0)
     alone, shares = list(sampler), []
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     for rank in range(world_size):
@@ -808,7 +808,7 @@ def test_processes_share_each_batch_and_one_without_images_stands_in(monkeypatch
 
 def test_a_loading_process_gives_the_same_batches(predictor, pairs, folder):
     batches = TrainingSet(pairs, fill(folder, predictor, pairs), 256, seed=0)
-    sampler = EpochSampler(ALL, 3, seed=0)
+    sampler = EpochSampler(dict.fromkeys(ALL, 1), 3, seed=0)
     elsewhere = DataLoader(
         batches,
         sampler=sampler,

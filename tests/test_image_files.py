@@ -10,7 +10,8 @@ import pytest
 
 from finetuning.files import atomic_write
 from finetuning.image_files import read_image, read_mask, write_image
-from finetuning.pairs import Pair, find_pairs, read_pair, split_pairs
+from finetuning.objects import read_pair
+from finetuning.pairs import Pair, find_pairs, split_pairs
 
 
 def write_raw(path: Path, array: np.ndarray, *parameters: int) -> Path:

@@ -44,7 +44,7 @@ def test_as_many_processes_load_as_shared_memory_and_cores_allow(
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_loading_processes_are_for_cuda_on_linux(monkeypatch, tmp_path):
     pairs = split_pairs(write_data(tmp_path / "data", train=2), "train")
-    training, sampler = TrainingSet(pairs, None, 256, 0), EpochSampler([0, 1], 2, 0)
+    training, sampler = TrainingSet(pairs, None, 256, 0), EpochSampler({0: 1, 1: 1}, 2, 0)
     monkeypatch.setattr(batches, "count_workers", lambda size: 3 if size > 10000 else 0)
     for platform, device, expected in (
         ("linux", "cuda", 3),
@@ -62,7 +62,7 @@ def test_an_unreadable_image_is_one_line_wherever_it_is_read(
     monkeypatch, tmp_path, capsys, workers
 ):
     pairs = split_pairs(write_data(tmp_path / "data", train=2), "train")
-    sampler = EpochSampler([0, 1], 1, 0)
+    sampler = EpochSampler({0: 1, 1: 1}, 1, 0)
     last = list(sampler)[-1].indices[0]
     pairs[last].image.write_bytes(b"no image")
     monkeypatch.setattr(batches, "count_workers", lambda _: workers)

@@ -7,7 +7,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("download_dataset", "train_sam2_proper", "compare_models", "test_my_image")
 PARTS = sorted(path.stem for path in (ROOT / "finetuning").glob("*.py") if path.stem != "__init__")
 # The functions that read the command line
-READERS = ("parse_args", "main", "choose_defaults", "parse_args_with_demo", "parse_typed", "choose")
+READERS = (
+    "parse_args",
+    "main",
+    "choose_defaults",
+    "parse_args_with_demo",
+    "parse_typed",
+    "choose",
+    "__call__",
+)
 
 
 def tree_of(module: str) -> ast.Module:

@@ -194,7 +194,7 @@ def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(
     unused = UNUSED if single_weight else UNUSED_BY_THE_GUIDE
     learner = make_learner(predictor, recipe, torch.float32)
     training_set = TrainingSet(split_pairs(data, "train", 1), None, 256, seed=0)
-    loader = make_loader(training_set, EpochSampler([0], 1, seed=0), CPU)
+    loader = make_loader(training_set, EpochSampler({0: 1}, 1, seed=0), CPU)
     train_one_epoch(predictor, loader, learner, recipe, 1)
 
     assert not predictor.model.training

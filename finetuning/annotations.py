@@ -1,0 +1,287 @@
+"""What the files of an annotation tool hold: which objects are outlined in which image file."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+from urllib.parse import unquote
+
+from sam2_utils import UserError
+
+import numpy as np
+
+from finetuning.annotation_formats import (
+    BOXES,
+    FORMATS,
+    Entry,
+    normal,
+    read_coco,
+    read_json,
+    read_labelme,
+    read_yolo,
+)
+from finetuning.command_line import quoted
+from finetuning.outlines import PATH_LIMIT, Outline, draw_outline, refuse_size
+from finetuning.pairs import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
+
+OTHER_CLASSES = "objects of other classes"
+NOT_ANNOTATIONS = {"classes.txt", "notes.json"}  # what Label Studio writes beside them
+
+
+class AnnotatedImage(NamedTuple):
+    """An image file and the outlines of its objects.
+
+    size: (H,W) that the annotation file states, or None.
+    source: the annotation file.
+    has_fractions: polygons are in fractions of the image, not in pixels.
+    """
+
+    image: Path
+    outlines: list[Outline]
+    size: tuple[int, int] | None
+    source: Path
+    has_fractions: bool = False
+
+    def masks(self, size: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Draw the objects one after another, as HxW bool masks, for an image of `size` (H,W).
+
+        What lies outside of the image is cut off, so that a mask may be empty. Raises UserError
+        when the annotations are not for an image of that size.
+        """
+        if self.size not in (None, size):
+            refuse_size(self.image, self.source, self.size, size)
+        source = quoted(self.source, PATH_LIMIT)
+        for number, outline in enumerate(self.outlines, start=1):
+            for part in outline:
+                if isinstance(part, dict) and tuple(part["size"]) != size:
+                    refuse_size(self.image, self.source, tuple(part["size"]), size)
+            where = f"{source}: object {number} of {quoted(self.image.name)}"
+            yield draw_outline(outline, size, self.has_fractions, where)
+
+
+class Annotations(NamedTuple):
+    """What the files of an annotation tool hold.
+
+    images: those with at least one object of the wanted classes, sorted by name.
+    unlabelled: the image files in which nothing at all is annotated, sorted.
+    counts: objects of the wanted classes by class name.
+    left_out: how many of what was not taken.
+    """
+
+    format: str
+    images: list[AnnotatedImage]
+    unlabelled: list[Path]
+    counts: dict[str, int]
+    left_out: dict[str, int]
+
+
+def read_annotations(
+    path: Path, images: Path | None = None, classes: Sequence[str] = ()
+) -> Annotations:
+    """Read a COCO or labelme file, or a folder of COCO, YOLO or labelme, known by its content.
+
+    images: the folder of the images; by default that of the annotations, or the folder "images"
+        beside "labels". classes: the names of the wanted classes; by default all.
+    Raises UserError, in one line, for whatever is wrong with the files.
+    """
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ImportError as error:
+        message = "--annotations needs pycocotools; pip install pycocotools"
+        raise UserError(message) from error
+    files = _annotation_files(path)
+    kind, entries, names = _read_files(files)
+    folder = images or _image_folder(path, files[0])
+    if not folder.is_dir():
+        shown = quoted(folder, PATH_LIMIT)
+        raise UserError(f"no such folder: {shown}; name that of the images with --images")
+    names = names | {name for entry in entries for name, _ in entry.objects}
+    wanted = _wanted_classes(path, classes, names)
+    return _assemble(path, kind, entries, wanted, _ImageFinder(folder, IMAGE_SUFFIXES))
+
+
+def _annotation_files(path: Path) -> list[Path]:
+    """Return the JSON files, or else the text files, that a path stands for."""
+    if not path.exists():
+        raise UserError(f"no such file or folder: {quoted(path, PATH_LIMIT)}; check the path")
+    if path.is_file() and path.suffix.lower() == ".json":
+        return [path]
+    for folder in (path / "labels", path, path / "annotations"):
+        for candidates, suffix in ((folder.glob("*"), ".json"), (folder.rglob("*"), ".txt")):
+            files = [
+                file
+                for file in candidates
+                if file.suffix.lower() == suffix and file.name not in NOT_ANNOTATIONS
+                if not _is_hidden(file.relative_to(folder)) and file.is_file()
+            ]
+            if files:
+                return sorted(files)
+    raise UserError(f"no annotations in {quoted(path, PATH_LIMIT)}; {FORMATS}")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _read_files(files: list[Path]) -> tuple[str, list[Entry], set[str]]:
+    """Return the format, the entries and the class names of files of YOLO, labelme or COCO."""
+    if files[0].suffix.lower() == ".txt":
+        return ("YOLO", *read_yolo(files))
+    entries = []
+    for file in files:
+        document = read_json(file)
+        keys = document.keys() if isinstance(document, dict) else set()
+        if {"images", "annotations"} <= keys:
+            if len(files) > 1:
+                folder = quoted(file.parent, PATH_LIMIT)
+                names = ", ".join(quoted(file.name) for file in files[:3])
+                raise UserError(f"{folder} holds {names}; name one COCO file of them")
+            return ("COCO", *read_coco(file, document))
+        if "shapes" not in keys:
+            raise UserError(f"{quoted(file, PATH_LIMIT)} is not of COCO or labelme; {FORMATS}")
+        entries.append(read_labelme(file, document))
+    return "labelme", entries, set()
+
+
+def _image_folder(path: Path, file: Path) -> Path:
+    """Return where the images of annotations are expected: in a folder "images", or beside them."""
+    folder = path if path.is_dir() else path.parent
+    if file.suffix.lower() == ".txt" and (folder / "labels").is_dir():
+        folder = folder / "labels"
+    # The last "labels" or "annotations", as in labels/train
+    for depth, name in enumerate(reversed(folder.parts)):
+        if name in ("labels", "annotations"):
+            start = len(folder.parts) - 1 - depth
+            partner = Path(*folder.parts[:start], "images", *folder.parts[start + 1 :])
+            return partner if partner.is_dir() else folder
+    return folder
+
+
+def _wanted_classes(path: Path, classes: Sequence[str], names: set[str]) -> set[str]:
+    """Return the names of the wanted classes, which must exist; all, if none is named."""
+    wanted = {normal(name) for name in classes}
+    if wanted - names:
+        unknown = ", ".join(quoted(name) for name in sorted(wanted - names))
+        found = _first(sorted(names), 20) or "none"
+        raise UserError(
+            f"no class {unknown} in {quoted(path, PATH_LIMIT)}; its classes are: {found}"
+        )
+    return wanted or names
+
+
+def _first(names: Sequence[str], count: int) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(quoted(name) for name in names[:count]) + more
+
+
+class _ImageFinder:
+    """Finds image files below a folder, and never elsewhere, by the names that tools write."""
+
+    def __init__(self, folder: Path, suffixes: set[str]) -> None:
+        """List the images below `folder`, by each tail of their path: b/a.jpg and a.jpg."""
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.by_tail: dict[str, list[str]] = {}
+        for file in sorted(folder.rglob("*")):
+            path = file.relative_to(folder)
+            if path.suffix.lower() not in suffixes or _is_hidden(path) or not file.is_file():
+                continue
+            name = normal(path.as_posix())
+            self.files[name] = file
+            for tail in {*_tails(name), *_tails(name.removesuffix(path.suffix))}:
+                self.by_tail.setdefault(tail, []).append(name)
+
+    def find(self, entry: Entry) -> Path | None:
+        """Return the image of an entry: by its path, the end of its path, or the entry's own name.
+
+        Raises UserError where there is more than one such image.
+        """
+        names = [entry.source.with_suffix("").as_posix()]
+        if entry.file_name is not None:
+            plain = unquote(entry.file_name.partition("?")[0])
+            # Label Studio puts 8 digits before the names of uploads
+            original = re.sub(r"^(.*[/\\])?[0-9a-f]{8}-", "", plain)
+            names = [entry.file_name, plain, unquote(entry.file_name), original, *names]
+        for name in names:
+            name = normal(name).replace("\\", "/")
+            if name in self.files:
+                return self.files[name]
+            for tail in _tails(name):
+                found = self.by_tail.get(tail, [])
+                if len(found) > 1:
+                    folder, source = (quoted(p, PATH_LIMIT) for p in (self.folder, entry.source))
+                    raise UserError(
+                        f"{quoted(found[0])} and {quoted(found[1])} in {folder} could both be "
+                        f"{quoted(name)} of {source}; rename or remove one"
+                    )
+                if found:
+                    return self.files[found[0]]
+        return None
+
+
+def _tails(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def _assemble(
+    path: Path, kind: str, entries: list[Entry], wanted: set[str], finder: _ImageFinder
+) -> Annotations:
+    """Join the entries with their image files, and count what is taken and what is not."""
+    images: list[AnnotatedImage] = []
+    counts, left_out = Counter(), Counter()
+    sources: dict[Path, Path] = {}
+    missing: list[Entry] = []
+    for entry in (entry for entry in entries if entry.objects):
+        outlines = []
+        for name, outline in entry.objects:
+            if name not in wanted or isinstance(outline, str):
+                left_out[outline if name in wanted else OTHER_CLASSES] += 1
+            else:
+                counts[name] += 1
+                outlines.append(outline)
+        image = finder.find(entry)
+        if image is None:
+            missing += [entry] if outlines else []
+            continue
+        if image in sources:
+            _refuse_twice(image, {sources[image], entry.source})
+        sources[image] = entry.source
+        if outlines:
+            images.append(AnnotatedImage(image, outlines, entry.size, entry.source, kind == "YOLO"))
+    if missing:
+        _refuse_missing(missing, finder.folder)
+    if not images:
+        _refuse_without_outlines(path, left_out)
+    images.sort(key=lambda item: (item.image.name, item.image))
+    unlabelled = [file for file in finder.files.values() if file not in sources]
+    return Annotations(kind, images, unlabelled, dict(counts), dict(left_out))
+
+
+def _refuse_twice(image: Path, sources: set[Path]) -> NoReturn:
+    files = " and ".join(quoted(file, PATH_LIMIT) for file in sorted(sources))
+    image_file = quoted(image, PATH_LIMIT)
+    raise UserError(f"{image_file} is annotated twice, in {files}; keep one of the two")
+
+
+def _refuse_missing(missing: list[Entry], folder: Path) -> NoReturn:
+    unreadable = _ImageFinder(folder, UNREADABLE_SUFFIXES)
+    for image in filter(None, map(unreadable.find, missing)):
+        file = quoted(image, PATH_LIMIT)
+        raise UserError(f"{file} is in a format that cannot be read; save it as JPEG or PNG")
+    names = _first([entry.file_name or entry.source.stem for entry in missing], 3)
+    raise UserError(
+        f"{names}: annotated, but no such image in {quoted(folder, PATH_LIMIT)}; "
+        "name the folder of the images with --images"
+    )
+
+
+def _refuse_without_outlines(path: Path, left_out: Counter[str]) -> NoReturn:
+    file = quoted(path, PATH_LIMIT)
+    if left_out[BOXES] and left_out.keys() <= {BOXES, OTHER_CLASSES}:
+        raise UserError(f"{file} holds boxes (detection), not outlines; export it for segmentation")
+    found = ", ".join(f"{count} {what}" for what, count in left_out.items()) or "nothing"
+    raise UserError(f"{file} holds no outlines of objects (but {found}); draw some first")

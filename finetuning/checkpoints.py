@@ -1,0 +1,161 @@
+"""Checkpoints: weights as this project and other programs save them, read without running code."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import itertools
+import pickletools
+import warnings
+import zipfile
+from itertools import starmap
+from pathlib import Path
+from typing import Any
+
+from sam2_utils import UserError
+
+import torch
+from safetensors.torch import load_file
+
+from finetuning.files import atomic_write
+
+A_SAM2_NAME = "image_encoder.trunk.patch_embed.proj.weight"  # every SAM 2 has it, once
+MODEL_CODE = ("torch.nn.modules.", "__torch__.")  # how names of a model's classes start
+MAX_OPCODES = 100_000  # to look for them in
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(functools.partial(file.read, 1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint as {"model": state_dict, ...}, running no code that it may contain.
+
+    In the file, the weights are under "model" or "state_dict", or they are all that it holds, as
+    in a .safetensors file. What comes before all of SAM 2's own names, as DDP's "module.", is
+    taken off. Raises UserError when the file is missing or is not a checkpoint with finite weights.
+    """
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}; check the path")
+    checkpoint = _unwrap(_read(path))
+    if checkpoint is None:
+        raise UserError(f'{path} holds no "model" weights; use a SAM 2.1 checkpoint')
+    state_dict = _without_prefix(checkpoint["model"])
+    if not all(torch.isfinite(weight.float()).all() for weight in state_dict.values()):
+        raise UserError(f"{path} holds weights that are not finite (NaN); train or download again")
+    return {**checkpoint, "model": state_dict}
+
+
+def _read(path: Path) -> Any:
+    """Return what a file of torch.save or safetensors holds, if that is tensors and plain values.
+
+    Raises UserError for any other file.
+    """
+    try:
+        if _is_safetensors(path):
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other kinds of pickles and archives
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # damaged files raise errors of pickle, zip, struct and torch
+        if _is_pickled_model(path):
+            raise UserError(
+                f"{path} is a whole pickled model, which is not loaded because that would run code "
+                "in it; where it was made, save its weights: "
+                'torch.save({"model": model.state_dict()}, FILE)'
+            ) from error
+        raise UserError(
+            f"{path} is not a readable checkpoint (damaged, cut off, or another kind of file); "
+            "download or train it again"
+        ) from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Say whether a file starts as safetensors do: the length of a JSON object, then the object."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def _is_pickled_model(path: Path) -> bool:
+    """Say whether a file of torch.save holds a model with its classes; nothing in it is run."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                with archive.open(name) as file:
+                    return _names_model_code(file)
+        with path.open("rb") as file:
+            return _names_model_code(file)
+    except Exception:  # damaged
+        return False
+
+
+def _names_model_code(file: Any) -> bool:
+    # Before torch 1.6 a file of torch.save was several pickles in a row, the object the fourth.
+    opcodes = itertools.chain.from_iterable(pickletools.genops(file) for _ in range(4))
+    texts = (value for _, value, _ in itertools.islice(opcodes, MAX_OPCODES))
+    return any(isinstance(text, str) and text.startswith(MODEL_CODE) for text in texts)
+
+
+def _unwrap(contents: Any) -> dict[str, Any] | None:
+    """Return {"model": state_dict, ...} of what a file holds, or None where it holds no weights."""
+    if not isinstance(contents, dict):
+        return None
+    for key in ("model", "state_dict"):
+        if _are_weights(contents.get(key)):
+            facts = {name: value for name, value in contents.items() if name != key}
+            return {**facts, "model": contents[key]}
+    return {"model": contents} if _are_weights(contents) else None
+
+
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(starmap(_is_weight, value.items()))
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    """Say whether an entry of a state_dict is one of a model that computes with real numbers."""
+    is_real = torch.is_tensor(value) and value.is_floating_point() and value.ndim > 0
+    return is_real and value.layout == torch.strided and isinstance(name, str)
+
+
+def _without_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights by SAM 2's own names, if all of them have the same before these."""
+    prefixes = [name.removesuffix(A_SAM2_NAME) for name in state_dict if A_SAM2_NAME in name]
+    if len(prefixes) != 1 or not all(name.startswith(prefixes[0]) for name in state_dict):
+        return state_dict
+    return {name.removeprefix(prefixes[0]): weight for name, weight in state_dict.items()}
+
+
+def save_checkpoint(
+    path: Path, model: torch.nn.Module | dict[str, torch.Tensor], **plain_values: Any
+) -> None:
+    """Save the weights so that SAM 2's own build_sam2(config, path) loads them.
+
+    The weights are a model's, or a state_dict. `plain_values` (numbers, strings, lists, dicts, and
+    tensors in them) are kept beside them. Tensors are saved as those of the CPU: any computer
+    can load them.
+    """
+    weights = model if isinstance(model, dict) else model.state_dict()
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(_on_cpu({"model": weights, **plain_values}), temporary)
+        except RuntimeError as error:  # what torch makes of a disk that is full
+            raise OSError(errno.ENOSPC, "cannot be written (is the disk full?)") from error
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return nested dicts and lists with their tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in value]
+    return value.cpu() if torch.is_tensor(value) else value

@@ -1,0 +1,142 @@
+"""Outlines of objects: what they are made of, how they are checked, and how they are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sam2_utils import UserError
+
+import numpy as np
+
+from finetuning.command_line import quoted
+
+# The parts of one object, to unite: polygons (Nx2 float in (X,Y), in pixels or in fractions of
+# the image), RLE dicts of COCO, and (mask, x, y), an HxW bool mask and where its corner lies.
+Outline = list[np.ndarray | dict[str, Any] | tuple[np.ndarray, int, int]]
+
+# In pixels; the C code of pycocotools takes 50 bytes for each, and checks no limits.
+LONGEST_OUTLINE = 2_000_000
+PATH_LIMIT = 300  # characters of a path in a message, which shows its file at the end
+
+
+def parse_polygon(numbers: Any, where: str) -> np.ndarray:
+    """Return the polygon, Nx2 float, of a list x1, y1, x2, y2, ... of at least three points."""
+    try:
+        if not all(type(value) in (int, float) for value in numbers):
+            raise TypeError
+        coords = np.array(numbers, np.float64)
+    except (TypeError, OverflowError):
+        coords = np.array([np.nan])
+    if not (np.abs(coords) < 1e9).all():
+        raise UserError(
+            f"{where}: an outline has coordinates that are no numbers, or huge; draw it again"
+        )
+    if coords.size % 2 or coords.size < 6:
+        raise UserError(
+            f"{where}: an outline has {coords.size} coordinates, not two for each of three or "
+            "more points; draw it again"
+        )
+    return coords.reshape(-1, 2)
+
+
+def parse_rle(rle: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return an RLE of COCO whose runs fill its size, so that the C code can be trusted with it."""
+    size, counts = rle.get("size"), rle.get("counts")
+    try:
+        runs = _decode_runs(counts) if isinstance(counts, str) else counts
+        is_valid = all(type(n) is int and n >= 0 for n in [*size, *runs]) and len(size) == 2
+        is_valid = is_valid and 0 < size[0] * size[1] == sum(runs)
+    except (TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(f'{where}: the "counts" of its RLE do not fill its "size"; export it again')
+    return {"size": list(size), "counts": counts}
+
+
+def _decode_runs(text: str) -> list[int]:
+    """Return the run lengths in a compressed RLE, as rleFrString of pycocotools reads them.
+
+    Raises ValueError where that function would read on past the end of the text.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for char in text:
+        bits = ord(char) - 48
+        if not 0 <= bits < 64 or shift > 25:
+            raise ValueError(text)
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError(text)
+    return runs
+
+
+def draw_outline(
+    outline: Outline, size: tuple[int, int], has_fractions: bool, where: str
+) -> np.ndarray:
+    """Return the HxW bool union of the parts of an outline, in an image of `size` (H,W).
+
+    has_fractions: polygons are in fractions of the image. The RLEs must be of that size. Raises
+    UserError, which begins with `where`, for what cannot be drawn.
+    """
+    from pycocotools import mask as coco_mask
+
+    rles = []
+    try:
+        for part in outline:
+            if isinstance(part, np.ndarray):
+                polygon = part * size[::-1] if has_fractions else part
+                _check_polygon(polygon, size, where)
+                rles += coco_mask.frPyObjects([polygon.ravel().tolist()], *size)
+            elif isinstance(part, tuple):
+                rles.append(coco_mask.encode(_place(*part, size)))
+            elif isinstance(part["counts"], str):
+                rles.append(part)
+            else:
+                rles.append(coco_mask.frPyObjects(part, *size))
+        return coco_mask.decode(coco_mask.merge(rles)).astype(bool, order="C")
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # pycocotools raises nothing more precise
+        message = f"{where} cannot be drawn ({quoted(str(error))}); draw it again"
+        raise UserError(message) from error
+
+
+def _check_polygon(polygon: np.ndarray, size: tuple[int, int], where: str) -> None:
+    """Keep from the C code what would take all memory: an outline in other units, or endless."""
+    sides = np.array(size[::-1])
+    if (polygon < -sides).any() or (polygon > 2 * sides).any():
+        raise UserError(
+            f"{where} lies far outside of the image, {sides[0]}x{sides[1]}; check that this is "
+            "the image that was annotated"
+        )
+    steps = np.abs(polygon - np.roll(polygon, 1, axis=0)).max(axis=1)
+    if steps.sum() > LONGEST_OUTLINE:
+        raise UserError(f"{where} has an outline of {steps.sum():.0f} pixels; draw it simpler")
+
+
+def _place(mask: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.ndarray:
+    """Return the HxW uint8 canvas, column by column, with a mask at (x,y); its rest is cut off."""
+    canvas = np.zeros(size, np.uint8, order="F")
+    inside = mask[max(-y, 0) : max(size[0] - y, 0), max(-x, 0) : max(size[1] - x, 0)]
+    top, left = max(y, 0), max(x, 0)
+    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return canvas
+
+
+def refuse_size(
+    image: Path, source: Path, stated: tuple[int, int], size: tuple[int, int]
+) -> NoReturn:
+    """Raise UserError: an image is of `size` (H,W), but its annotations are for another."""
+    is_transposed = stated == size[::-1]
+    raise UserError(
+        f"{quoted(image, PATH_LIMIT)} is {size[1]}x{size[0]} but {quoted(source, PATH_LIMIT)} "
+        f"states {stated[1]}x{stated[0]}; "
+        + ("the EXIF orientation of the photo may be the cause: " if is_transposed else "")
+        + "annotate the image as it is now"
+    )

@@ -1,0 +1,117 @@
+"""Where the pairs of a data set come from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sam2_utils import UserError
+
+from finetuning.annotations import read_annotations
+from finetuning.archives import open_archive
+from finetuning.checkpoints import file_sha256
+from finetuning.command_line import ArgumentParser
+from finetuning.models import download_file
+from finetuning.pairing import (
+    Found,
+    Row,
+    find_examples,
+    find_in_folder,
+    name_examples,
+    read_pairs_file,
+)
+
+DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
+DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the pairs come from: an archive, folders, annotations, a table, or drawings."""
+
+    archive: Path | None = None
+    images: Path | None = None
+    masks: Path | None = None
+    annotations: Path | None = None
+    pairs: Path | None = None
+    demo: bool = False
+    class_names: tuple[str, ...] = ()
+    skip_unlabelled: bool = False
+
+    @property
+    def name(self) -> str | None:
+        """What tells one source from another; None where the user has not chosen any."""
+        if self.demo:
+            return "demo"
+        chosen = self.pairs or self.annotations or self.images or self.archive
+        of_classes = f" ({', '.join(self.class_names)})" if self.class_names else ""
+        return f"{chosen.resolve()}{of_classes}" if chosen else None
+
+    @contextlib.contextmanager
+    def find(self, data: Path) -> Iterator[Found]:
+        """Yield the examples, while an archive is open; Kvasir-SEG's is fetched to `data`."""
+        if self.pairs:
+            yield read_pairs_file(self.pairs, self.images, self.masks)
+        elif self.annotations:
+            yield find_annotated(
+                self.annotations, self.images, self.class_names, self.skip_unlabelled
+            )
+        elif self.images:
+            yield find_examples(self.images, self.masks, self.skip_unlabelled)
+        elif self.archive and self.archive.is_dir():
+            yield find_in_folder(self.archive, self.skip_unlabelled)
+        else:
+            archive = self.archive or fetch_archive(data / "kvasir-seg.zip")
+            with open_archive(archive) as root:
+                yield find_in_folder(root, self.skip_unlabelled)
+
+
+def find_annotated(
+    file: Path, images: Path | None, class_names: tuple[str, ...], skip_unlabelled: bool
+) -> Found:
+    """Return the examples of an annotation tool's export, and what to say of them."""
+    read = read_annotations(file, images, class_names)
+    classes = ", ".join(f"{name} {count}" for name, count in sorted(read.counts.items()))
+    notes = [f"{read.format}: {sum(read.counts.values())} objects ({classes})"]
+    notes += [f"left out {count} {what}" for what, count in read.left_out.items()]
+    if read.unlabelled and not skip_unlabelled:
+        shown = ", ".join(path.name for path in read.unlabelled[:3])
+        raise UserError(
+            f"{len(read.unlabelled)} images have no object in {file}: {shown}, ...; "
+            "--skip-unlabelled leaves them out"
+        )
+    if read.unlabelled:
+        notes.append(f"left out {len(read.unlabelled)} images without an object")
+    items = {item.image: item for item in read.images}
+    rows = [Row(image, (), image.parent.name, None) for image in items]
+    examples = [example._replace(annotated=items[example.image]) for example in name_examples(rows)]
+    return Found(examples, notes)
+
+
+def fetch_archive(path: Path) -> Path:
+    """Return the path of Kvasir-SEG's archive, downloading it if it is missing or damaged."""
+    if not path.is_file() or file_sha256(path) != DATASET_SHA256:
+        by_hand = "download it with a browser and run again with --archive FILE.zip"
+        download_file(DATASET_URL, path, DATASET_SHA256, by_hand)
+    return path
+
+
+def add_source_options(parser: ArgumentParser) -> None:
+    """Add where the pairs come from."""
+    source = parser.add_argument_group("where the pairs come from")
+    source.add_argument("--archive", type=Path, help="a zip, or a folder, with images and masks")
+    source.add_argument("--images", type=Path, help="a folder of images")
+    source.add_argument("--masks", type=Path, help="the folder of their masks")
+    source.add_argument("--pairs", type=Path, help="a table, image,mask, where names do not tell")
+    source.add_argument(
+        "--annotations", type=Path, help="a COCO file, or a folder of YOLO or labelme files"
+    )
+    source.add_argument(
+        "--class-name", action="append", default=[], help="only annotations of it; may be repeated"
+    )
+    source.add_argument(
+        "--skip-unlabelled", action="store_true", help="leave images without a mask out"
+    )
+    source.add_argument("--demo", action="store_true", help="draw the demo's, into data/demo")
