@@ -14,7 +14,7 @@ endif
 READY := .venv/ready
 # A second environment, for test-oldest, and what is tested in it
 OLDEST ?= .venv-oldest
-COMPUTING := clicks compare encoder_training feature_cache gradients learning_rate \
+COMPUTING := clicks compare decoding encoder_training feature_cache gradients learning_rate objects \
   pretended_device prompts_of_training sam2_utils train
 
 .PHONY: setup demo test test-oldest lint

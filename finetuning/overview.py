@@ -16,8 +16,9 @@ from finetuning.pairs import Pair
 
 OVERVIEW_FILE = "overview.png"
 SHOWN = 12  # images
-COLUMNS, PANEL, TITLE, GAP = 4, 360, 24, 8  # pixels, but the columns; PANEL: an image's longer side
-BLACK = (0, 0, 0)
+COLUMNS = 4
+PANEL, TITLE, GAP = 360, 24, 8  # pixels; PANEL: an image's longer side
+BLACK, FONT = (0, 0, 0), cv2.FONT_HERSHEY_SIMPLEX
 MUCH = 0.5  # of the image: more than that is perhaps the background
 MANY_PARTS = 3  # of a mask, on average, that counts as one object
 
@@ -88,7 +89,7 @@ def draw_overview(path: Path, pairs: list[Pair]) -> None:
         canvas, count = draw_outlines(pairs[place])
         y, x = number // COLUMNS * (PANEL + TITLE), number % COLUMNS * (PANEL + GAP)
         title = f"{count} object{'s' * (count != 1)}"
-        cv2.putText(sheet, title, (x, y + 16), cv2.FONT_HERSHEY_SIMPLEX, 0.5, BLACK, 1, cv2.LINE_AA)
+        cv2.putText(sheet, title, (x, y + 16), FONT, 0.5, BLACK, 1, cv2.LINE_AA)
         sheet[y + TITLE :, x:][: len(canvas), : canvas.shape[1]] = canvas
     write_image(path, sheet)
 

@@ -31,7 +31,7 @@ IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}
 MAX_DEPTH = 6  # folders within folders
 MAX_GUESSES = 50  # where more endings are as frequent, none of them is a mask's
 BY_TABLE = "pair them by a table: --pairs FILE.csv (image,mask)"
-OBJECT_NUMBER = re.compile(r"[ _.(-]*\d+\)?$")  # at the end of a mask's name
+OBJECT_NUMBER = re.compile(r"[ _.-]?\(\d+\)$|[ _.-]?\d+$")  # at the end of a mask's name
 UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 Affix = tuple[str, str]  # what stands before and after a name
 
@@ -372,7 +372,7 @@ def _choose(images: list[str], masks: list[str]) -> tuple[dict[str, str], str]:
         if not is_doubtful:
             chosen = chosen if chosen[0] else (owners, note)
             rivals.append(owners)
-        elif len(set(owners.values())) == len(images):
+        elif len(masks) < 3 or len(set(owners.values())) == len(images):
             rivals.append(owners)
     for owners in rivals if chosen[0] else []:
         _require_equal(chosen[0], owners)
