@@ -41,10 +41,11 @@ class Drawn(NamedTuple):
     images: dict[str, int]  # of each split
     size: int  # of an image, in pixels a side
     cells: tuple[int, int]  # in an image, at least and at most
+    enlarged: int = 1  # so many times, after it has been drawn
 
 
 CELLS = Drawn("cells", {"train": 60, "val": 20}, 256, (5, 60))
-MANY = Drawn("many", {"train": 40, "val": 10}, 2000, (300, 300))
+MANY = Drawn("many", {"train": 40, "val": 10}, 250, (400, 400), enlarged=8)
 
 
 def draw_cells(
@@ -82,14 +83,18 @@ def draw_cells(
 
 def draw_dataset(data: Path, drawn: Drawn) -> None:
     """Fill a data folder."""
-    rng, size = np.random.default_rng(7), drawn.size
+    rng, pixel = np.random.default_rng(7), np.ones((drawn.enlarged,) * 2, np.uint8)
+    side = drawn.size * drawn.enlarged
     with new_dataset(data, source=drawn.name, masks="objects") as folder:
         for split, count in drawn.images.items():
             for index in tqdm(range(count), desc=f"Drawing {split}", unit="image"):
                 cells = int(rng.integers(drawn.cells[0], drawn.cells[1] + 1))
-                image, masks = draw_cells(rng, size, cells)
-                write_image(folder / "images" / split / f"cells_{index:03}.png", image)
-                write_objects(folder / "masks" / split / f"cells_{index:03}", masks, (size, size))
+                image, masks = draw_cells(rng, drawn.size, cells)
+                name = f"cells_{index:03}"
+                image = np.kron(image, pixel[..., None])
+                write_image(folder / "images" / split / f"{name}.png", image)
+                enlarged = (np.kron(mask, pixel).astype(bool) for mask in masks)
+                write_objects(folder / "masks" / split / name, enlarged, (side, side))
 
 
 def train(data: Path, output: Path, options: list[str]) -> dict[str, float]:

@@ -95,7 +95,7 @@ def draw_overview(path: Path, pairs: list[Pair]) -> None:
 
 
 def draw_outlines(pair: Pair) -> tuple[np.ndarray, int]:
-    """Return an image, PANEL pixels on its longer side, with its objects outlined; and their number."""
+    """Return an image, PANEL pixels on its longer side, its objects outlined; and their number."""
     image, objects = read_image(pair.image), read_objects(pair)
     scale = PANEL / max(image.shape[:2])
     width, height = (max(1, round(side * scale)) for side in image.shape[1::-1])

@@ -369,10 +369,12 @@ def _choose(images: list[str], masks: list[str]) -> tuple[dict[str, str], str]:
     """Return the one way in which all masks belong to images, or nothing."""
     chosen, rivals = ({}, ""), []
     for owners, note, is_doubtful in _ways(images, masks):
-        if not is_doubtful:
+        count = len(set(owners.values()))
+        is_complete = count == len(images)
+        if not is_doubtful and (is_complete or count > 1):  # one alone may be luck
             chosen = chosen if chosen[0] else (owners, note)
             rivals.append(owners)
-        elif len(masks) < 3 or len(set(owners.values())) == len(images):
+        elif is_complete or count < 3:
             rivals.append(owners)
     for owners in rivals if chosen[0] else []:
         _require_equal(chosen[0], owners)

@@ -40,7 +40,10 @@ def distance_inside(mask: np.ndarray) -> np.ndarray:
     It is the Euclidean distance transform; the image's border counts as an outline.
     """
     padded = np.pad(mask.astype(np.uint8), 1)
-    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    # Squares are whole numbers. OpenCV's roots of equal ones differ in the last digit, by where in
+    # memory they lie; then the deepest of several equally deep pixels would be a matter of luck.
+    return np.sqrt(np.rint(distance * distance))
 
 
 def deepest_point(mask: np.ndarray) -> tuple[int, int]:
