@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuning.pairing import find_examples, find_in_folder, match_names, read_pairs_file
+from finetuning.matching import match_names
+from finetuning.pairing import find_examples, find_in_folder, read_pairs_file
 
 every_time = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 
@@ -75,6 +76,7 @@ def refusal(find, *arguments, **options) -> str:
         ("p_1.png p_2.png", "m_1-0.png m_1-1.png m_2-0.png",
          "p_1 m_1-0.png m_1-1.png, p_2 m_2-0.png", "images p_NAME"),
         ("a.png a_1.png", "a.png a_1.png a_1_1.png", "a a.png, a_1 a_1.png a_1_1.png", ""),
+        ("b.png b_.png", "b-0.png b_-0.png b_-1.png", "b b-0.png, b_ b_-0.png b_-1.png", "NAME"),
         ("사진1.jpg 사진2.jpg", "사진1_마스크.png 사진2_마스크.png",
          "사진1 사진1_마스크.png, 사진2 사진2_마스크.png", "NAME_마스크"),
     ],
@@ -93,6 +95,8 @@ def test_masks_find_their_images_by_name(tmp_path, images, masks, partners, note
          "task-1-annotation-71-by-1-tag-polyp-0.png task-2-annotation-72-by-1-tag-polyp-0.png"),
         ("img10.jpg img11.jpg", "img20.png img21.png"),
         ("p1_s1.jpg p1_s2.jpg", "p2_s1.png p2_s2.png"),
+        ("t5_1.jpg t5_2.jpg", "u6_1.png u6_2.png"),
+        ("p1_s1.jpg p1_s2.jpg p1_s3.jpg p1_s9.jpg", "p2_s1.png p2_s2.png p2_s3.png"),
         ("1.jpg 2.jpg", "11.png 12.png"),
         ("1.jpg 2.jpg", "2_1.png 2_2.png"),
         ("cat.jpg cot.jpg", "bat.png bot.png"),

@@ -1,0 +1,218 @@
+"""Where images and masks lie, in folders and archives as people have them."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import unicodedata
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from sam2_utils import UserError
+
+from finetuning.pairs import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
+
+# What folders are called, in lower case; of images and masks also without blanks and the like
+SPLITS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+SPLITS |= {split: split for split in ("train", "val", "test")}
+IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "original"}
+MASK_FOLDERS = {"masks", "mask", "labels", "label", "annotations", "annotation", "ann", "gt"}
+MASK_FOLDERS |= {"groundtruth"}
+CHALLENGE = re.compile(r".*_(training|validation|test)(?:_part1)?_(input|data|groundtruth)")
+IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}
+BY_TABLE = "pair them by a table: --pairs FILE.csv (image,mask)"
+MAX_DEPTH = 6  # folders within folders
+
+
+class Folder(NamedTuple):
+    """What is in a folder, sorted by name, but for hidden files."""
+
+    path: Path
+    files: list[Path]  # images and masks, by their suffixes
+    others: list[Path]
+    folders: list[Folder]
+
+
+class Level(NamedTuple):
+    """Two folders of which the files are paired with each other."""
+
+    images: Folder
+    masks: Folder | None
+    split: str | None = None
+    item: str | None = None  # the name of the folder of one image and its masks only
+
+
+def read_folder(root: Path) -> Folder:
+    """Read what is in a folder, on disk or in an archive, down to MAX_DEPTH."""
+    if not root.is_dir():
+        raise UserError(f"no such folder: {shown(root)}; check the path")
+    members = defaultdict(list)
+    if isinstance(root, zipfile.Path):  # its iterdir goes through the whole archive each time
+        for name in root.root.namelist():
+            members[posixpath.dirname(name.rstrip("/"))].append(zipfile.Path(root.root, name))
+
+    def read(path: Path, depth: int) -> Folder:
+        folder = Folder(path, [], [], [])
+        children = members[path.at.rstrip("/")] if members else path.iterdir()
+        for child in sorted(children, key=lambda child: child.name):
+            if child.name.startswith(".") or child.name.lower() in IGNORED:
+                continue
+            if child.is_dir():
+                folder.folders.extend([read(child, depth + 1)] if depth < MAX_DEPTH else [])
+            else:
+                is_image = suffix_of(child) in IMAGE_SUFFIXES
+                (folder.files if is_image else folder.others).append(child)
+        return folder
+
+    return read(root, 0)
+
+
+def find_places(folder: Folder) -> Iterator[tuple[Path, list[Level]]]:
+    """Yield where below a folder images and masks lie, and how they are laid out there."""
+    levels = _layout(folder)
+    if levels:
+        yield folder.path, levels
+    used = [PurePath(str(part.path)) for level in levels for part in level[:2] if part]
+    used = {path for part in used for path in (part, *part.parents)}
+    for child in folder.folders:
+        if PurePath(str(child.path)) not in used:
+            yield from find_places(child)
+
+
+def _layout(folder: Folder) -> list[Level]:
+    """Return what is to be paired in a folder: nothing, or by one of the usual layouts."""
+    images, masks = _called(folder, IMAGE_FOLDERS), _called(folder, MASK_FOLDERS)
+    if images and masks:
+        return pair_levels(images, masks)
+
+    challenge: dict[str, dict[str, Folder]] = {}  # ISIC: X_Training_Input, X_Training_GroundTruth
+    for child in folder.folders:
+        if (match := CHALLENGE.fullmatch(child.path.name.lower())) and child.files:
+            kind = "masks" if match[2] == "groundtruth" else "images"
+            _put(challenge.setdefault(SPLITS[match[1]], {}), kind, child)
+    if any(len(kinds) == 2 for kinds in challenge.values()):
+        return [
+            Level(kinds.get("images", Folder(folder.path, [], [], [])), kinds.get("masks"), split)
+            for split, kinds in challenge.items()
+        ]
+
+    parts = {split: (child, _layout(child)) for split, child in _by_split(folder).items()}
+    if any(levels for _, levels in parts.values()):  # train/images, train/masks, test/images
+        levels = []
+        for split, (child, inside) in parts.items():
+            images = _called(child, IMAGE_FOLDERS)
+            inside = inside or ([Level(images, None)] if images else [])
+            levels += [level._replace(split=split) for level in inside]
+        return levels
+
+    items = [(child, _called(child, IMAGE_FOLDERS)) for child in folder.folders]
+    levels = [Level(images, _called(child, MASK_FOLDERS), None, child.path.name)
+              for child, images in items if images and len(images.files) == 1]  # fmt: skip
+    # DSB 2018: ID/images/ID.png, ID/masks/*.png
+    return levels if len(levels) > 1 and any(level.masks for level in levels) else []
+
+
+def _called(folder: Folder, names: set[str]) -> Folder | None:
+    """Return the one folder inside that has one of these names, and anything in it."""
+    found = [c for c in folder.folders if re.sub("[ _-]", "", c.path.name.casefold()) in names]
+    found = [child for child in found if child.files or child.folders] or found
+    found = [child for child in found if child.path.name in ("images", "masks")] or found
+    kinds: dict[str, Folder] = {}
+    for child in found:
+        _put(kinds, "kind", child)
+    return kinds.get("kind")
+
+
+def _by_split(folder: Folder) -> dict[str, Folder]:
+    found: dict[str, Folder] = {}
+    for child in folder.folders:
+        if split := SPLITS.get(child.path.name.casefold()):
+            _put(found, split, child)
+    return found
+
+
+def _put(found: dict[str, Folder], key: str, folder: Folder) -> None:
+    """Note a folder, which must be the only one of its kind."""
+    if key in found:
+        raise UserError(
+            f"{shown(found[key].path)} or {shown(folder.path)}: it is not clear which to take; "
+            "choose two folders by --images and --masks"
+        )
+    found[key] = folder
+
+
+def pair_levels(images: Folder, masks: Folder) -> list[Level]:
+    """Return what is to be paired in two folders: they themselves, or train/, val/ and test/."""
+    splits = {} if images.files else _by_split(images)
+    mask_splits = {} if masks.files else _by_split(masks)
+    if not splits or not mask_splits:
+        return [Level(images, masks)]
+    for split in mask_splits.keys() - splits.keys():
+        raise UserError(f"{shown(mask_splits[split].path)} has no partner in {shown(images.path)}")
+    return [Level(folder, mask_splits.get(split), split) for split, folder in splits.items()]
+
+
+def by_stem(folder: Folder) -> dict[str, Path]:
+    for path in folder.others:
+        if suffix_of(path) in UNREADABLE_SUFFIXES:
+            raise UserError(
+                f"{shown(path)} is in a format that cannot be read; save it as JPEG or PNG"
+            )
+    files: dict[str, Path] = {}
+    for path in folder.files:
+        if (other := files.setdefault(stem_of(path), path)) is not path:
+            raise UserError(
+                f"{listed([other, path])} in {shown(folder.path)} have the same name but for the "
+                f"suffix; move one kind into a folder of its own, or {BY_TABLE}"
+            )
+    return files
+
+
+def suffix_of(path: Path) -> str:
+    """Return a file's suffix in lower case; pathlib's own takes long for many thousand files."""
+    return "".join(path.name.rpartition(".")[1:]).lower() if "." in path.name else ""
+
+
+def stem_of(path: Path) -> str:
+    return nfc(path.name.rpartition(".")[0] or path.name)
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # macOS decomposes 한글 in file names
+
+
+def listed(files: Iterable[Path | str]) -> str:
+    """Name up to three files, on one line."""
+    names = [shown(file if isinstance(file, str) else file.name) for file in files]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def shown(name: Path | str) -> str:
+    """Return a name or path fit for one line of a message."""
+    name = str(name) if len(str(name)) <= 200 else f"...{str(name)[-200:]}"
+    return name if name.isprintable() else repr(name)
+
+
+def left_out(levels: list[Level]) -> list[str]:
+    """Say which files and folders are not used."""
+    folders = [folder for level in levels for folder in level[:2] if folder]
+    others = [path for folder in folders for path in folder.others]
+    used = {str(folder.path) for folder in folders}
+    unused = [
+        f"{child.path.name}/"
+        for folder in folders
+        for child in folder.folders
+        if folder.files and str(child.path) not in used
+    ]
+    notes = [f"folders inside left out: {listed(unused)}"] if unused else []
+    if others:
+        kinds = ", ".join(sorted({suffix_of(p) or "no suffix" for p in others}))
+        what = (
+            "1 file of another kind" if len(others) == 1 else f"{len(others)} files of other kinds"
+        )
+        notes.append(f"{what} left out: {shown(kinds)}")
+    return notes
