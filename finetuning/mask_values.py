@@ -18,7 +18,7 @@ import numpy as np
 from finetuning.command_line import ArgumentParser, number, parse_range
 from finetuning.image_files import read_mask, read_values
 
-SHOWN = 6  # values in a message
+SHOWN, MOST_CLASSES = 6, 1000  # values in a message; and where it makes sense to speak of values
 Value = tuple[int, ...]  # a gray value (V,), or a colour (R,G,B)
 
 
@@ -75,6 +75,8 @@ class MaskReader:
         if self.rule.value is not None:
             return codes == encode(self.rule.value)
         found = [value for value in values if any(value) and value != self.rule.ignored]
+        if len(found) > MOST_CLASSES and problem:  # a photo, say
+            raise problem
         if len(found) > 1:
             raise several_values(path, found)
         if not found:

@@ -796,11 +796,11 @@ def test_processes_share_each_batch_and_one_without_images_stands_in(monkeypatch
         shares.append(list(sampler))
     stand_ins = 0
     for (_, batch, *_), *parts in zip(alone, *shares, strict=True):
-        busy = [(indices, fraction) for _, indices, fraction, _ in parts if fraction]
+        busy = [(indices, fraction) for _, indices, fraction, *_ in parts if fraction]
         assert sorted(index for indices, _ in busy for index in indices) == sorted(batch)
         for indices, fraction in busy:
             assert fraction == pytest.approx(len(indices) / len(batch))
-        idle = [indices for _, indices, fraction, _ in parts if not fraction]
+        idle = [indices for _, indices, fraction, *_ in parts if not fraction]
         assert all(len(indices) == 1 and indices[0] in batch for indices in idle)
         stand_ins += len(idle)
     assert stand_ins == sum(max(0, world_size - len(batch)) for _, batch, *_ in alone)

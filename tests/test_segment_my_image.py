@@ -12,11 +12,11 @@ import pytest
 from conftest import CPU, draw_pair
 from matplotlib.backend_bases import CloseEvent, MouseEvent, NavigationToolbar2
 
-import test_my_image
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.models import load_predictor
 from finetuning.prompts import make_prompt
 from finetuning.segmentation import encode_images, segment
+from finetuning.window import ClickWindow
 from test_my_image import main
 
 
@@ -122,7 +122,7 @@ def test_a_window_closed_without_a_click_says_so(run_script, image_path, monkeyp
 def test_clicks_beside_a_moved_image_are_not_points():
     plt.switch_backend("agg")
     figure = plt.figure()
-    window = test_my_image.ClickWindow(figure, np.zeros((50, 50, 3), np.uint8))
+    window = ClickWindow(figure, np.zeros((50, 50, 3), np.uint8))
     window.axes.set_xlim(-60, 40)
     click(figure, 1, -30, 25)
     click(figure, 3, -30, 25)
@@ -133,7 +133,7 @@ def test_clicks_beside_a_moved_image_are_not_points():
 def test_clicks_while_zooming_are_not_points():
     plt.switch_backend("agg")
     figure = plt.figure()
-    window = test_my_image.ClickWindow(figure, np.zeros((50, 50, 3), np.uint8))
+    window = ClickWindow(figure, np.zeros((50, 50, 3), np.uint8))
     figure.canvas.toolbar = NavigationToolbar2(figure.canvas)
     figure.canvas.toolbar.zoom()
     click(figure, 1, 10, 10)
