@@ -203,7 +203,7 @@ def count_pairs(data: Path) -> dict[str, int]:
 def is_filled(data: Path) -> bool:
     """Say whether a data folder holds images and masks, whoever put them there."""
     return all(
-        any(path.suffix.lower() in IMAGE_SUFFIXES for path in (data / kind).glob("*/*"))
+        any(path.suffix.lower() in IMAGE_SUFFIXES for path in (data / kind).rglob("*"))
         for kind in ("images", "masks")
     )
 

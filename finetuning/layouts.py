@@ -197,6 +197,13 @@ def shown(name: Path | str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def annotation_hint(folder: Folder) -> str:
+    """Say how to go on where the files of an annotation tool lie beside images; or nothing."""
+    kinds = {suffix_of(path) for path in folder.others}
+    is_annotated = kinds & {".json", ".txt", ".xml"}
+    return "; COCO, YOLO and labelme files are read by --annotations" if is_annotated else ""
+
+
 def left_out(levels: list[Level]) -> list[str]:
     """Say which files and folders are not used."""
     folders = [folder for level in levels for folder in level[:2] if folder]
@@ -214,5 +221,6 @@ def left_out(levels: list[Level]) -> list[str]:
         what = (
             "1 file of another kind" if len(others) == 1 else f"{len(others)} files of other kinds"
         )
-        notes.append(f"{what} left out: {shown(kinds)}")
+        hint = max(map(annotation_hint, folders), key=len)
+        notes.append(f"{what} left out: {shown(kinds)}{hint}")
     return notes

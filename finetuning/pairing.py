@@ -19,6 +19,7 @@ from finetuning.layouts import (
     SPLITS,
     Folder,
     Level,
+    annotation_hint,
     by_stem,
     find_places,
     left_out,
@@ -181,7 +182,7 @@ def _divide(folder: Folder) -> Level:
         raise UserError(
             f"{shown(folder.path)} was given for both images and masks, but names like "
             f"{listed(folder.files)} do not tell which are the masks; move those into a folder of "
-            f"their own, or {BY_TABLE}"
+            f"their own, or {BY_TABLE}{annotation_hint(folder)}"
         )
     images = [path for path in files if path not in masks]
     return Level(folder._replace(files=images), Folder(folder.path, list(masks), [], []))

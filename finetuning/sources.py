@@ -12,7 +12,8 @@ from sam2_utils import UserError
 from finetuning.annotations import read_annotations
 from finetuning.archives import open_archive
 from finetuning.checkpoints import file_sha256
-from finetuning.command_line import ArgumentParser
+from finetuning.command_line import ArgumentParser, quoted
+from finetuning.layouts import listed
 from finetuning.models import download_file
 from finetuning.pairing import (
     Found,
@@ -73,13 +74,12 @@ def find_annotated(
 ) -> Found:
     """Return the examples of an annotation tool's export, and what to say of them."""
     read = read_annotations(file, images, class_names)
-    classes = ", ".join(f"{name} {count}" for name, count in sorted(read.counts.items()))
+    classes = ", ".join(f"{quoted(name)} {count}" for name, count in sorted(read.counts.items()))
     notes = [f"{read.format}: {sum(read.counts.values())} objects ({classes})"]
     notes += [f"left out {count} {what}" for what, count in read.left_out.items()]
     if read.unlabelled and not skip_unlabelled:
-        shown = ", ".join(path.name for path in read.unlabelled[:3])
         raise UserError(
-            f"{len(read.unlabelled)} images have no object in {file}: {shown}, ...; "
+            f"{len(read.unlabelled)} images have no object in {file}: {listed(read.unlabelled)}; "
             "--skip-unlabelled leaves them out"
         )
     if read.unlabelled:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process a core
+
 import sam2_utils  # noqa: F401, which sets what torch and OpenCV read when they are imported
 
 import cv2

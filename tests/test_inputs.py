@@ -3,15 +3,21 @@
 import json
 from pathlib import Path
 
+from sam2_utils import UserError
+
 import cv2
 import numpy as np
 import pytest
 from conftest import draw_pair, snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import test_my_image
+import train_sam2_proper
 from download_dataset import main
 from finetuning.files import atomic_write
 from finetuning.image_files import read_image, read_mask, write_image
-from finetuning.mask_values import parse_value
+from finetuning.mask_values import MaskReader, MaskRule, parse_value
 from finetuning.objects import read_objects
 from finetuning.pairs import read_facts, split_pairs
 
@@ -197,6 +203,7 @@ def test_several_masks_of_an_image_are_its_objects(run_script, tmp_path):
     assert outcome.status == 0, outcome.err
     for pair in all_pairs().values():
         assert np.array_equal(np.stack(list(read_objects(pair))), squares > 0)
+    assert "nothing to do" in run_script(main, *OPTIONS).out
 
 
 def test_outlines_of_an_annotation_tool_are_drawn(run_script, tmp_path):
@@ -222,6 +229,11 @@ def test_outlines_of_an_annotation_tool_are_drawn(run_script, tmp_path):
     outcome = run_script(main, *options, "--data", "dogs", "--class-name", "dog")
     assert outcome.status == 0, outcome.err
     assert [len(read_objects(pair)) for pair in all_pairs("dogs").values()] == [1] * COUNT
+    write_image(Path("images/more.jpg"), draw_pair(9)[0])
+    outcome = run_script(main, *options, "--data", "more")
+    assert outcome.status == 2 and "1 images have no object" in outcome.err
+    outcome = run_script(main, *options, "--data", "more", "--skip-unlabelled")
+    assert outcome.status == 0 and "left out 1 images without an object" in outcome.out
 
 
 def test_a_range_of_values_is_that_of_the_whole_set(run_script, tmp_path):
@@ -235,6 +247,33 @@ def test_a_range_of_values_is_that_of_the_whole_set(run_script, tmp_path):
     assert read_facts(Path("data"))["value_range"] == [0, 4000]
     brightest = {name: int(read_image(pair.image).max()) for name, pair in all_pairs().items()}
     assert brightest == {f"a{i}": pytest.approx(255 * (i + 1) / 4, abs=1) for i in range(COUNT)}
+
+
+def test_the_range_of_values_goes_with_the_model(run_script, tmp_path, random_mini):
+    write_set(lambda _, mask: mask.astype(np.uint8) * 255)
+    for index in range(COUNT):
+        Path(f"images/a{index}.jpg").unlink()
+        write_image(Path(f"images/a{index}.png"), draw_pair(index)[0].astype(np.uint16) * 8)
+    assert run_script(main, *OPTIONS, "--value-range", "0,4000").status == 0
+    options = ("--model", "mini", "--checkpoint", random_mini, "--epochs", 1, "--device", "cpu")
+    outcome = run_script(train_sam2_proper.main, *options)
+    assert outcome.status == 0, outcome.err
+
+    scripts_options = ("--image", "images/a0.png", "--point", "60,40")
+    drawn = []
+    for options in ((), ("--value-range", "0,4000"), ("--value-range", "0,9000")):
+        outcome = run_script(test_my_image.main, *scripts_options, *options)
+        assert outcome.status == 0, outcome.err
+        drawn.append(read_image(Path(f"output/my_results/a0_{len(drawn) + 1:03}_overlay.png")))
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+
+def test_files_of_an_annotation_tool_are_not_taken_for_masks(run_script, tmp_path):
+    for index in range(COUNT):
+        write_image(Path(f"all/a{index}.jpg"), draw_pair(index)[0])
+        Path(f"all/a{index}.json").write_text("{}", encoding="utf-8")
+    outcome = run_script(main, "--images", "all", "--masks", "all", "--skip-checkpoint")
+    assert outcome.status == 2 and "--annotations" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -293,3 +332,25 @@ def test_options_that_make_no_sense_are_refused(run_script, tmp_path, options, s
 def test_a_gray_value_and_the_colour_of_it_are_one():
     assert parse_value("7") == parse_value("7,7,7") == (7,)
     assert parse_value("700") == (700,) and parse_value("1,2,3") == (1, 2, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from([(5, 7), (5, 7, 3), (5, 7, 4)]),
+    dtype=st.sampled_from([np.uint8, np.uint16]),
+    values=st.lists(st.integers(0, 65535), min_size=1, max_size=6),
+    chosen=st.sampled_from([{}, {"each_value": True}, {"parts": True}, {"value": (9,)}]),
+    seed=st.integers(0, 99),
+)
+def test_any_pixels_give_masks_or_one_line(tmp_path_factory, shape, dtype, values, chosen, seed):
+    path = tmp_path_factory.mktemp("pixels") / "a.png"
+    pixels = np.random.default_rng(seed).choice(np.array(values).astype(dtype), shape)
+    path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    try:
+        masks = list(MaskReader(MaskRule(**chosen, smallest_part=1)).read(path, path))
+    except UserError as error:
+        assert "\n" not in str(error) and "; " in str(error)
+        return
+    assert all(mask.shape == shape[:2] and mask.dtype == bool for mask in masks)
+    if chosen.get("each_value"):  # objects of one image do not overlap
+        assert sum(masks, np.zeros(shape[:2], int)).max(initial=0) <= 1
