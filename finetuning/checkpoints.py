@@ -60,6 +60,7 @@ def _read(path: Path) -> Any:
     try:
         if _is_safetensors(path):
             return load_file(path)
+        _check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other kinds of pickles and archives
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -76,6 +77,15 @@ def _read(path: Path) -> Any:
             f"{path} is not a readable checkpoint (damaged, cut off, or another kind of file); "
             "download or train it again"
         ) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile where a byte of a file of torch.save has changed; torch does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
 
 
 def _is_safetensors(path: Path) -> bool:

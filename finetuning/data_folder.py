@@ -30,6 +30,7 @@ from finetuning.pairs import (
 )
 
 MOVED = ("images", "masks", OVERVIEW_FILE)  # what a data set is, beside that
+BEGUN_FILE = "begun.json"  # in each of its temporary folders, to know them by
 PARTIAL = ".partial-"  # how the names of its temporary folders in there start
 
 
@@ -61,6 +62,7 @@ def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
         try:
             new.mkdir(parents=True)
             old.mkdir()
+            (folder / BEGUN_FILE).write_text(mark_of(folder), encoding="utf-8")
             yield new
             of_objects = facts.get("masks") == "objects"
             pairs = find_pairs(new / "images/train", new / "masks/train", of_objects)
@@ -73,6 +75,22 @@ def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
                 (new / name).replace(data / name)
         finally:
             settle(folder)
+
+
+def mark_of(folder: Path) -> str:
+    """Return what tells a folder from a copy of it, which may have come from elsewhere."""
+    facts = folder.stat()
+    return json.dumps([facts.st_dev, facts.st_ino, str(folder.resolve())])
+
+
+def is_ours(folder: Path) -> bool:
+    """Say whether a temporary folder was begun by this program, here."""
+    if folder.is_symlink():
+        return False
+    mark = folder / BEGUN_FILE
+    if not mark.is_file():  # killed before it was written, unless there are files already
+        return not any(path.is_file() for path in folder.rglob("*"))
+    return mark.read_bytes() == mark_of(folder).encode()
 
 
 def settle(folder: Path) -> None:
@@ -102,6 +120,9 @@ def settle(folder: Path) -> None:
 def recover(data: Path) -> None:
     """Undo what killed runs have left half done in `data`, where no other run is writing."""
     for folder in list(data.glob(PARTIAL + "*")):
+        if not is_ours(folder):
+            print(f"warning: {folder} was not made here by this program; it is left alone")
+            continue
         was_moving = (folder / "new" / SPLIT_FILE).exists()
         settle(folder)
         if was_moving:

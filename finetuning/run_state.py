@@ -46,7 +46,7 @@ def run_settings(
     """Return what fixes the outcome of a run, as plain values; it is saved with the model."""
     all_pairs = [pair for of_split in pairs.values() for pair in of_split]
     files = [path for pair in all_pairs for path in (pair.image, *pair.mask_files())]
-    sizes = [(path.parent.name, path.name, path.stat().st_size) for path in files]
+    contents = [(path.parent.name, path.name, file_sha256(path)) for path in files]
     return {
         "model": model,
         **asdict(recipe),
@@ -58,7 +58,7 @@ def run_settings(
         "checkpoint_sha256": file_sha256(checkpoint),
         "data": str(data),
         "value_range": read_facts(data).get("value_range"),  # for images to come
-        "data_sha256": hashlib.sha256(repr(sizes).encode()).hexdigest(),
+        "data_sha256": hashlib.sha256(repr(contents).encode()).hexdigest(),
     }
 
 
@@ -101,9 +101,22 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     ):
         if before.get(name) != settings[name]:
             raise UserError(f"the run in {output} {what}; resume with the same, or start anew")
+    require_best(output, state["log"])
     if "original_iou" in state:  # a file from before epoch 0 had a row
         state["log"].insert(0, {"epoch": 0, "val_iou": state["original_iou"]})
     return {**state, "settings": before}
+
+
+def require_best(output: Path, log: Log) -> None:
+    """Raise UserError where the best model of a run, as its log has it, is missing or damaged."""
+    best = output / BEST_FILE
+    if any("loss" in row for row in log) and not best.is_file():
+        raise UserError(
+            f"{best} is missing, the best model of the run so far; put it back, or start anew "
+            "without --resume"
+        )
+    if best.is_file():
+        load_checkpoint(best)
 
 
 def restore(learner: Learner, state: dict[str, Any]) -> None:

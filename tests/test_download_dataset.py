@@ -22,7 +22,7 @@ from conftest import snapshot, write_pairs, zip_folder
 from download_dataset import main
 from finetuning import archives, models, sources
 from finetuning.archives import is_portable
-from finetuning.data_folder import recover, split_names
+from finetuning.data_folder import mark_of, recover, split_names
 from finetuning.files import only_run_in
 from finetuning.image_files import write_image
 from finetuning.pairs import split_pairs
@@ -222,6 +222,8 @@ def put(folder: str) -> None:
     """Make the data folder a copy of another."""
     shutil.rmtree("data", ignore_errors=True)
     shutil.copytree(folder, "data")
+    for mark in Path("data").glob(".partial-*/begun.json"):  # as if it had always been here
+        mark.write_text(mark_of(mark.parent), encoding="utf-8")
 
 
 @pytest.mark.parametrize(("is_filled", "moves"), [(False, 6), (True, 10)])
@@ -280,6 +282,8 @@ def test_what_a_killed_run_was_copying_is_removed_but_not_while_another_run_is_a
     half_copied = tmp_path / "data/.partial-0123/new/images/train/a.jpg"
     half_copied.parent.mkdir(parents=True)
     half_copied.write_bytes(b"half")
+    folder = tmp_path / "data/.partial-0123"
+    (folder / "begun.json").write_text(mark_of(folder), encoding="utf-8")
     options = ("--images", "source/images", "--masks", "source/masks")
     with only_run_in(Path("data")):
         outcome = prepare(run_script, *options)
@@ -288,6 +292,35 @@ def test_what_a_killed_run_was_copying_is_removed_but_not_while_another_run_is_a
     outcome = prepare(run_script, *options)
     assert outcome.status == 0 and "killed" not in outcome.out
     assert not list(Path("data").glob(".partial*"))
+
+
+@pytest.mark.parametrize("kind", ["bare", "copied", "linked"])
+def test_what_others_left_in_a_data_folder_is_not_taken_for_a_killed_run(
+    run_script, tmp_path, kind
+):
+    source = write_pairs(tmp_path / "source", 4)
+    options = ("--images", source / "images", "--masks", source / "masks")
+    prepare(run_script, *options)
+    before = data_files()
+    theirs = tmp_path / ("elsewhere" if kind == "linked" else "data") / ".partial-x"
+    (theirs / "old").mkdir(parents=True)
+    (theirs / "new").mkdir()
+    (theirs / "new/split.json").write_text("{}", encoding="utf-8")
+    if kind == "copied":  # unzipped from a colleague's, killed there
+        elsewhere = shutil.copytree(theirs, tmp_path / "elsewhere/.partial-x")
+        (theirs / "begun.json").write_text(mark_of(elsewhere), encoding="utf-8")
+    if kind == "linked":
+        (theirs / "begun.json").write_text(mark_of(theirs), encoding="utf-8")
+        try:
+            (tmp_path / "data/.partial-x").symlink_to(theirs, target_is_directory=True)
+        except OSError:
+            pytest.skip("no links here")
+    files = snapshot(theirs)
+    outcome = prepare(run_script, *options)
+    assert outcome.status == 0 and "left alone" in outcome.out
+    assert data_files() == before and snapshot(theirs) == files
+    outcome = prepare(run_script, *options, "--force", "--seed", 1)
+    assert outcome.status == 0 and snapshot(theirs) == files
 
 
 def test_where_nothing_can_be_moved_back_nothing_is_lost(run_script, tmp_path, monkeypatch):
