@@ -19,13 +19,13 @@ import contextlib
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from sam2_utils import UserError, select_device, select_precision
 
 import torch
 from tqdm import tqdm
 
+from finetuning.checkpoints import setting
 from finetuning.clicks import (
     CLICK_FILES,
     MAX_CLICKS,
@@ -83,9 +83,7 @@ def load_models(
     """
     finetuned, facts = load_predictor(model_name, finetuned_file, device)
     device = trusted_device(finetuned, device, insists_on_mps)
-    name, settings = facts["model_name"], facts.get("settings")
-    settings = settings if isinstance(settings, dict) else {}  # of another program
-    started_from = Path(settings.get("checkpoint", ""))
+    name, started_from = facts["model_name"], Path(setting(facts, "checkpoint") or "")
     checkpoint = original_file or (
         started_from if started_from.is_file() else ensure_checkpoint(name)
     )
@@ -94,8 +92,8 @@ def load_models(
     if facts.get("epoch") == 0:
         print("            which is the original: no epoch of the training was better")
 
-    precision = choose_precision(precision_name, settings, device)
-    folder, source = cache_folder or settings.get("cache"), FeatureSource(original, precision)
+    precision = choose_precision(precision_name, setting(facts, "precision"), device)
+    folder, source = cache_folder or setting(facts, "cache"), FeatureSource(original, precision)
     if hash_encoder(original.model) != hash_encoder(finetuned.model):
         return [Model(original, source), Model(finetuned, FeatureSource(finetuned, precision))]
     if folder:
@@ -103,11 +101,11 @@ def load_models(
     return [Model(original, source), Model(finetuned, source)]
 
 
-def choose_precision(name: str, settings: dict[str, Any], device: torch.device) -> torch.dtype:
+def choose_precision(name: str, trained_in: str | None, device: torch.device) -> torch.dtype:
     """Return the precision asked for, else that of the training, else the device's own."""
     if name == "auto":
         with contextlib.suppress(UserError):  # trained on a device with other abilities
-            return select_precision(settings.get("precision", "auto"), device)
+            return select_precision(trained_in or "auto", device)
     return select_precision(name, device)
 
 

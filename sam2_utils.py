@@ -79,6 +79,8 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
         if native:
             return torch.bfloat16
         return torch.float32 if "GTX 16" in torch.cuda.get_device_name(device) else torch.float16
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--precision {name} is unknown; use auto, float32, bfloat16 or float16")
     if device.type == "mps" and name != "float32":
         raise UserError(f"--precision {name} is not supported on MPS; use --precision float32")
     if device.type == "cpu" and name == "float16":

@@ -25,6 +25,7 @@ from sam2_utils import UserError, autocast, select_device, select_precision
 
 import numpy as np
 
+from finetuning.checkpoints import setting
 from finetuning.command_line import (
     ArgumentParser,
     add_device_option,
@@ -105,10 +106,9 @@ def free_name(folder: Path, stem: str) -> str:
 
 def value_range_of(facts: dict[str, Any]) -> tuple[float, float] | None:
     """Return the range of values that a model was trained on, if its file says one."""
-    settings = facts.get("settings")
-    limits = settings.get("value_range") if isinstance(settings, dict) else None
-    is_range = isinstance(limits, list) and len(limits) == 2
-    return tuple(limits) if is_range and all(isinstance(x, int | float) for x in limits) else None
+    limits = setting(facts, "value_range", list) or []
+    are_numbers = all(isinstance(limit, int | float) for limit in limits)
+    return tuple(limits) if len(limits) == 2 and are_numbers and limits[0] < limits[1] else None
 
 
 def write_results(

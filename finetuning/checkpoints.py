@@ -52,6 +52,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return {**checkpoint, "model": state_dict}
 
 
+def setting(facts: dict[str, Any], name: str, kind: type = str) -> Any:
+    """Return a setting of the run that made a checkpoint; None where there is none of that type.
+
+    facts: what load_predictor returns beside the predictor. A file may hold anything.
+    """
+    settings = facts.get("settings")
+    value = settings.get(name) if isinstance(settings, dict) else None
+    return value if isinstance(value, kind) else None
+
+
 def _read(path: Path) -> Any:
     """Return what a file of torch.save or safetensors holds, if that is tensors and plain values.
 

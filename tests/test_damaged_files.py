@@ -8,11 +8,13 @@ from sam2_utils import UserError
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import snapshot, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compare_models
+import test_my_image
 import train_sam2_proper
 from finetuning.checkpoints import load_checkpoint
 from finetuning.image_files import write_image
@@ -117,3 +119,27 @@ def test_a_damaged_model_is_not_compared(run_script, trained, tmp_path, random_m
     flip(Path("output/sam2_best.pt"), 0.7)
     outcome = run_script(compare_models.main, "--original", random_mini)
     assert outcome.status == 2 and "damaged" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        {"checkpoint": 5}, {"precision": "load"}, {"precision": 5}, {"cache": 5}, {"cache": ["a"]},
+        {"value_range": [1]}, {"value_range": ["a", "b"]}, {"value_range": [9, 1]}, [1, 2], "text",
+    ],
+)  # fmt: skip
+def test_settings_that_somebody_made_up_end_in_no_traceback(
+    run_script, trained, tmp_path, random_mini, crafted
+):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    checkpoint = torch.load(trained / "output/sam2_best.pt", weights_only=True)
+    is_dict = isinstance(crafted, dict)
+    checkpoint["settings"] = {**checkpoint["settings"], **crafted} if is_dict else crafted
+    torch.save(checkpoint, tmp_path / "c.pt")
+    options = ("--finetuned", "c.pt", "--original", random_mini, "--figures", 0, "--limit", 1)
+    outcome = run_script(compare_models.main, *options)
+    assert outcome.status == 0, outcome.err
+    image = next(Path("data/images/val").iterdir())
+    options = ("--checkpoint", "c.pt", "--image", image, "--point", "60,40")
+    outcome = run_script(test_my_image.main, *options)
+    assert outcome.status == 0, outcome.err
