@@ -147,7 +147,9 @@ def is_memory_error(error: Exception) -> bool:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    # Names of files may hold anything; no escape sequence or second line of theirs is printed
+    safe = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+    print(f"error: {safe}", file=sys.stderr)
     sys.exit(2)
 
 

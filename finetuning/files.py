@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from sam2_utils import UserError
 
@@ -60,9 +62,19 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Write a table; with a byte-order mark, so that Excel reads non-ASCII names."""
+    """Write a table; with a byte-order mark, so that Excel reads non-ASCII names.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe before it.
+    """
     encoding = {"encoding": "utf-8-sig", "errors": "backslashreplace"}  # names may be no UTF-8
     with atomic_write(path) as temporary, temporary.open("w", newline="", **encoding) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows([list(map(_without_formula, row)) for row in rows])
+
+
+def _without_formula(cell: Any) -> Any:
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    if is_formula and not re.fullmatch(r"[+-][\d.e+-]+", cell):
+        return f"'{cell}"
+    return cell

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from finetuning.command_line import quoted
 from finetuning.drawing import COLORS
 from finetuning.filling import Filled
 from finetuning.image_files import read_image, write_image
@@ -64,7 +65,7 @@ def _warnings(
             f"look at {OVERVIEW_FILE} whether their masks are upright, too"
         )
     if copies := _copies(filled):
-        shown = ", ".join(" = ".join(names) for names in copies[:3])
+        shown = ", ".join(" = ".join(map(quoted, names)) for names in copies[:3])
         more = ", ..." if len(copies) > 3 else ""
         warnings.append(
             f"identical images: {shown}{more}; keep one of each, or val is seen in train"

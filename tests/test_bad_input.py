@@ -1,5 +1,6 @@
 """Bad input ends every script in one clear line and changes nothing, or is read as it is meant."""
 
+import csv
 import io
 import os
 import pickle
@@ -24,6 +25,7 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
+from finetuning.files import write_csv
 from finetuning.image_files import read_image, read_mask, write_image
 
 TRAIN, COMPARE = train_sam2_proper.main, compare_models.main
@@ -624,3 +626,19 @@ def test_settings_of_another_kind_beside_the_weights_are_no_obstacle(start, tmp_
     checkpoint = torch.load(random_mini, weights_only=True)
     torch.save({**checkpoint, "settings": "those of another program"}, tmp_path / "other.pt")
     assert start(COMPARE, "--finetuned", "other.pt", "--figures", 0).status == 0
+
+
+def test_a_name_with_control_characters_prints_no_line_of_its_own(start, tmp_path):
+    for name in ("\x1b[2J", "a\nerror: all is lost", "a\u202eb"):
+        outcome = start(SEGMENT, "--image", f"{name}.png", "--point", "5,5")
+        assert outcome.status == 2
+        assert outcome.err.count("\n") == 1 and outcome.err[:-1].isprintable()
+
+
+def test_names_that_a_spreadsheet_would_run_are_texts(tmp_path):
+    rows = [("=1+1.png", "-0.5"), ("@a", -1), ("+b", "+2e-3"), ("용종.png", "1,2:1")]
+    write_csv(tmp_path / "a.csv", ("image", "value"), rows)
+    with (tmp_path / "a.csv").open(encoding="utf-8-sig", newline="") as file:
+        assert list(csv.reader(file))[1:] == [
+            ["'=1+1.png", "-0.5"], ["'@a", "-1"], ["'+b", "+2e-3"], ["용종.png", "1,2:1"],
+        ]  # fmt: skip
