@@ -79,11 +79,11 @@ def find_annotated(
     notes += [f"left out {count} {what}" for what, count in read.left_out.items()]
     if read.unlabelled and not skip_unlabelled:
         raise UserError(
-            f"{len(read.unlabelled)} images have no object in {file}: {listed(read.unlabelled)}; "
+            f"images without an object in {file}: {listed(read.unlabelled)}; "
             "--skip-unlabelled leaves them out"
         )
     if read.unlabelled:
-        notes.append(f"left out {len(read.unlabelled)} images without an object")
+        notes.append(f"left out {len(read.unlabelled)} without an object")
     items = {item.image: item for item in read.images}
     rows = [Row(image, (), image.parent.name, None) for image in items]
     examples = [example._replace(annotated=items[example.image]) for example in name_examples(rows)]
