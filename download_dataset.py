@@ -14,8 +14,10 @@ cite Jha et al., MMM 2020.
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from sam2_utils import UserError
 
@@ -34,31 +36,27 @@ from finetuning.pairs import DEMO_DATA, split_pairs
 from finetuning.sources import DATASET_URL, Source, add_source_options
 
 
-def name_of(source: Source, rule: MaskRule) -> str | None:
-    """Return what a data set is made from, and how; None where the user has not chosen a source."""
-    return f"{source.name} {rule.name}".strip() if source.name else None
-
-
 def fill(
     data: Path,
     source: Source,
     rule: MaskRule,
     value_range: tuple[float, float] | None,
-    val_fraction: float,
-    seed: int,
+    facts: dict[str, Any],
 ) -> None:
-    """Fill a data folder from its source, split by seed; report what is in it."""
+    """Fill a data folder from its source, split by seed; report what is in it.
+
+    facts: of the data set, which the folder keeps.
+    """
     if source.demo:
         draw_demo(data)
         return
     for folder in filter(None, (source.images, source.masks, source.annotations)):
         if data.resolve() in folder.resolve().parents:
             raise UserError(f"{folder} lies inside {data}; use another --data folder")
-    made_from = name_of(source, rule) or DATASET_URL
     with source.find(data) as (examples, notes):
         for note in notes:
             print(note)
-        filled = fill_folder(data, examples, rule, value_range, made_from, val_fraction, seed)
+        filled = fill_folder(data, examples, rule, value_range, facts)
     for line in describe(filled, split_pairs(data, "train")[0].of_objects):
         print(line)
     print(f"look at: {data / OVERVIEW_FILE}")
@@ -91,6 +89,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--masks and --annotations are different sources; give one of them")
     if sum(map(bool, (args.images or args.pairs or args.annotations, args.archive, args.demo))) > 1:
         parser.error("--archive, --images and --demo are different sources; give one of them")
+    rule_options = (args.mask_value, args.ignore_value, args.instances, args.classes, args.parts)
+    if args.annotations and any(rule_options):
+        parser.error("--annotations has outlines, not the values of masks; leave their options out")
+    if args.class_name and not args.annotations:
+        parser.error("--class-name is of --annotations; for masks there is --mask-value")
+    if args.pairs and args.annotations:
+        parser.error("--pairs and --annotations are different sources; give one of them")
     if args.mask_value and (args.instances or args.classes):
         parser.error("--mask-value takes one value, --instances and --classes take each")
     return args
@@ -110,10 +115,16 @@ def main(argv: list[str] | None = None) -> None:
         args.ignore_value,
     )
     recover_if_killed(args.data)
-    if is_kept(args.data, name_of(source, rule), args.force):
+    options = {**source.options, **rule.options}
+    if args.value_range:
+        options["value_range"] = list(args.value_range)
+    options = json.loads(json.dumps(options))  # as they are read from a file
+    if is_kept(args.data, source.name, options, args.force):
         print(f"{args.data} already holds this data set: nothing to do (--force makes it anew).")
     else:
-        fill(args.data, source, rule, args.value_range, args.val_fraction, args.seed)
+        facts = {"source": source.name or DATASET_URL, "options": options}
+        facts |= {"seed": args.seed, "val_fraction": args.val_fraction}
+        fill(args.data, source, rule, args.value_range, facts)
     for split, count in count_pairs(args.data).items():
         print(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
     if not args.skip_checkpoint:

@@ -35,7 +35,7 @@ from finetuning.command_line import (
 )
 from finetuning.device_check import trusted_device
 from finetuning.drawing import draw_object
-from finetuning.image_files import read_image, read_mask, write_image
+from finetuning.image_files import read_image, read_mask, read_values, write_image
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
 from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
@@ -208,9 +208,10 @@ def main(argv: list[str] | None = None) -> None:
     predictor, facts = load_predictor(args.model, checkpoint, device)
     device = trusted_device(predictor, device, insists=args.device == "mps")
 
-    value_range = args.value_range or value_range_of(facts)
-    if value_range:
-        image = read_image(args.image, value_range)
+    if args.value_range:
+        image = read_image(args.image, args.value_range)
+    elif read_values(args.image)[0].dtype != np.uint8:
+        image = read_image(args.image, value_range_of(facts))
 
     # The prompts: given, or else clicked; of the demo's own image the mask is known
     if args.given:

@@ -114,7 +114,9 @@ def _annotation_files(path: Path) -> list[Path]:
             files = [
                 file
                 for file in candidates
-                if file.suffix.lower() == suffix and file.name not in NOT_ANNOTATIONS
+                if file.suffix.lower() == suffix
+                and file.name not in NOT_ANNOTATIONS
+                and not file.name.lower().startswith("readme")  # Roboflow's
                 if not _is_hidden(file.relative_to(folder)) and file.is_file()
             ]
             if files:

@@ -61,7 +61,7 @@ def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
         members[member.filename] = member
     archive.NameToInfo = members  # in which it looks up what to open
 
-    # Read by parts, as here and in copy_pairs, no member unpacks to more than its stated size.
+    # Read by parts, as in copy_file, no member unpacks to more than its stated size.
     size = sum(member.file_size for member in archive.infolist())
     if size > MAX_UNPACKED_BYTES:
         raise UserError(
@@ -102,7 +102,7 @@ def check_member(path: Path, member: zipfile.ZipInfo) -> None:
 def describe_problem(member: zipfile.ZipInfo) -> str | None:
     """Say why a member of an archive is refused, or None where it is not.
 
-    Only members in images/ or masks/ become files, so only their names must do on Windows.
+    Names in images/ and masks/ must do on Windows; those in other folders are made to.
     """
     name = member.filename
     shown = quoted(name)

@@ -79,8 +79,7 @@ def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
 
 def mark_of(folder: Path) -> str:
     """Return what tells a folder from a copy of it, which may have come from elsewhere."""
-    facts = folder.stat()
-    return json.dumps([facts.st_dev, facts.st_ino, str(folder.resolve())])
+    return json.dumps([folder.stat().st_ino, str(folder.resolve())])
 
 
 def is_ours(folder: Path) -> bool:
@@ -121,7 +120,10 @@ def recover(data: Path) -> None:
     """Undo what killed runs have left half done in `data`, where no other run is writing."""
     for folder in list(data.glob(PARTIAL + "*")):
         if not is_ours(folder):
-            print(f"warning: {folder} was not made here by this program; it is left alone")
+            print(
+                f"warning: {folder} was not made here by this program; it is left alone. If images "
+                f"of yours are missing, look into {folder / 'old'}"
+            )
             continue
         was_moving = (folder / "new" / SPLIT_FILE).exists()
         settle(folder)
@@ -136,10 +138,11 @@ def recover_if_killed(data: Path) -> None:
             recover(data)
 
 
-def is_kept(data: Path, source: str | None, force: bool) -> bool:
+def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool) -> bool:
     """Say whether `data` already holds what is asked for: the pairs of `source`, or any if None.
 
-    Raises UserError where it holds something else, or what is not this project's to replace.
+    options: how they are taken from it. Raises UserError where it holds something else, or what is
+    not this project's to replace.
     """
     split_file = data / SPLIT_FILE
     if not split_file.is_file():
@@ -154,12 +157,14 @@ def is_kept(data: Path, source: str | None, force: bool) -> bool:
     if force or not is_filled(data):
         return False
     try:
-        made_from = read_facts(data)["source"]
+        facts = read_facts(data)
+        made_from, taken = facts["source"], facts.get("options", options)
     except (UserError, LookupError):  # edited by hand
-        made_from = "an unknown source"
-    if source and made_from != source:
+        made_from, taken = "an unknown source", options
+    if source and (made_from, taken) != (source, options):
+        how = "" if taken == options else f" with other options ({json.dumps(taken)})"
         raise UserError(
-            f"{data} already holds the data set made from {made_from}; "
+            f"{data} already holds the data set made from {made_from}{how}; "
             "use another --data folder, or --force to replace it"
         )
     return True
@@ -183,13 +188,12 @@ def fill_folder(
     examples: list[Example],
     rule: MaskRule,
     value_range: tuple[float, float] | None,
-    source: str,
-    val_fraction: float,
-    seed: int,
+    facts: dict[str, Any],
 ) -> list[Filled]:
     """Check every example and copy it into images/ and masks/ of `data`, in train/, val/, test/.
 
-    Those that are in no split yet are split by seed. Returns what became of each.
+    Those that are in no split yet are split by facts["seed"] and facts["val_fraction"]. Returns
+    what became of each.
     """
     check_cases(examples)
     of_objects = rule.gives_objects or any(len(example.masks) != 1 for example in examples)
@@ -197,13 +201,12 @@ def fill_folder(
     for example in examples:
         names.setdefault(example.split or "", []).append(example.name)
     unsplit = names.pop("", [])
-    splits = split_names(unsplit, val_fraction, seed) if unsplit else {}
+    splits = split_names(unsplit, facts["val_fraction"], facts["seed"]) if unsplit else {}
     split_of = {name: split for split, of_split in splits.items() for name in of_split}
-    facts = {"source": source, "seed": seed, "val_fraction": val_fraction}
     if of_objects:
-        facts["masks"] = "objects"
+        facts = {**facts, "masks": "objects"}
     if value_range:
-        facts["value_range"] = list(value_range)
+        facts = {**facts, "value_range": list(value_range)}
     with new_dataset(data, **facts, **names, **splits) as folder:
         filler = Filler(folder, rule, of_objects, value_range)
         filled = filler.fill(examples, split_of)

@@ -20,7 +20,7 @@ SPLITS = {"training": "train", "valid": "val", "validation": "val", "testing": "
 SPLITS |= {split: split for split in ("train", "val", "test")}
 IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "original"}
 MASK_FOLDERS = {"masks", "mask", "labels", "label", "annotations", "annotation", "ann", "gt"}
-MASK_FOLDERS |= {"groundtruth"}
+MASK_FOLDERS |= {"groundtruth", "segmentationclass", "segmentationobject"}
 CHALLENGE = re.compile(r".*_(training|validation|test)(?:_part1)?_(input|data|groundtruth)")
 IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}
 BY_TABLE = "pair them by a table: --pairs FILE.csv (image,mask)"
@@ -118,7 +118,8 @@ def _layout(folder: Folder) -> list[Level]:
 def _called(folder: Folder, names: set[str]) -> Folder | None:
     """Return the one folder inside that has one of these names, and anything in it."""
     found = [c for c in folder.folders if re.sub("[ _-]", "", c.path.name.casefold()) in names]
-    found = [child for child in found if child.files or child.folders] or found
+    with_files = [c for c in found if c.files or any(inside.files for inside in c.folders)]
+    found = with_files or found
     found = [child for child in found if child.path.name in ("images", "masks")] or found
     kinds: dict[str, Folder] = {}
     for child in found:

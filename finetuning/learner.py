@@ -127,7 +127,8 @@ def speed_up(
     """
     decoder = learner.decoder
     shown = [min(count, recipe.objects_per_image) for count in objects.values()]
-    pays = compiling_pays(predictor, sum(shown) * recipe.epochs)
+    is_even = min(shown) == max(shown)  # or most batches would have another size
+    pays = is_even and compiling_pays(predictor, sum(shown) * recipe.epochs)
     if compiling == "on" or (compiling == "auto" and pays):
         images = len(distributed.share(list(range(recipe.batch_size))))
         decoder = compile_decoder(learner, predictor, recipe, images * max(shown))

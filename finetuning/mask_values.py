@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sam2_utils import UserError
 
@@ -20,6 +21,11 @@ from finetuning.image_files import read_mask, read_values
 
 SHOWN, MOST_CLASSES = 6, 1000  # values in a message; and where it makes sense to speak of values
 Value = tuple[int, ...]  # a gray value (V,), or a colour (R,G,B)
+WHITE = (255,)  # or 1: of masks that are read as they are
+
+
+class OtherValue(UserError):
+    """A value of a data set's masks means an object in one file, another value in another."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,9 @@ class MaskRule:
     ignored: Value | None = None  # what counts as background, such as void
 
     @property
-    def name(self) -> str:
-        """What tells one rule from another; nothing where it is the usual one."""
-        chosen = {k: v for k, v in asdict(self).items() if v != getattr(MaskRule, k)}
-        return " ".join(f"{name}={value}" for name, value in chosen.items())
+    def options(self) -> dict[str, Any]:
+        """What differs from the usual rule, by name."""
+        return {k: v for k, v in asdict(self).items() if v != getattr(MaskRule, k)}
 
     @property
     def gives_objects(self) -> bool:
@@ -66,7 +71,12 @@ class MaskReader:
         """Return the HxW bool mask of what is one object in a file; `source` as in read."""
         if self.rule.value is None and self.rule.ignored is None:
             try:
-                return read_mask(path)
+                mask = read_mask(path)
+                if mask.any():
+                    self._require_one_value(WHITE, path, source)
+                return mask
+            except OtherValue:
+                raise
             except UserError as error:
                 problem = error
         else:
@@ -81,13 +91,17 @@ class MaskReader:
             raise several_values(path, found)
         if not found:
             return np.zeros(codes.shape, bool)
-        first, where = self._object_value = self._object_value or (found[0], source)
-        if found[0] != first:
-            raise UserError(
-                f"{path} has {describe(found[0])} beside black, but {where} has {describe(first)}; "
-                f"choose one with --mask-value, or take each as an object with --classes"
+        self._require_one_value(found[0], path, source)
+        return codes == encode(found[0])
+
+    def _require_one_value(self, value: Value, path: Path, source: Path) -> None:
+        """Raise UserError where an earlier file has another value for its object."""
+        first, where = self._object_value = self._object_value or (value, source)
+        if value != first:
+            raise OtherValue(
+                f"{path} has {describe(value)} beside black, but {where} has {describe(first)}; "
+                "choose one with --mask-value, or take each as an object with --classes"
             )
-        return codes == encode(first)
 
     def _each_value(self, path: Path) -> Iterator[np.ndarray]:
         codes, values = read_codes(path, None)
@@ -191,7 +205,7 @@ def read_codes(path: Path, problem: UserError | None) -> tuple[np.ndarray, list[
 
 def describe(value: Value) -> str:
     """Return a value as --mask-value takes it."""
-    return ",".join(map(str, value))
+    return "255 (or 1)" if value == WHITE else ",".join(map(str, value))
 
 
 def several_values(path: Path, values: list[Value]) -> UserError:

@@ -11,7 +11,7 @@ from sam2_utils import UserError
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.image_files import read_image, read_mask
+from finetuning.image_files import read_image, read_mask, read_values
 from finetuning.pairs import Pair, files_by_stem, require_equal_sizes
 
 MOST_VALIDATED = 2000  # objects, after each epoch
@@ -60,8 +60,6 @@ def read_objects(pair: Pair) -> Objects:
 
 def read_labels(path: Path) -> np.ndarray:
     """Read a label map: HxW uint8 or uint16, 0 for background, each other value an object."""
-    from finetuning.image_files import read_values
-
     labels, is_lossy = read_values(path)
     if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16) or is_lossy:
         raise UserError(f"{path} is not a label map of 8 or 16 bits; fill the data folder anew")

@@ -62,6 +62,7 @@ class Row(NamedTuple):
     masks: tuple[Path, ...]
     folder: str  # what tells it from images of the same name
     split: str | None
+    annotated: Any = None  # as in Example
 
 
 def find_examples(images: Path, masks: Path, skip_unlabelled: bool = False) -> Found:
@@ -127,7 +128,7 @@ def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Foun
         raise UserError(f"{shown(file)} has no rows below its header")
     if len({row.split is None for row in rows.values()}) > 1:
         raise UserError(f"{shown(file)}: some rows have a split and some have none; fill in all")
-    return _finish(list(rows.values()), notes, skip_unlabelled=False)
+    return finish(list(rows.values()), notes, skip_unlabelled=False)
 
 
 def _read_table(file: Path) -> Iterator[dict[str, str]]:
@@ -190,7 +191,7 @@ def _divide(folder: Folder) -> Level:
 
 def _pair_all(levels: list[Level], notes: list[str], skip_unlabelled: bool) -> Found:
     rows = [row for level in levels for row in _pair(level, notes)]
-    return _finish(rows, notes + left_out(levels), skip_unlabelled)
+    return finish(rows, notes + left_out(levels), skip_unlabelled)
 
 
 def _pair(level: Level, notes: list[str]) -> list[Row]:
@@ -239,9 +240,10 @@ def _refuse(files: dict[str, Path], groups: dict[str, list[Path]]) -> None:
     )
 
 
-def _finish(rows: list[Row], notes: list[str], skip_unlabelled: bool) -> Found:
+def finish(rows: list[Row], notes: list[str], skip_unlabelled: bool) -> Found:
     """Turn rows into examples with unique names; leave out images without masks, or raise."""
-    bare, rows = [r for r in rows if not r.masks], [r for r in rows if r.masks]
+    bare = [row for row in rows if not (row.masks or row.annotated)]
+    rows = [row for row in rows if row.masks or row.annotated]
     if bare and not (skip_unlabelled and rows):
         raise UserError(
             f"{len(bare)} of {len(bare) + len(rows)} images have no mask: "
@@ -263,9 +265,8 @@ def _finish(rows: list[Row], notes: list[str], skip_unlabelled: bool) -> Found:
         notes.append(f"ready split: {ready}")
         if "train" not in splits:
             raise UserError(f"there are no images to train on ({ready}); add train")
-        if "val" not in splits:
-            notes.append("there is no val: it will be drawn from train")
     if "val" not in splits:
+        notes += ["there is no val: it will be drawn from train"] if "test" in splits else []
         rows = [row._replace(split=None) if row.split == "train" else row for row in rows]
     return Found(name_examples(rows), list(dict.fromkeys(notes)))
 
@@ -281,7 +282,7 @@ def name_examples(rows: list[Row]) -> list[Example]:
         while (split, name) in examples or (name != stem and (split, name) in times):
             number += 1
             name = f"{base}_{number}"
-        examples[split, name] = Example(name, row.image, row.masks, row.split)
+        examples[split, name] = Example(name, *row[:2], *row[3:])
     return [examples[key] for key in sorted(examples)]
 
 

@@ -27,7 +27,7 @@ MODELS = (BEST_FILE, FINAL_FILE)
 RESULTS = (*MODELS, *LOG_FILES)  # what a run is for
 # What a resumed run may have otherwise than the run that it goes on with.
 FREE_SETTINGS = (
-    "epochs", "checkpoint", "checkpoint_sha256", "data", "data_sha256", "cache", "value_range",
+    "epochs", "checkpoint", "checkpoint_sha256", "data", "data_hash", "cache", "value_range",
 )  # fmt: skip
 
 Log = list[dict[str, float]]  # a row an epoch; epoch 0 is the original, with its val metrics only
@@ -58,7 +58,7 @@ def run_settings(
         "checkpoint_sha256": file_sha256(checkpoint),
         "data": str(data),
         "value_range": read_facts(data).get("value_range"),  # for images to come
-        "data_sha256": hashlib.sha256(repr(contents).encode()).hexdigest(),
+        "data_hash": hashlib.sha256(repr(contents).encode()).hexdigest(),
     }
 
 
@@ -95,9 +95,14 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 f"the run in {output} had {option} {before.get(name)}, not {settings[name]}; "
                 "resume with the same, or use another --output"
             )
+    if "data_hash" not in before:
+        raise UserError(
+            f"the run in {output} is of an earlier version of this program, which did not look "
+            "into the images; start it anew"
+        )
     for name, what in (
         ("checkpoint_sha256", f"started from another --checkpoint than {settings['checkpoint']}"),
-        ("data_sha256", f"had other images or masks than {settings['data']} has now"),
+        ("data_hash", f"had other images or masks than {settings['data']} has now"),
     ):
         if before.get(name) != settings[name]:
             raise UserError(f"the run in {output} {what}; resume with the same, or start anew")

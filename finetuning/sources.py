@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sam2_utils import UserError
 
@@ -13,14 +15,14 @@ from finetuning.annotations import read_annotations
 from finetuning.archives import open_archive
 from finetuning.checkpoints import file_sha256
 from finetuning.command_line import ArgumentParser, quoted
-from finetuning.layouts import listed
+from finetuning.layouts import SPLITS, listed
 from finetuning.models import download_file
 from finetuning.pairing import (
     Found,
     Row,
     find_examples,
     find_in_folder,
-    name_examples,
+    finish,
     read_pairs_file,
 )
 
@@ -47,8 +49,18 @@ class Source:
         if self.demo:
             return "demo"
         chosen = self.pairs or self.annotations or self.images or self.archive
-        of_classes = f" ({', '.join(self.class_names)})" if self.class_names else ""
-        return f"{chosen.resolve()}{of_classes}" if chosen else None
+        return str(chosen.resolve()) if chosen else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What else is chosen, by name."""
+        chosen = {name: getattr(self, name) for name in ("images", "masks") if getattr(self, name)}
+        chosen = {name: str(path.resolve()) for name, path in chosen.items()}
+        if self.class_names:
+            chosen["class_names"] = list(self.class_names)
+        if self.skip_unlabelled:
+            chosen["skip_unlabelled"] = True
+        return chosen
 
     @contextlib.contextmanager
     def find(self, data: Path) -> Iterator[Found]:
@@ -84,10 +96,14 @@ def find_annotated(
         )
     if read.unlabelled:
         notes.append(f"left out {len(read.unlabelled)} without an object")
-    items = {item.image: item for item in read.images}
-    rows = [Row(image, (), image.parent.name, None) for image in items]
-    examples = [example._replace(annotated=items[example.image]) for example in name_examples(rows)]
-    return Found(examples, notes)
+    root = Path(os.path.commonpath([item.image.parent for item in read.images]))
+    rows = []
+    for item in read.images:  # train/, valid/ and test/, as YOLO's exports have them
+        parts = item.image.relative_to(root).parts[:-1]
+        splits = [SPLITS[part.casefold()] for part in parts if part.casefold() in SPLITS]
+        split = splits[0] if splits else None
+        rows.append(Row(item.image, (), item.image.parent.name, split, item))
+    return finish(rows, notes, skip_unlabelled)
 
 
 def fetch_archive(path: Path) -> Path:

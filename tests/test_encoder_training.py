@@ -179,7 +179,7 @@ def test_resuming_with_another_way_to_train_the_encoder_is_refused(whole, run_sc
 
 
 def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
-    hashes = dict.fromkeys(("checkpoint", "checkpoint_sha256", "data", "data_sha256"))
+    hashes = dict.fromkeys(("checkpoint", "checkpoint_sha256", "data", "data_hash"))
     settings = {**asdict(GUIDE), **hashes, "model": "mini"}
     older = {"model": "mini"}  # and nothing of the recipe or the encoder
     state = {"model": {"weight": torch.zeros(1)}, "settings": older}

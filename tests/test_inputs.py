@@ -106,6 +106,25 @@ def test_one_value_means_one_thing_in_a_data_set(run_script, tmp_path):
     assert "2 of 4 images have no object" in outcome.out
 
 
+@pytest.mark.parametrize("values", [(1, 2), (255, 100), (3, 1)])
+def test_classes_are_not_mixed_where_each_image_has_one(run_script, tmp_path, values):
+    write_set(lambda index, mask: mask.astype(np.uint8) * values[index % 2])
+    outcome = run_script(main, *OPTIONS)
+    assert outcome.status == 2 and "--classes" in outcome.err
+
+
+def test_other_options_are_not_taken_for_the_same_data_set(run_script, tmp_path):
+    write_set(lambda _, mask: mask.astype(np.uint8) * 255)
+    for index in range(COUNT):
+        write_image(Path(f"others/a{index}.png"), true_mask(index).astype(np.uint8) * 255)
+    assert run_script(main, *OPTIONS).status == 0
+    assert "nothing to do" in run_script(main, *OPTIONS).out
+    others = ("--images", "images", "--masks", "others", "--skip-checkpoint")
+    for options in (others, (*OPTIONS, "--value-range", "0,99"), (*OPTIONS, "--skip-unlabelled")):
+        outcome = run_script(main, *options)
+        assert outcome.status == 2 and "already holds" in outcome.err and "--force" in outcome.err
+
+
 def test_of_several_colours_one_is_chosen(run_script, tmp_path):
     colors = (48, 112, 32), (200, 10, 10)
     write_set(lambda _, mask: painted(mask, *colors))
@@ -236,6 +255,21 @@ def test_outlines_of_an_annotation_tool_are_drawn(run_script, tmp_path):
     assert outcome.status == 0 and "left out 1 without an object" in outcome.out
 
 
+def test_splits_of_an_annotated_set_are_kept(run_script, tmp_path):
+    pytest.importorskip("pycocotools")
+    for split, indices in (("train", range(4)), ("valid", range(4, 6)), ("test", range(6, 8))):
+        for index in indices:
+            write_image(Path(f"set/{split}/images/a{index}.jpg"), draw_pair(index)[0])
+            labels = Path(f"set/{split}/labels/a{index}.txt")
+            labels.parent.mkdir(exist_ok=True)
+            labels.write_text("0 0.1 0.1 0.5 0.1 0.5 0.5", encoding="utf-8")
+    Path("set/README.dataset.txt").write_text("from Roboflow", encoding="utf-8")
+    outcome = run_script(main, "--annotations", "set", "--images", "set", "--skip-checkpoint")
+    assert outcome.status == 0, outcome.err
+    assert "ready split: 4 train, 2 val, 2 test" in outcome.out
+    assert [pair.name for pair in split_pairs(Path("data"), "test")] == ["a6", "a7"]
+
+
 def test_a_range_of_values_is_that_of_the_whole_set(run_script, tmp_path):
     write_set(lambda _, mask: mask.astype(np.uint8) * 255)
     for index in range(COUNT):
@@ -266,6 +300,11 @@ def test_the_range_of_values_goes_with_the_model(run_script, tmp_path, random_mi
         assert outcome.status == 0, outcome.err
         drawn.append(read_image(Path(f"output/my_results/a0_{len(drawn) + 1:03}_overlay.png")))
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+    image = next(Path("data/images/val").iterdir())  # of 8 bits, stretched already
+    assert run_script(test_my_image.main, "--image", image, "--point", "60,40").status == 0
+    (overlay,) = Path("output/my_results").glob(f"{image.stem}_*_overlay.png")
+    assert read_image(overlay).max() > 200
 
 
 def test_files_of_an_annotation_tool_are_not_taken_for_masks(run_script, tmp_path):
@@ -299,6 +338,12 @@ def test_images_that_are_copies_of_others_are_named(run_script, tmp_path):
     assert outcome.status == 0 and "identical images: a1 = a3" in outcome.out
 
 
+def test_classes_that_cover_everything_are_no_mistake(run_script, tmp_path):
+    write_set(lambda _, mask: mask.astype(np.uint8) + 1)
+    outcome = run_script(main, *OPTIONS, "--classes")
+    assert outcome.status == 0 and "warning" not in outcome.out
+
+
 def test_usual_masks_give_no_warning(run_script, tmp_path):
     write_set(lambda _, mask: mask.astype(np.uint8) * 255)
     outcome = run_script(main, *OPTIONS)
@@ -315,6 +360,7 @@ def test_usual_masks_give_no_warning(run_script, tmp_path):
         (("--value-range", "9,1"), "low<high"),
         (("--mask-value", "3", "--classes"), "takes one value"),
         (("--annotations", "coco.json"), "different sources"),
+        (("--class-name", "cat"), "--class-name is of --annotations"),
         (("--pairs", "absent.csv"), "absent.csv"),
         (("--smallest-part", "0"), "at least 1"),
     ],
