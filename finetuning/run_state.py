@@ -96,17 +96,16 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 "resume with the same, or use another --output"
             )
     if "data_hash" not in before:
-        raise UserError(
-            f"the run in {output} is of an earlier version of this program, which did not look "
-            "into the images; start it anew"
-        )
+        print(f"warning: whether {settings['data']} is still as it was, an earlier version's run "
+              "does not say")  # fmt: skip
+        before["data_hash"] = settings["data_hash"]
     for name, what in (
         ("checkpoint_sha256", f"started from another --checkpoint than {settings['checkpoint']}"),
         ("data_hash", f"had other images or masks than {settings['data']} has now"),
     ):
         if before.get(name) != settings[name]:
             raise UserError(f"the run in {output} {what}; resume with the same, or start anew")
-    require_best(output, state["log"])
+    require_best(output, state.get("log", []))
     if "original_iou" in state:  # a file from before epoch 0 had a row
         state["log"].insert(0, {"epoch": 0, "val_iou": state["original_iou"]})
     return {**state, "settings": before}
