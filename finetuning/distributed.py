@@ -66,6 +66,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
             sys.stdout = printed if rank() == 0 else nowhere
             yield
+            wait_for_all()  # with torch 2.6 one that leaves before the others may wait forever
     finally:
         sys.stdout = printed
         dist.destroy_process_group()
