@@ -109,10 +109,13 @@ def test_gpus_talk_through_gloo_where_there_is_no_nccl(monkeypatch, has_nccl, ex
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **options: groups.append((backend, options))
     )
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    ends = []
+    monkeypatch.setattr(dist, "barrier", lambda: ends.append("together"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ends.append("left"))
     for device in (torch.device("cuda:0"), CPU):
         with distributed.process_group(device):
             pass
+    assert ends == ["together", "left"] * 2
     (of_gpu, options), (of_cpu, cpu_options) = groups
     assert (of_gpu, of_cpu) == (expected, "gloo")
     # Or the first barrier warns that it has to guess the GPU
