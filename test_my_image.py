@@ -208,10 +208,11 @@ def main(argv: list[str] | None = None) -> None:
     predictor, facts = load_predictor(args.model, checkpoint, device)
     device = trusted_device(predictor, device, insists=args.device == "mps")
 
-    if args.value_range:
-        image = read_image(args.image, args.value_range)
-    elif read_values(args.image)[0].dtype != np.uint8:
-        image = read_image(args.image, value_range_of(facts))
+    value_range, trained_range = args.value_range, value_range_of(facts)
+    if not value_range and trained_range and read_values(args.image)[0].dtype != np.uint8:
+        value_range = trained_range
+    if value_range:
+        image = read_image(args.image, value_range)
 
     # The prompts: given, or else clicked; of the demo's own image the mask is known
     if args.given:

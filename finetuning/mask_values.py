@@ -32,9 +32,7 @@ class OtherValue(UserError):
 class MaskRule:
     """How the masks of a data set are to be read."""
 
-    value: Value | None = (
-        None  # what is the object; None: all that is not black, if it is one value
-    )
+    value: Value | None = None  # what is the object; None: what is not black, if it is one value
     each_value: bool = False  # is an object
     parts: bool = False  # each connected part is an object
     smallest_part: int = 20  # pixels
@@ -98,8 +96,11 @@ class MaskReader:
         """Raise UserError where an earlier file has another value for its object."""
         first, where = self._object_value = self._object_value or (value, source)
         if value != first:
+            here, there = (
+                "255 (or 1)" if each == WHITE else describe(each) for each in (value, first)
+            )
             raise OtherValue(
-                f"{path} has {describe(value)} beside black, but {where} has {describe(first)}; "
+                f"{path} has {here} beside black, but {where} has {there}; "
                 "choose one with --mask-value, or take each as an object with --classes"
             )
 
@@ -205,7 +206,7 @@ def read_codes(path: Path, problem: UserError | None) -> tuple[np.ndarray, list[
 
 def describe(value: Value) -> str:
     """Return a value as --mask-value takes it."""
-    return "255 (or 1)" if value == WHITE else ",".join(map(str, value))
+    return ",".join(map(str, value))
 
 
 def several_values(path: Path, values: list[Value]) -> UserError:

@@ -45,18 +45,18 @@ def _warnings(
     warnings = []
     if empty := counts.count(0):
         warnings.append(f"{empty} of {len(filled)} images have no object; training leaves them out")
-    covered = [sum(of_image.areas) for of_image in filled if of_image.areas]
-    if of_objects:
-        pass  # class maps and instances may well cover all
-    elif covered and min(covered) > 0.999:
+    # Class maps and instances may well cover everything
+    whole_masks = [] if of_objects else [of_image for of_image in filled if of_image.areas]
+    covered = [sum(of_image.areas) for of_image in whole_masks]
+    if covered and min(covered) > 0.999:
         warnings.append("every mask covers its whole image: was it exported all white?")
     elif covered and np.mean(covered) > MUCH:
         warnings.append(
             f"the masks cover {np.mean(covered):.0%} of their images on average: is black the "
             "object? Then add --mask-value 0"
         )
-    parts = [of_image.parts for of_image in filled if of_image.areas]
-    if not of_objects and parts and np.mean(parts) >= MANY_PARTS:
+    parts = [of_image.parts for of_image in whole_masks]
+    if parts and np.mean(parts) >= MANY_PARTS:
         warnings.append(
             f"a mask has {np.mean(parts):.0f} separate parts on average, but counts as one object, "
             "which one point prompts; --parts makes each part an object"

@@ -141,6 +141,14 @@ def test_of_several_colours_one_is_chosen(run_script, tmp_path):
         assert np.array_equal(read_mask(pair.mask), expected)
 
 
+def test_a_value_that_is_advised_is_one_that_can_be_typed(run_script, tmp_path):
+    values = np.where(np.arange(96) < 48, 255, 700).astype(np.uint16)[:, None]
+    write_set(lambda _, mask: mask * values)
+    outcome = run_script(main, *OPTIONS)
+    assert outcome.status == 2 and outcome.err.endswith('--mask-value "255"\n')
+    assert run_script(main, *OPTIONS, "--mask-value", "255").status == 0
+
+
 @pytest.mark.parametrize("option", ["--instances", "--classes"])
 def test_each_value_can_be_an_object(run_script, tmp_path, option):
     colors = (48, 112, 32), (200, 10, 10)
