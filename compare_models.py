@@ -1,36 +1,35 @@
 """Compare the original SAM 2.1 with your fine-tuned one: mean IoU, and pictures.
 
-    python compare_models.py                    # output/sam2_best.pt on the val split of data/
+    python compare_models.py                    # output/sam2_best.pt on data/'s test split, or val
     python compare_models.py --prompt box       # prompted with the object's box, not a point
     python compare_models.py --limit 20         # a quick look
     python compare_models.py --figures 20       # more pictures
     python compare_models.py --clicks 10        # and when their masks are corrected, click by click
     python compare_models.py --mask single      # the mask that other tools take
+    python compare_models.py --folds            # what train_sam2_proper.py --folds trained
     python compare_models.py --demo             # what train_sam2_proper.py --demo made
 
 Both models get the same prompts, and of three masks each the one with the highest predicted
 score counts; or SAM 2's single mask, with --mask single. Written to output/comparison/:
-results.csv and the pictures; with --clicks, also clicks.csv and clicks.png.
+report.html, which holds all that is printed; results.csv, scatter.png and the pictures; with
+--clicks, also clicks.csv and clicks.png.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 
-from sam2_utils import UserError, select_device, select_precision
+from sam2_utils import UserError, select_device
 
-import torch
-from tqdm import tqdm
+import numpy as np
 
-from finetuning.checkpoints import setting
 from finetuning.clicks import (
     CLICK_FILES,
     MAX_CLICKS,
+    clicks_table,
     draw_clicks,
-    format_clicks,
     measure_clicks,
     write_clicks,
 )
@@ -42,133 +41,83 @@ from finetuning.command_line import (
     run,
     seed,
 )
-from finetuning.device_check import trusted_device
-from finetuning.drawing import draw_object, draw_panels
-from finetuning.evaluation import (
-    METRICS,
-    Model,
-    Result,
-    features_for,
-    group_by_image,
-    mean_gain,
-    mean_metrics,
-    measure,
-    segment_with_all,
-    unit_of,
-)
-from finetuning.feature_cache import FeatureCache, FeatureSource, hash_encoder
-from finetuning.files import write_csv
-from finetuning.models import MODELS, ensure_checkpoint, load_predictor
-from finetuning.objects import read_pair
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, SPLITS, split_pairs
-from finetuning.report import format_details, format_table, print_anywhere
-
-FIGURE_NAME = re.compile(r"comparison_\d+_[+-]\d+p_")
+from finetuning.compared_models import load_models
+from finetuning.evaluation import Model, Result, measure, unit_of
+from finetuning.figures import draw_comparisons, remove_earlier
+from finetuning.language import Language, add_language_option
+from finetuning.models import MODELS
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, SPLITS, Pair, split_pairs
+from finetuning.repeats import RUNS_FILE, read_folds
+from finetuning.report import format_files, format_summary, summarize
+from finetuning.report_page import Setup, write_page
+from finetuning.result_tables import size_of, write_results
+from finetuning.scatter import draw_scatter
+from finetuning.tables import Table, format_table, print_anywhere
 
 
-def load_models(
-    finetuned_file: Path,
-    original_file: Path | None,
-    model_name: str | None,
-    device: torch.device,
-    insists_on_mps: bool,
-    precision_name: str,
-    cache_folder: Path | None,
-) -> list[Model]:
-    """Load the original and the fine-tuned model, which must be of the same size.
+def choose_pairs(
+    data: Path, split: str | None, limit: int | None, finetuned: Path, folds: Path | None
+) -> tuple[str, dict[Path, list[Pair]]]:
+    """Return what is measured, as it is called, and the pairs of each fine-tuned model.
 
-    Where the files are not given, the original is what training started from, the precision
-    (auto) and the folder of the features are those of the training. Where MPS computes wrongly,
-    unless insisted on, both are on the CPU.
+    That is a split (by default test, where there is one, else val), or all folds of a training.
     """
-    finetuned, facts = load_predictor(model_name, finetuned_file, device)
-    device = trusted_device(finetuned, device, insists_on_mps)
-    name, started_from = facts["model_name"], Path(setting(facts, "checkpoint") or "")
-    checkpoint = original_file or (
-        started_from if started_from.is_file() else ensure_checkpoint(name)
-    )
-    original, _ = load_predictor(name, checkpoint, device)
-    print(f"original:   {checkpoint}\nfine-tuned: {finetuned_file} (SAM 2.1 {name})")
-    if facts.get("epoch") == 0:
-        print("            which is the original: no epoch of the training was better")
-
-    precision = choose_precision(precision_name, setting(facts, "precision"), device)
-    folder, source = cache_folder or setting(facts, "cache"), FeatureSource(original, precision)
-    if hash_encoder(original.model) != hash_encoder(finetuned.model):
-        return [Model(original, source), Model(finetuned, FeatureSource(finetuned, precision))]
-    if folder:
-        source = source._replace(cache=FeatureCache(Path(folder), original, precision))
-    return [Model(original, source), Model(finetuned, source)]
+    if folds:
+        pairs = {name: split_pairs(data, name, limit) for name in ("train", "val")}
+        of_folds = read_folds(folds, pairs)
+        return f"{len(of_folds)} folds", of_folds
+    split = split or ("test" if (data / "images/test").is_dir() else "val")
+    return split, {finetuned: split_pairs(data, split, limit)}
 
 
-def choose_precision(name: str, trained_in: str | None, device: torch.device) -> torch.dtype:
-    """Return the precision asked for, else that of the training, else the device's own."""
-    if name == "auto":
-        with contextlib.suppress(UserError):  # trained on a device with other abilities
-            return select_precision(trained_in or "auto", device)
-    return select_precision(name, device)
+def measure_all(
+    original: Model,
+    finetuned: list[Model],
+    pairs_of: list[list[Pair]],
+    prompt_kind: str,
+    mask_kind: str,
+    seed: int,
+) -> list[Result]:
+    """Measure the original and each of the fine-tuned models on the pairs of the latter."""
+    results: list[Result] = []
+    for model, pairs in zip(finetuned, pairs_of, strict=True):
+        done = results[-1].index + 1 if results else 0
+        models = [original, model]
+        results += measure(
+            models, pairs, prompt_kind, mask_kind, seed, "Comparing", first_index=done
+        )
+    return results
 
 
-def write_results(path: Path, results: list[Result]) -> None:
-    """Write a row an object."""
-    columns = [f"{model}_{name.lower()}" for name in METRICS for model in ("original", "finetuned")]
-    rows = []
-    for result in results:
-        points = zip(result.prompt.point_coords, result.prompt.point_labels, strict=True)
-        prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
-        numbers = [of_model[name] for name in METRICS for of_model in result.metrics]
-        numbers = [f"{value:.6f}" for value in (*numbers, result.area_fraction)]
-        rows.append([*result.name, prompt, *numbers])
-    write_csv(path, ["image", "object", "prompt", *columns, "area_fraction"], rows)
+def compare_clicks(
+    output: Path,
+    results: list[Result],
+    count: int,
+    with_mask: bool,
+    mask_kind: str,
+    say: Language,
+) -> Table:
+    """Measure and write what clicks that correct each model's own mask bring; return the table."""
+    ious, unit = measure_clicks(results, count, with_mask, mask_kind), unit_of(results)
+    write_clicks(output / "clicks.csv", [result.name for result in results], ious)
+    draw_clicks(output / "clicks.png", ious, with_mask, unit)
+    return clicks_table(ious, with_mask, unit, say)
 
 
-def choose_figures(results: list[Result], count: int) -> list[list[Result]]:
-    """Choose the images to draw, by their objects' mean gain: half the biggest, half the worst."""
-    ranked = sorted(group_by_image(results), key=mean_gain, reverse=True)
-    if count >= len(ranked):
-        return ranked
-    return ranked[: count - count // 2] + ranked[len(ranked) - count // 2 :]
-
-
-def draw_comparisons(
-    output: Path, models: list[Model], results: list[Result], mask_kind: str, count: int
-) -> int:
-    """Draw the chosen images, named by rank and gain in %p; return how many."""
-    chosen = choose_figures(results, count)
-    for rank, of_image in enumerate(tqdm(chosen, desc="Drawing", unit="figure"), start=1):
-        pair = of_image[0].pair
-        image, objects = read_pair(pair)
-        features = features_for(models, pair, objects.size)
-        panels = [image.copy() for _ in range(1 + len(models))]
-        for result in of_image:
-            true_mask = objects[result.object]
-            masks = segment_with_all(models, features, result.prompt, objects.size, mask_kind)
-            draw_object(panels[0], prompt=result.prompt, true_mask=true_mask)
-            for panel, mask in zip(panels[1:], masks, strict=True):
-                draw_object(panel, mask, true_mask=true_mask, number=result.object)
-        titles = ["prompt and true outline"] + [
-            f"{name}: IoU {mean_metrics(of_image, model)['IoU']:.2f}"
-            for model, name in enumerate(("original", "fine-tuned"))
-        ]
-        name = f"comparison_{rank:02}_{round(100 * mean_gain(of_image)):+d}p_{pair.name}.png"
-        draw_panels(output / name, dict(zip(titles, panels, strict=True)))
-    return len(chosen)
-
-
-def remove_earlier(output: Path) -> None:
-    """Remove an earlier comparison's files that would be taken for this one's."""
-    for path in output.glob("comparison_*.png"):
-        if FIGURE_NAME.match(path.name):
-            path.unlink()
-    for name in CLICK_FILES:
-        (output / name).unlink(missing_ok=True)
+def draw_ious(path: Path, results: list[Result]) -> None:
+    """Draw the IoU of the fine-tuned model over that of the original, a dot an object."""
+    ious = np.array([[of_model["IoU"] for of_model in result.metrics] for result in results])
+    sizes = [size_of(result.area_fraction) for result in results]
+    draw_scatter(path, ious, sizes, unit_of(results))
 
 
 def add_data_options(parser: ArgumentParser) -> None:
     """Add what the models are compared on, and how they are prompted."""
     data = parser.add_argument_group("what they are compared on")
     data.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
-    data.add_argument("--split", choices=SPLITS, default="val", help="which images")
+    data.add_argument(
+        "--split", choices=SPLITS, help="which images (default: test where there are any, else val)"
+    )
     data.add_argument("--limit", type=number(int, at_least=1), help="the first N images only")
     data.add_argument(
         "--prompt",
@@ -199,6 +148,14 @@ def make_parser() -> ArgumentParser:
         "--finetuned", type=Path, default=Path("output/sam2_best.pt"), help="the fine-tuned file"
     )
     models.add_argument(
+        "--folds",
+        type=Path,
+        nargs="?",
+        const=Path("output"),
+        metavar="DIR",
+        help="the folder of train_sam2_proper.py --folds: each image by a model that it is new to",
+    )
+    models.add_argument(
         "--original", type=Path, help="the original (default: what training started from)"
     )
     models.add_argument(
@@ -227,6 +184,7 @@ def make_parser() -> ArgumentParser:
         default=10,
         help="how many pictures: the biggest gains and the biggest losses",
     )
+    add_language_option(results)
     machine = parser.add_argument_group("the machine")
     add_device_option(machine)
     add_precision_option(machine, "auto: that of the training")
@@ -240,20 +198,23 @@ def parse_args(argv: list[str] | None) -> Namespace:
         finetuned=DEMO_OUTPUT / "sam2_best.pt",
         output=DEMO_OUTPUT / "comparison",
     )
+    if args.folds and args.split:
+        raise UserError("--folds measures train and val; leave --split out")
     if args.no_mask_prompt and not args.clicks:
         raise UserError("--no-mask-prompt is about simulated clicks; add --clicks 10, say")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    device = select_device(args.device)
-    pairs = split_pairs(args.data, args.split, args.limit)
-    if not args.finetuned.is_file():
+    device, say = select_device(args.device), args.language
+    split, pairs_of = choose_pairs(args.data, args.split, args.limit, args.finetuned, args.folds)
+    if not args.finetuned.is_file() and not args.folds:
         command = "python train_sam2_proper.py" + " --demo" * args.demo
         raise UserError(f"no fine-tuned model at {args.finetuned}; run: {command}")
-    models = load_models(
-        args.finetuned,
+    (original, *finetuned), files = load_models(
+        list(pairs_of),
         args.original,
         args.model,
         device,
@@ -261,28 +222,37 @@ def main(argv: list[str] | None = None) -> None:
         precision_name=args.precision,
         cache_folder=args.cache,
     )
+    images = args.data / "images" / ("" if args.folds else split)
+    print(format_files(files, images, split == "test" and not args.split, say))
 
     # The same prompts for both
-    results = measure(models, pairs, args.prompt, args.mask, args.seed, "Comparing")
+    how = args.prompt, args.mask, args.seed
+    results = measure_all(original, finetuned, list(pairs_of.values()), *how)
     if not results:
         raise UserError("every mask is empty; check that objects are white (255)")
-    measured = args.split + (", single mask" if args.mask == "single" else "")
-    print_anywhere(format_table(results, measured))
-    print(format_details(results, args.seed))
+    runs_file = None if args.folds else args.finetuned.with_name(RUNS_FILE)
+    summary = summarize(results, split, args.mask, args.seed, runs_file, say)
+    print_anywhere(format_summary(summary, say))
     write_results(args.output / "results.csv", results)
     remove_earlier(args.output)
-    drawn = draw_comparisons(args.output, models, results, args.mask, args.figures)
+    draw_ious(args.output / "scatter.png", results)
+    pictures = draw_comparisons(args.output, results, args.mask, args.figures)
 
-    # Clicks that correct each model's own mask
+    clicks, with_mask = None, not args.no_mask_prompt
     if args.clicks:
-        with_mask = not args.no_mask_prompt
-        ious = measure_clicks(models, results, args.clicks, with_mask, args.mask)
-        what = unit_of(results) + "s"
-        print(format_clicks(ious, with_mask, what))
-        write_clicks(args.output / "clicks.csv", [result.name for result in results], ious)
-        draw_clicks(args.output / "clicks.png", ious, with_mask, what)
-    also = ", ".join(["", *CLICK_FILES]) if args.clicks else ""
-    print(f"wrote results.csv{also} and {drawn} picture(s) to {args.output}")
+        clicks = compare_clicks(args.output, results, args.clicks, with_mask, args.mask, say)
+        print_anywhere("\n" + format_table(clicks))
+    setup = Setup(args.data, split, args.prompt, args.mask, args.seed, ["compare_models.py", *argv])
+    write_page(args.output, summary, files, original, setup, clicks, pictures, say)
+    names = ", ".join(
+        ["report.html", "results.csv", "scatter.png", *(CLICK_FILES if clicks else ())]
+    )
+    print(
+        say(
+            "\nwrote {names} and {count} picture(s) to {output}",
+            names=names, count=len(pictures), output=args.output,
+        )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from finetuning.data_folder import (
     is_kept,
     recover_if_killed,
 )
+from finetuning.groups import Grouping
 from finetuning.mask_values import MaskRule, add_mask_options
 from finetuning.models import MODELS, ensure_checkpoint
 from finetuning.overview import OVERVIEW_FILE, describe
@@ -41,6 +42,7 @@ def fill(
     source: Source,
     rule: MaskRule,
     value_range: tuple[float, float] | None,
+    grouping: Grouping,
     facts: dict[str, Any],
 ) -> None:
     """Fill a data folder from its source, split by seed; report what is in it.
@@ -56,16 +58,14 @@ def fill(
     with source.find(data) as (examples, notes):
         for note in notes:
             print(note)
-        filled = fill_folder(data, examples, rule, value_range, facts)
+        filled = fill_folder(data, examples, rule, value_range, grouping, facts)
     for line in describe(filled, split_pairs(data, "train")[0].of_objects):
         print(line)
     print(f"look at: {data / OVERVIEW_FILE}")
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    parser = ArgumentParser(__doc__)
-    add_source_options(parser)
-    add_mask_options(parser)
+def add_split_options(parser: ArgumentParser) -> None:
+    """Add the folder to fill, and how its images are split."""
     split = parser.add_argument_group("how they are split")
     split.add_argument("--data", type=Path, default=Path("data"), help="the folder to fill")
     split.add_argument(
@@ -74,8 +74,33 @@ def parse_args(argv: list[str] | None) -> Namespace:
         default=0.2,
         help="the share of pairs kept for validation",
     )
+    split.add_argument(
+        "--test-fraction",
+        type=number(float, at_least=0, below=1),
+        default=0.0,
+        help="the share kept for compare_models.py alone, which no training reads",
+    )
+    split.add_argument(
+        "--groups", type=Path, help="a table, image,group: a group stays on one side"
+    )
+    split.add_argument(
+        "--group-regex", help='how a name says its group: "(patient[0-9]+)_"; or --groups'
+    )
+    split.add_argument(
+        "--copies",
+        choices=("together", "ignore"),
+        default="together",
+        help="whether images that are (almost) the same stay on one side",
+    )
     split.add_argument("--seed", type=seed, default=42, help="of the split")
     split.add_argument("--force", action="store_true", help="make the data folder anew")
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(__doc__)
+    add_source_options(parser)
+    add_mask_options(parser)
+    add_split_options(parser)
     model = parser.add_argument_group("the checkpoint of SAM 2.1")
     model.add_argument("--model", choices=MODELS, default="small", help="its size")
     model.add_argument(
@@ -98,6 +123,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--pairs and --annotations are different sources; give one of them")
     if args.mask_value and (args.instances or args.classes):
         parser.error("--mask-value takes one value, --instances and --classes take each")
+    if args.groups and args.group_regex:
+        parser.error("--groups and --group-regex both say what belongs together; give one of them")
+    if args.val_fraction + args.test_fraction >= 1:
+        parser.error("--val-fraction and --test-fraction leave nothing to train on")
     return args
 
 
@@ -114,17 +143,20 @@ def main(argv: list[str] | None = None) -> None:
         args.smallest_part,
         args.ignore_value,
     )
+    grouping = Grouping(args.group_regex, args.groups, args.copies == "together")
     recover_if_killed(args.data)
-    options = {**source.options, **rule.options}
+    options = {**source.options, **rule.options, **grouping.options}
     if args.value_range:
         options["value_range"] = list(args.value_range)
+    if args.test_fraction:
+        options["test_fraction"] = args.test_fraction
     options = json.loads(json.dumps(options))  # as they are read from a file
     if is_kept(args.data, source.name, options, args.force):
         print(f"{args.data} already holds this data set: nothing to do (--force makes it anew).")
     else:
         facts = {"source": source.name or DATASET_URL, "options": options}
-        facts |= {"seed": args.seed, "val_fraction": args.val_fraction}
-        fill(args.data, source, rule, args.value_range, facts)
+        facts |= {name: getattr(args, name) for name in ("seed", "val_fraction", "test_fraction")}
+        fill(args.data, source, rule, args.value_range, grouping, facts)
     for split, count in count_pairs(args.data).items():
         print(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
     if not args.skip_checkpoint:

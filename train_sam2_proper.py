@@ -8,6 +8,8 @@
     python train_sam2_proper.py --demo                     # see it work in a minute
     python train_sam2_proper.py --recipe guide             # the guide's settings, not ours
     python train_sam2_proper.py --train-encoder lora       # the image encoder learns too
+    python train_sam2_proper.py --runs 3                   # how much does the seed matter?
+    python train_sam2_proper.py --folds 5                  # few images: each is measured once
     torchrun --nproc_per_node=2 train_sam2_proper.py --batch-size 8    # on two GPUs
 
 The image encoder stays frozen, so it sees each image once; what it says is kept in output/cache/
@@ -37,7 +39,7 @@ from tqdm import tqdm
 from finetuning import distributed, encoder_training, run_state
 from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_objects
 from finetuning.clicks import add_clicks
-from finetuning.command_line import ArgumentParser, number, run
+from finetuning.command_line import ArgumentParser, run
 from finetuning.data_folder import draw_demo, is_filled
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model, mean_metrics, measure
@@ -54,10 +56,22 @@ from finetuning.learner import (
 )
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
-from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.metrics import LOGGED
+from finetuning.models import ensure_checkpoint, load_predictor
 from finetuning.objects import limit_objects
 from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
+from finetuning.repeats import (
+    Training,
+    add_repeat_options,
+    check_outputs,
+    conclude_repeats,
+    describe_training,
+    forget_repeats,
+    plan_trainings,
+    which_resume,
+)
+from finetuning.run_state import Start
 from finetuning.segmentation import encode_images, predict_masks
 
 
@@ -117,7 +131,7 @@ def evaluate(model: Model, pairs: list[Pair]) -> dict[str, float]:
 
     compare_models.py measures in the same way. Pairs with an empty mask are left out.
     """
-    results = measure([model], pairs, "center", description="Validating")
+    results = measure([model], pairs, "center", description="Validating", metrics=LOGGED)
     if not results:
         raise UserError("every validation mask is empty; check that objects are white (255)")
     return {f"val_{name.lower()}": mean for name, mean in mean_metrics(results).items()}
@@ -156,29 +170,9 @@ def fit(
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
-    files = parser.add_argument_group("what is read and written")
-    files.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
-    files.add_argument(
-        "--demo", action="store_true", help="train mini on drawn images, into output/demo"
-    )
-    files.add_argument("--limit", type=number(int, at_least=1), help="use the first N images only")
-    files.add_argument("--output", type=Path, default=Path("output"), help="where results go")
-    files.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    cache = files.add_mutually_exclusive_group()
-    cache.add_argument(
-        "--cache", type=Path, help="where the images' features are kept (default: OUTPUT/cache)"
-    )
-    cache.add_argument(
-        "--no-cache", action="store_true", help="encode each image anew in each epoch (slow)"
-    )
-
-    model = parser.add_argument_group("the model to start from")
-    model.add_argument("--model", choices=MODELS, default="small", help="its size")
-    model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
-
+    add_repeat_options(run_state.add_file_options(parser))
     add_recipe_options(parser)
     encoder_training.add_encoder_options(parser)
-
     add_machine_options(parser)
     return parser
 
@@ -209,17 +203,17 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def train(
     predictor: SAM2ImagePredictor,
-    pairs: dict[str, list[Pair]],
-    recipe: Recipe,
+    training: Training,
     machine: Machine,
     settings: dict[str, Any],
-    output: Path,
     resume: bool,
-) -> None:
-    """Fine-tune a model on pairs["train"], for the epochs that are not done yet.
+) -> run_state.Log:
+    """Fine-tune a model on the train pairs, for the epochs that are not done yet; return the log.
 
     settings: of the run, as run_state.run_settings returns them.
     """
+    _, recipe, pairs, output = training
+    torch.manual_seed(recipe.seed)
     state = run_state.load_state(output, settings) if resume else None
 
     # What the frozen encoder says of the images, once
@@ -253,42 +247,51 @@ def train(
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, predictor.device)
     fit(learner, model, loader, val_pairs, recipe, log, settings, output)
+    return log
+
+
+def prepare(data: Path, model_name: str, checkpoint: Path | None, is_demo: bool) -> Path:
+    """Have the data and the checkpoint in place, for all processes; return the latter's path."""
+    if distributed.rank() == 0:
+        if is_demo and not is_filled(data):
+            draw_demo(data)
+        split_pairs(data, "train")  # without data, no download is needed
+        if checkpoint is None:
+            ensure_checkpoint(model_name)
+    distributed.wait_for_all()
+    return checkpoint or ensure_checkpoint(model_name)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    recipe = args.recipe
     device = distributed.local_device(select_device(args.device))
     precision = select_precision(args.precision, device)
-    torch.manual_seed(recipe.seed)
+    machine = Machine(precision, args.gradient_checkpointing, args.compile)
     with distributed.process_group(device), contextlib.ExitStack() as locks:
-        if distributed.rank() == 0:
-            if args.demo and not is_filled(args.data):
-                draw_demo(args.data)
-            split_pairs(args.data, "train")  # without data, no download is needed
-            if args.checkpoint is None:
-                ensure_checkpoint(args.model)
-        distributed.wait_for_all()
+        checkpoint = prepare(args.data, args.model, args.checkpoint, args.demo)
+        start = Start(args.model, checkpoint, args.data, args.limit, args.cache, precision)
         pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
-        checkpoint = args.checkpoint or ensure_checkpoint(args.model)
-        if checkpoint.resolve() in [(args.output / name).resolve() for name in run_state.MODELS]:
-            raise UserError(f"{checkpoint} would be overwritten; use another --output")
-        predictor, _ = load_predictor(args.model, checkpoint, device)
-        device = trusted_device(predictor, device, insists=args.device == "mps")
+        trainings = plan_trainings(args.recipe, pairs, args.output, args.runs, args.folds)
+        resumed = which_resume(trainings, args.resume)
+        check_outputs(trainings, checkpoint)
         if distributed.rank() == 0:
-            locks.enter_context(only_run_in(args.output))
-        settings = run_state.run_settings(
-            recipe, args.model, checkpoint, args.data, args.limit, precision, args.cache, pairs
-        )
-        train_count, val_count = map(len, pairs.values())
-        print(f"{train_count} training and {val_count} validation images from {args.data}")
-        print(f"SAM 2.1 {args.model} on {device} in {settings['precision']}")
-        machine = Machine(precision, args.gradient_checkpointing, args.compile)
-        train(predictor, pairs, recipe, machine, settings, args.output, args.resume)
-        print(f"wrote {', '.join(run_state.RESULTS)} to {args.output}")
+            for folder in dict.fromkeys([args.output, *(each.output for each in trainings)]):
+                locks.enter_context(only_run_in(folder))
+            forget_repeats(args.output, args.folds)
+        logs = []
+        for training, resume in zip(trainings, resumed, strict=True):
+            predictor, _ = load_predictor(args.model, checkpoint, device)
+            device = trusted_device(predictor, device, insists=args.device == "mps")
+            settings = run_state.run_settings(training.recipe, start, training.pairs)
+            print(describe_training(training, args.data))
+            print(f"SAM 2.1 {args.model} on {device} in {settings['precision']}")
+            logs.append(train(predictor, training, machine, settings, resume))
+            print(f"wrote {', '.join(run_state.RESULTS)} to {training.output}")
+        if distributed.rank() == 0 and len(logs) > 1:
+            print(conclude_repeats(args.output, trainings, logs, args.folds))
         if args.cache:
             print(f"the features in {args.cache} may be deleted; another run would need them again")
-        print(f"next: {run_state.next_command(args.output, args.data)}")
+        print(f"next: {run_state.next_command(args.output, args.data, args.folds)}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def draw_dataset(data: Path, drawn: Drawn) -> None:
     """Fill a data folder."""
     rng, pixel = np.random.default_rng(7), np.ones((drawn.enlarged,) * 2, np.uint8)
     side = drawn.size * drawn.enlarged
-    with new_dataset(data, source=drawn.name, masks="objects") as folder:
+    with new_dataset(data, {"source": drawn.name, "masks": "objects"}) as folder:
         for split, count in drawn.images.items():
             for index in tqdm(range(count), desc=f"Drawing {split}", unit="image"):
                 cells = int(rng.integers(drawn.cells[0], drawn.cells[1] + 1))

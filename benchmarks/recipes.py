@@ -166,7 +166,7 @@ def measure_all(model: Model, pairs: list[Pair]) -> dict[str, float]:
     """Return the mean IoU of the images with an object, for each of MEASURES."""
     results = {name: measure([model], pairs, *how) for name, how in PROMPTED.items()}
     ious = {name: mean_metrics(of_prompt)["IoU"] for name, of_prompt in results.items()}
-    by_click = measure_clicks([model], results["one point"], max(CLICKED.values()), True, "best")
+    by_click = measure_clicks(results["one point"], max(CLICKED.values()), True, "best")
     means = by_click[0].mean(axis=0)
     return ious | {name: float(means[count - 1]) for name, count in CLICKED.items()}
 

@@ -18,8 +18,9 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.batches import Batch
-from finetuning.evaluation import Model, Result, features_for, group_by_image
+from finetuning.evaluation import Result, features_for, group_by_image
 from finetuning.files import atomic_write, write_csv
+from finetuning.language import ENGLISH, Language
 from finetuning.objects import read_objects
 from finetuning.prompts import Prompt, add_click, corrective_click
 from finetuning.segmentation import (
@@ -29,6 +30,7 @@ from finetuning.segmentation import (
     segment_with_logits,
     upscale_masks,
 )
+from finetuning.tables import Table
 
 MAX_CLICKS = 20  # as many as RITM allows
 TARGET_IOUS = (0.85, 0.90)  # of NoC@85 and NoC@90
@@ -68,13 +70,14 @@ def simulate_clicks(
 
 
 def measure_clicks(
-    models: list[Model], results: list[Result], count: int, use_mask_prompt: bool, mask_kind: str
+    results: list[Result], count: int, use_mask_prompt: bool, mask_kind: str
 ) -> np.ndarray:
-    """Return the IoU of K models on the M objects of the results after 1 to N clicks, KxMxN."""
-    ious, row = np.zeros((len(models), len(results), count)), 0
+    """Return the IoU of the results' K models on their M objects after 1 to N clicks, KxMxN."""
+    ious, row = np.zeros((len(results[0].models), len(results), count)), 0
     for of_image in tqdm(group_by_image(results), desc="Clicking", unit="image"):
-        objects = read_objects(of_image[0].pair)
-        all_features = features_for(models, of_image[0].pair, objects.size)
+        pair, models = of_image[0].pair, of_image[0].models
+        objects = read_objects(pair)
+        all_features = features_for(models, pair, objects.size)
         for result in of_image:
             true_mask = objects[result.object]
             for of_model, model, features in zip(ious, models, all_features, strict=True):
@@ -127,42 +130,53 @@ def number_of_clicks(ious: np.ndarray, target: float) -> tuple[float, int]:
     return float(clicks.mean()), int(never.sum())
 
 
-def describe_clicks(use_mask_prompt: bool) -> str:
+def describe_clicks(use_mask_prompt: bool, say: Language = ENGLISH) -> str:
     """Say how the clicks were given to the models."""
-    return "previous mask as a prompt too" if use_mask_prompt else "no mask prompt"
+    return say("previous mask as a prompt too") if use_mask_prompt else say("no mask prompt")
 
 
-def format_clicks(ious: np.ndarray, use_mask_prompt: bool, what: str = "images") -> str:
-    """Return a table: mean IoU of both models after each click, and their NoC.
+def clicks_table(
+    ious: np.ndarray, use_mask_prompt: bool, unit: str = "image", say: Language = ENGLISH
+) -> Table:
+    """Return the mean IoU of both models after each click, and their NoC.
 
     Arguments:
       ious: 2xMxN, of the original and the fine-tuned model on M objects after 1 to N clicks.
-      what: what the M are called.
+      unit: what one of the M is, as unit_of says.
     """
     _, objects, count = ious.shape
-    lines = [
-        f"mean IoU by simulated clicks ({describe_clicks(use_mask_prompt)})",
-        f"{'clicks':<16}{'original':>10}  {'fine-tuned':>10}",
+    rows = [
+        [str(click), *(f"{mean:.4f}" for mean in means)]
+        for click, means in enumerate(ious.mean(axis=1).T, start=1)
     ]
-    for click, means in enumerate(ious.mean(axis=1).T, start=1):
-        lines.append(f"{click:<16}{means[0]:>10.4f}  {means[1]:>10.4f}")
     for target in TARGET_IOUS:
-        (noc, never), (finetuned_noc, finetuned_never) = (
-            number_of_clicks(of_model, target) for of_model in ious
-        )
-        lines += [
-            f"{f'NoC@{100 * target:.0f}':<16}{noc:>10.2f}  {finetuned_noc:>10.2f}"
-            f"  (mean number of clicks to {target:.0%} IoU)",
-            f"{'  not reached':<16}{never:>10}  {finetuned_never:>10}"
-            f"  (of {objects} {what}; they count as {count})",
-        ]
-    return "\n".join(lines)
+        nocs, never = zip(*(number_of_clicks(of_model, target) for of_model in ious), strict=True)
+        rows.append([f"NoC@{100 * target:.0f}", *(f"{noc:.2f}" for noc in nocs)])
+        rows.append([say("not reached"), *map(str, never)])
+    note = say(
+        "NoC@85: mean number of clicks to an IoU of 85% "
+        "(of {count} objects; not reached counts as {clicks})",
+        count=objects, clicks=count,
+    )  # fmt: skip
+    if unit == "image":
+        note = say(
+            "NoC@85: mean number of clicks to an IoU of 85% "
+            "(of {count} images; not reached counts as {clicks})",
+            count=objects, clicks=count,
+        )  # fmt: skip
+    how = describe_clicks(use_mask_prompt, say)
+    return Table(
+        say("mean IoU by simulated clicks ({how})", how=how),
+        [say("clicks"), say("original"), say("fine-tuned")],
+        rows,
+        note,
+    )
 
 
 def write_clicks(path: Path, names: list[tuple[str, int]], ious: np.ndarray) -> None:
     """Write a row an object and click.
 
-    names: of the M objects, each its image's and its own number; ious: 2xMxN as in format_clicks.
+    names: of the M objects, each its image's and its own number; ious: 2xMxN as in clicks_table.
     """
     rows = [
         (*name, click, *(f"{iou:.6f}" for iou in both))
@@ -172,13 +186,13 @@ def write_clicks(path: Path, names: list[tuple[str, int]], ious: np.ndarray) -> 
     write_csv(path, ("image", "object", "click", "original_iou", "finetuned_iou"), rows)
 
 
-def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool, what: str = "images") -> None:
-    """Draw the mean IoU of both models over the clicks; ious and what as in format_clicks."""
+def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool, unit: str = "image") -> None:
+    """Draw the mean IoU of both models over the clicks; ious as in clicks_table."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, means in zip(("original", "fine-tuned"), ious.mean(axis=1), strict=True):
         axes.plot(range(1, len(means) + 1), means, "o-", label=name)
-    axes.set(xlabel="clicks", ylabel=f"mean IoU of {ious.shape[1]} {what}")
+    axes.set(xlabel="clicks", ylabel=f"mean IoU of {ious.shape[1]} {unit}s")
     axes.set_title(f"simulated clicks, {describe_clicks(use_mask_prompt)}", fontsize="medium")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

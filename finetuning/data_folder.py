@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import shutil
 import unicodedata
 import uuid
@@ -14,9 +13,12 @@ from typing import Any
 
 from sam2_utils import UserError
 
+from finetuning.copies import COPIES_FILE, describe_copies, find_copies, write_copies
 from finetuning.demo_images import write_demo_dataset
 from finetuning.files import only_run_in
-from finetuning.filling import Filled, Filler
+from finetuning.filling import UNSPLIT, Filled, Filler, move_to_splits
+from finetuning.groups import Grouping, find_groups, join_groups, torn_groups
+from finetuning.layouts import listed
 from finetuning.mask_values import MaskRule
 from finetuning.overview import OVERVIEW_FILE, draw_overview
 from finetuning.pairing import Example
@@ -28,32 +30,21 @@ from finetuning.pairs import (
     read_facts,
     split_pairs,
 )
+from finetuning.splitting import split_names
 
-MOVED = ("images", "masks", OVERVIEW_FILE)  # what a data set is, beside that
+MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # what a data set is, beside that
 BEGUN_FILE = "begun.json"  # in each of its temporary folders, to know them by
 PARTIAL = ".partial-"  # how the names of its temporary folders in there start
 
 
-def split_names(names: list[str], val_fraction: float, seed: int) -> dict[str, list[str]]:
-    """Split names into train and val, the same on every platform for the same seed.
-
-    Both splits get at least one name. Raises UserError for fewer than two names.
-    """
-    if len(names) < 2:
-        raise UserError(f"{len(names)} pair cannot be split into train and val; add more pairs")
-    shuffled = sorted(names)
-    random.Random(seed).shuffle(shuffled)
-    val_count = min(max(round(len(names) * val_fraction), 1), len(names) - 1)
-    return {"train": sorted(shuffled[val_count:]), "val": sorted(shuffled[:val_count])}
-
-
 @contextlib.contextmanager
-def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
+def new_dataset(data: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """Yield an empty folder; the images/ and masks/ put there become those of `data`.
 
     They are moved into place when complete, with a picture of some of them, and with `facts` about
-    them in SPLIT_FILE, which goes first and comes last: where it is, the data set is whole. On any
-    error `data` is again as it was; after a kill, once the next run has called `recover`.
+    them, which may be added to until then, in SPLIT_FILE, which goes first and comes last: where it
+    is, the data set is whole. On any error `data` is again as it was; after a kill, once the next
+    run has called `recover`.
     """
     with only_run_in(data):
         recover(data)
@@ -67,6 +58,8 @@ def new_dataset(data: Path, **facts: Any) -> Iterator[Path]:
             of_objects = facts.get("masks") == "objects"
             pairs = find_pairs(new / "images/train", new / "masks/train", of_objects)
             draw_overview(new / OVERVIEW_FILE, pairs)
+            if not (new / COPIES_FILE).exists():
+                write_copies(new / COPIES_FILE, [], [])
             (new / SPLIT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for name in (SPLIT_FILE, *MOVED):
                 if (data / name).exists():
@@ -161,7 +154,7 @@ def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool
         made_from, taken = facts["source"], facts.get("options", options)
     except (UserError, LookupError):  # edited by hand
         made_from, taken = "an unknown source", options
-    if source and (made_from, taken) != (source, options):
+    if (source and made_from != source) or ((source or options) and taken != options):
         how = "" if taken == options else f" with other options ({json.dumps(taken)})"
         raise UserError(
             f"{data} already holds the data set made from {made_from}{how}; "
@@ -188,33 +181,74 @@ def fill_folder(
     examples: list[Example],
     rule: MaskRule,
     value_range: tuple[float, float] | None,
+    grouping: Grouping,
     facts: dict[str, Any],
 ) -> list[Filled]:
     """Check every example and copy it into images/ and masks/ of `data`, in train/, val/, test/.
 
-    Those that are in no split yet are split by facts["seed"] and facts["val_fraction"]. Returns
-    what became of each.
+    Those that are in no split yet are split by the seed and the fractions in `facts`, what belongs
+    together or is alike on one side. Returns what became of each.
     """
     check_cases(examples)
     of_objects = rule.gives_objects or any(len(example.masks) != 1 for example in examples)
-    names: dict[str, list[str]] = {}
-    for example in examples:
-        names.setdefault(example.split or "", []).append(example.name)
-    unsplit = names.pop("", [])
-    splits = split_names(unsplit, facts["val_fraction"], facts["seed"]) if unsplit else {}
-    split_of = {name: split for split, of_split in splits.items() for name in of_split}
+    facts = dict(facts)
     if of_objects:
-        facts = {**facts, "masks": "objects"}
+        facts["masks"] = "objects"
     if value_range:
-        facts = {**facts, "value_range": list(value_range)}
-    with new_dataset(data, **facts, **names, **splits) as folder:
+        facts["value_range"] = list(value_range)
+    if facts["test_fraction"] and any(example.split for example in examples):
+        raise UserError("the images are split already; leave --test-fraction out")
+    given = find_groups(examples, grouping)
+    with new_dataset(data, facts) as folder:
         filler = Filler(folder, rule, of_objects, value_range)
-        filled = filler.fill(examples, split_of)
+        filled = filler.fill(examples)
+        copies = find_copies(
+            [of_image.thumbnail for of_image in filled], [of_image.content for of_image in filled]
+        )
+        alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
+        groups = join_groups(given, alike, [of_image.name for of_image in filled])
+        filled = split_filled(folder, filled, groups, facts)
+        names = [(of_image.split, of_image.name) for of_image in filled]
+        write_copies(folder / COPIES_FILE, names, copies)
     if filler.reader.dropped_parts:
         print(
             f"left out {filler.reader.dropped_parts} parts of fewer than {rule.smallest_part} "
             "pixels (--smallest-part)"
         )
+    if copies:
+        print(describe_copies(data / COPIES_FILE, names, copies))
+    if torn := torn_groups(given, [of_image.split for of_image in filled]):
+        print(
+            f"warning: {len(torn)} groups are on several sides of the ready split: {listed(torn)}"
+        )
+    return filled
+
+
+def split_filled(
+    folder: Path, filled: list[Filled], groups: list[str | None], facts: dict[str, Any]
+) -> list[Filled]:
+    """Split what is in no split yet, and move its files there; add names and groups to `facts`."""
+    unsplit = {
+        of_image.name: group
+        for of_image, group in zip(filled, groups, strict=True)
+        if of_image.split == UNSPLIT
+    }
+    split_of = {}
+    if unsplit:
+        splits = split_names(
+            unsplit, facts["val_fraction"], facts["seed"], facts["test_fraction"], unsplit
+        )
+        split_of = {name: split for split, names in splits.items() for name in names}
+        move_to_splits(folder, split_of)
+    filled = [
+        of_image._replace(split=split_of[of_image.name]) if of_image.split == UNSPLIT else of_image
+        for of_image in filled
+    ]
+    facts["groups"] = {}
+    for of_image, group in zip(filled, groups, strict=True):
+        facts.setdefault(of_image.split, []).append(of_image.name)
+        if group:
+            facts["groups"].setdefault(of_image.split, {})[of_image.name] = group
     return filled
 
 
@@ -244,5 +278,5 @@ def holds_files(data: Path) -> bool:
 def draw_demo(data: Path) -> None:
     """Draw the demo's images and masks into `data`."""
     print(f"drawing the demo's images into {data}")
-    with new_dataset(data, source="demo") as folder:
+    with new_dataset(data, {"source": "demo"}) as folder:
         write_demo_dataset(folder)

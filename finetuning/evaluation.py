@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sam2_utils import autocast, calculate_dice, calculate_iou
+from sam2_utils import autocast
 
 import numpy as np
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.feature_cache import FeatureSource
+from finetuning.metrics import METRICS, Metric
 from finetuning.objects import read_objects
 from finetuning.pairs import Pair
 from finetuning.prompts import Prompt, prompt_from_mask
 from finetuning.segmentation import Features, segment
 
-# What is measured of a predicted and a true HxW bool mask. One more line here is in the log, the
-# tables and results.csv.
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "IoU": calculate_iou,
-    "Dice": calculate_dice,
-}
 RESAMPLES = 10_000  # of the bootstrap
 
 
@@ -42,7 +37,8 @@ class Result(NamedTuple):
     pair: Pair
     prompt: Prompt
     area_fraction: float  # of the image that the true mask covers, 0 to 1
-    metrics: list[dict[str, float]]  # of each model, by the names of METRICS
+    metrics: list[dict[str, float]]  # of each model, by their names
+    models: Sequence[Model] = ()  # which made them
 
     @property
     def name(self) -> tuple[str, int]:
@@ -62,6 +58,8 @@ def measure(
     mask_kind: str = "best",
     seed: int = 0,
     description: str = "Measuring",
+    metrics: Mapping[str, Metric] = METRICS,
+    first_index: int = 0,
 ) -> list[Result]:
     """Measure models on every object, with the same prompts; an image without any is left out.
 
@@ -70,9 +68,12 @@ def measure(
       mask_kind: best or single, as in choose_masks.
       seed: of random points.
       description: of the progress bar.
+      metrics: by name.
+      first_index: of the first pair.
     """
     results = []
-    for index, pair in enumerate(tqdm(pairs, desc=description, unit="image", leave=False)):
+    progress = tqdm(pairs, desc=description, unit="image", leave=False)
+    for index, pair in enumerate(progress, first_index):
         objects = read_objects(pair)
         if not objects:
             continue
@@ -82,11 +83,12 @@ def measure(
                 true_mask, prompt_kind, np.random.default_rng([seed, index, k])
             )
             masks = segment_with_all(models, features, prompt, objects.size, mask_kind)
-            metrics = [
-                {name: float(metric(mask, true_mask)) for name, metric in METRICS.items()}
+            of_models = [
+                {name: float(metric(mask, true_mask)) for name, metric in metrics.items()}
                 for mask in masks
             ]
-            results.append(Result(index, k, pair, prompt, float(true_mask.mean()), metrics))
+            area = float(true_mask.mean())
+            results.append(Result(index, k, pair, prompt, area, of_models, models))
     return results
 
 
@@ -124,7 +126,7 @@ def mean_metrics(results: list[Result], model: int = 0) -> dict[str, float]:
     """Return the mean of each metric of one of the models."""
     return {
         name: float(np.mean([result.metrics[model][name] for result in results]))
-        for name in METRICS
+        for name in results[0].metrics[model]
     }
 
 

@@ -15,12 +15,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from finetuning.copies import make_thumbnail
 from finetuning.decoding import orientation
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.mask_values import MaskReader, MaskRule
 from finetuning.pairing import Example
-from finetuning.pairs import require_equal_sizes
+from finetuning.pairs import files_by_stem, require_equal_sizes
 
+UNSPLIT = "unsplit"  # the folder of what is in no split yet
 MOST_OBJECTS = 65535  # of an image: the values of a label map
 
 
@@ -33,6 +35,7 @@ class Filled(NamedTuple):
     parts: int  # connected parts of a mask that counts as one object
     is_turned: bool  # by the image's EXIF orientation
     content: str  # a hash of the image file
+    thumbnail: np.ndarray  # as of make_thumbnail
 
 
 class Filler:
@@ -52,15 +55,14 @@ class Filler:
         self.folder, self.of_objects, self.value_range = folder, of_objects, value_range
         self.reader = MaskReader(rule)
 
-    def fill(self, examples: list[Example], split_of: dict[str, str]) -> list[Filled]:
-        """Copy the examples, each into its split; return what became of them.
+    def fill(self, examples: list[Example]) -> list[Filled]:
+        """Copy the examples, each into its split or into UNSPLIT; return what became of them.
 
         Raises UserError, in terms of the user's own files, for one that cannot be trained on.
         """
         filled = []
         for example in tqdm(examples, desc="Checking and copying", unit="pair"):
-            split = example.split or split_of[example.name]
-            filled.append(self._fill_one(example, split))
+            filled.append(self._fill_one(example, example.split or UNSPLIT))
         return filled
 
     def _fill_one(self, example: Example, split: str) -> Filled:
@@ -82,7 +84,8 @@ class Filler:
             parts = cv2.connectedComponents(mask.astype(np.uint8))[0] - 1
         is_turned = orientation(content) != 1
         digest = hashlib.sha256(content).hexdigest()
-        return Filled(example.name, split, areas, parts, is_turned, digest)
+        thumbnail = make_thumbnail(image)
+        return Filled(example.name, split, areas, parts, is_turned, digest, thumbnail)
 
     def _copy_mask(self, example: Example, to: Path, size: tuple[int, int]) -> np.ndarray:
         """Copy the only mask of an example, or redraw it in black and white; return it."""
@@ -110,6 +113,17 @@ class Filler:
                     require_equal_sizes(example.image, size, copy, mask.shape)
                     yield mask
             copy.unlink()
+
+
+def move_to_splits(folder: Path, split_of: dict[str, str]) -> None:
+    """Move what lies in UNSPLIT of a data folder's images/ and masks/ to its split, by name."""
+    for kind in ("images", "masks"):
+        unsplit = folder / kind / UNSPLIT
+        for name, path in files_by_stem(unsplit, with_folders=kind == "masks").items():
+            to = folder / kind / split_of[name]
+            to.mkdir(exist_ok=True)
+            path.replace(to / path.name)
+        unsplit.rmdir()
 
 
 @contextlib.contextmanager

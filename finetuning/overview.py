@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from finetuning.command_line import quoted
 from finetuning.drawing import COLORS
 from finetuning.filling import Filled
 from finetuning.image_files import read_image, write_image
@@ -66,21 +64,7 @@ def _warnings(
             f"{turned} images are turned upright by their EXIF orientation: "
             f"look at {OVERVIEW_FILE} whether their masks are upright, too"
         )
-    if copies := _copies(filled):
-        shown = ", ".join(" = ".join(map(quoted, names)) for names in copies[:3])
-        more = ", ..." if len(copies) > 3 else ""
-        warnings.append(
-            f"identical images: {shown}{more}; keep one of each, or val is seen in train"
-        )
     return [f"warning: {warning}" for warning in warnings]
-
-
-def _copies(filled: list[Filled]) -> list[list[str]]:
-    """Return the names of images whose files are the same, by file."""
-    names = defaultdict(list)
-    for of_image in filled:
-        names[of_image.content].append(of_image.name)
-    return [same for same in names.values() if len(same) > 1]
 
 
 def draw_overview(path: Path, pairs: list[Pair]) -> None:

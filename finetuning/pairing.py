@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
+from finetuning.csv_files import read_table
 from finetuning.layouts import (
     BY_TABLE,
     SPLITS,
@@ -108,7 +105,7 @@ def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Foun
     """
     rows: dict[str, Row] = {}
     notes: list[str] = []
-    for number, cells in enumerate(_read_table(file), 2):
+    for number, cells in enumerate(read_table(file, ("image", "mask")), 2):
         if not any(cells.values()):
             continue
         where = f"{shown(file)}, row {number}"
@@ -129,28 +126,6 @@ def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Foun
     if len({row.split is None for row in rows.values()}) > 1:
         raise UserError(f"{shown(file)}: some rows have a split and some have none; fill in all")
     return finish(list(rows.values()), notes, skip_unlabelled=False)
-
-
-def _read_table(file: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV file below its header, of which the columns come in lower case."""
-    if not file.is_file():
-        raise UserError(f"no such file: {shown(file)}; check the path")
-    content, text = file.read_bytes(), ""
-    for encoding in ("cp949", "utf-8-sig"):  # the former is that of Excel in Korea
-        with contextlib.suppress(UnicodeDecodeError):
-            text = content.decode(encoding)
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    try:
-        columns = [column.strip().casefold() for column in next(rows, [])]
-        for column in ("image", "mask"):
-            if column not in columns:
-                raise UserError(f"{shown(file)}, row 1: no column {column}; save a table that "
-                                "starts image,mask as CSV (UTF-8)")  # fmt: skip
-        for row in rows:
-            yield dict(zip(columns, map(str.strip, row), strict=False))
-    except csv.Error as error:
-        raise UserError(f"{shown(file)}, row {rows.line_num}: {error}; save it as CSV") from error
 
 
 def _find_file(name: str, folders: list[Path | None], what: str) -> Path:

@@ -27,6 +27,7 @@ class Pair(NamedTuple):
     mask: Path  # black and white; or of_objects: a label map, or a folder of one mask an object
     of_objects: bool = False
     chosen: tuple[int, ...] | None = None  # the objects that count, from 0; None: all
+    group: str | None = None  # the same for images of one patient, say, and for copies; None: alone
 
     def mask_files(self) -> list[Path]:
         """Return the mask's file, or those in its folder, sorted."""
@@ -91,8 +92,13 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
         if not folder.is_dir():
             option = "--demo" if data == DEMO_DATA else f"--data {data}"
             raise UserError(f"no data in {folder}; run: python download_dataset.py {option}")
-    of_objects = read_facts(data).get("masks") == "objects"
-    return find_pairs(image_dir, mask_dir, of_objects)[:limit]
+    facts = read_facts(data)
+    pairs = find_pairs(image_dir, mask_dir, facts.get("masks") == "objects")[:limit]
+    groups = facts.get("groups", {})
+    of_split = groups.get(split, {}) if isinstance(groups, dict) else None
+    if not isinstance(of_split, dict) or not all(isinstance(g, str) for g in of_split.values()):
+        raise _damaged(data / SPLIT_FILE)
+    return [pair._replace(group=of_split.get(pair.name)) for pair in pairs]
 
 
 def read_facts(data: Path) -> dict[str, Any]:
@@ -105,8 +111,12 @@ def read_facts(data: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
-        raise UserError(f"{path} is damaged; fill the folder anew with download_dataset.py --force")
+        raise _damaged(path)
     return facts
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged; fill the folder anew with download_dataset.py --force")
 
 
 def require_equal_sizes(

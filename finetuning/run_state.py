@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
@@ -14,10 +15,12 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning import distributed
 from finetuning.checkpoints import file_sha256, load_checkpoint, save_checkpoint
+from finetuning.command_line import ArgumentParser, number
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
 from finetuning.files import write_csv
 from finetuning.learner import Learner
+from finetuning.models import MODELS as MODEL_SIZES
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts
 from finetuning.recipe import GUIDE, Recipe
 
@@ -33,31 +36,57 @@ FREE_SETTINGS = (
 Log = list[dict[str, float]]  # a row an epoch; epoch 0 is the original, with its val metrics only
 
 
-def run_settings(
-    recipe: Recipe,
-    model: str,
-    checkpoint: Path,
-    data: Path,
-    limit: int | None,
-    precision: torch.dtype,
-    cache: Path | None,
-    pairs: dict[str, list[Pair]],
-) -> dict[str, Any]:
+def add_file_options(parser: ArgumentParser) -> argparse._ActionsContainer:
+    """Add what a run reads and writes, and the model that it starts from; return the former."""
+    files = parser.add_argument_group("what is read and written")
+    files.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
+    files.add_argument(
+        "--demo", action="store_true", help="train mini on drawn images, into output/demo"
+    )
+    files.add_argument("--limit", type=number(int, at_least=1), help="use the first N images only")
+    files.add_argument("--output", type=Path, default=Path("output"), help="where results go")
+    files.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    cache = files.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache", type=Path, help="where the images' features are kept (default: OUTPUT/cache)"
+    )
+    cache.add_argument(
+        "--no-cache", action="store_true", help="encode each image anew in each epoch (slow)"
+    )
+
+    model = parser.add_argument_group("the model to start from")
+    model.add_argument("--model", choices=MODEL_SIZES, default="small", help="its size")
+    model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
+    return files
+
+
+class Start(NamedTuple):
+    """What all trainings of one command begin with."""
+
+    model: str
+    checkpoint: Path
+    data: Path
+    limit: int | None
+    cache: Path | None
+    precision: torch.dtype
+
+
+def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> dict[str, Any]:
     """Return what fixes the outcome of a run, as plain values; it is saved with the model."""
     all_pairs = [pair for of_split in pairs.values() for pair in of_split]
     files = [path for pair in all_pairs for path in (pair.image, *pair.mask_files())]
     contents = [(path.parent.name, path.name, file_sha256(path)) for path in files]
     return {
-        "model": model,
+        "model": start.model,
         **asdict(recipe),
-        "limit": limit,
-        "precision": str(precision).removeprefix("torch."),
-        "no_cache": cache is None,
-        "cache": None if cache is None else str(cache),
-        "checkpoint": str(checkpoint),
-        "checkpoint_sha256": file_sha256(checkpoint),
-        "data": str(data),
-        "value_range": read_facts(data).get("value_range"),  # for images to come
+        "limit": start.limit,
+        "precision": str(start.precision).removeprefix("torch."),
+        "no_cache": start.cache is None,
+        "cache": None if start.cache is None else str(start.cache),
+        "checkpoint": str(start.checkpoint),
+        "checkpoint_sha256": file_sha256(start.checkpoint),
+        "data": str(start.data),
+        "value_range": read_facts(start.data).get("value_range"),  # for images to come
         "data_hash": hashlib.sha256(repr(contents).encode()).hexdigest(),
     }
 
@@ -181,11 +210,12 @@ def conclude(log: Log) -> str:
     )
 
 
-def next_command(output: Path, data: Path) -> str:
+def next_command(output: Path, data: Path, folds: int | None = None) -> str:
     """Return the command that compares what a run has trained."""
-    if (output, data) == (DEMO_OUTPUT, DEMO_DATA):
+    if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds:
         return "python compare_models.py --demo"
-    command = f"python compare_models.py --finetuned {output / BEST_FILE}"
+    model = f"--folds {output}" if folds else f"--finetuned {output / BEST_FILE}"
+    command = f"python compare_models.py {model}"
     return command + (f" --data {data}" if data != Path("data") else "")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetuning import command_line
+from finetuning import command_line, language
 from finetuning.checkpoints import save_checkpoint
 from finetuning.image_files import write_image
 from finetuning.models import build_predictor
@@ -51,6 +51,7 @@ class Outcome(NamedTuple):
 def run_script(capsys, tmp_path, monkeypatch) -> Callable[..., Outcome]:
     """Run a script's main with options, in the test's own folder, as the command line would."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(language, "system_language", lambda: "en")
 
     def run(main, *options: object) -> Outcome:
         status = 0

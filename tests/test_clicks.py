@@ -10,11 +10,10 @@ import pytest
 import torch
 from conftest import CPU, draw_pair, write_data
 
-import compare_models
 from compare_models import main
-from finetuning import clicks
+from finetuning import clicks, compared_models
 from finetuning.checkpoints import save_checkpoint
-from finetuning.clicks import format_clicks, number_of_clicks, simulate_clicks, write_clicks
+from finetuning.clicks import clicks_table, number_of_clicks, simulate_clicks, write_clicks
 from finetuning.feature_cache import FeatureSource
 from finetuning.image_files import read_image
 from finetuning.models import load_predictor
@@ -58,14 +57,19 @@ def test_noc_is_the_mean_click_that_first_reaches_the_target():
 
 def test_the_table_shows_both_models_after_each_click():
     ious = np.array([[[0.2, 0.4], [0.4, 0.8]], [[0.6, 0.88], [0.8, 0.92]]])
-    lines = [line.split() for line in format_clicks(ious, True).splitlines()[1:]]
-    assert lines[1:3] == [["1", "0.3000", "0.7000"], ["2", "0.6000", "0.9000"]]
-    assert [line[:3] for line in lines[3::2]] == [
+    table = clicks_table(ious, True)
+    assert table.header == ["clicks", "original", "fine-tuned"]
+    assert table.rows == [
+        ["1", "0.3000", "0.7000"],
+        ["2", "0.6000", "0.9000"],
         ["NoC@85", "2.00", "2.00"],
+        ["not reached", "2", "0"],
         ["NoC@90", "2.00", "2.00"],
+        ["not reached", "2", "1"],
     ]
-    assert [line[2:4] for line in lines[4::2]] == [["2", "0"], ["2", "1"]]  # not reached
-    assert format_clicks(ious, True) != format_clicks(ious, False)
+    assert "(of 2 images; not reached counts as 2)" in table.note
+    assert "of 2 objects" in clicks_table(ious, True, "object").note
+    assert table.title != clicks_table(ious, False).title
 
 
 def test_the_file_has_a_row_an_object_and_click(tmp_path):
@@ -164,11 +168,15 @@ def test_clicks_of_an_earlier_comparison_do_not_pass_for_this_ones(
     (FOLDER / "clicks_of_mine.csv").write_bytes(b"the user's own")
     assert run_script(main, "--finetuned", "absent.pt").status == 2
     assert {path.name for path in FOLDER.iterdir()} == {
-        "results.csv", "clicks.csv", "clicks.png", "clicks_of_mine.csv",
+        "report.html", "results.csv", "scatter.png", "clicks.csv", "clicks.png",
+        "clicks_of_mine.csv",
     }  # fmt: skip
     outcome = run_script(main, *options)
     assert "clicks" not in outcome.out
-    assert {path.name for path in FOLDER.iterdir()} == {"results.csv", "clicks_of_mine.csv"}
+    assert "mean IoU by simulated clicks" not in (FOLDER / "report.html").read_text("utf-8")
+    assert {path.name for path in FOLDER.iterdir()} == {
+        "report.html", "results.csv", "scatter.png", "clicks_of_mine.csv",
+    }  # fmt: skip
 
 
 def test_the_features_of_an_image_serve_all_its_clicks(
@@ -190,7 +198,7 @@ def test_the_features_of_an_image_serve_all_its_clicks(
 
     loaded.clear()
     hashes = iter(["one", "another"])  # as if the encoders were different
-    monkeypatch.setattr(compare_models, "hash_encoder", lambda _: next(hashes))
+    monkeypatch.setattr(compared_models, "hash_encoder", lambda _: next(hashes))
     assert run_script(main, *options).out == together.out
     assert loaded == [name for name in names for _ in range(2)] * 2
     assert read_rows("clicks.csv") == rows

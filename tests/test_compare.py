@@ -12,16 +12,18 @@ import pytest
 import torch
 from conftest import snapshot, write_data
 
-import compare_models
 import train_sam2_proper
-from compare_models import choose_figures, main
-from finetuning import feature_cache
+from compare_models import main
+from finetuning import compared_models, feature_cache
 from finetuning.checkpoints import save_checkpoint
 from finetuning.evaluation import METRICS, Result, bootstrap_interval
+from finetuning.figures import choose_figures
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.pairs import Pair
 from finetuning.prompts import make_prompt
-from finetuning.report import format_interval, format_sizes, format_table, print_anywhere
+from finetuning.report import format_box, format_interval, summarize
+from finetuning.result_tables import sizes_table
+from finetuning.tables import print_anywhere
 
 
 @pytest.fixture
@@ -32,6 +34,11 @@ def trained(run_script, tmp_path, random_mini):
     outcome = run_script(train_sam2_proper.main, *options)
     assert outcome.status == 0, outcome.err
     return outcome.out
+
+
+def printed_ious(out: str) -> list[float]:
+    """Return the mean IoU of the original and of the fine-tuned model in the table of metrics."""
+    return list(map(float, re.search(r"^  IoU +(\S+) +(\S+)", out, re.MULTILINE).groups()))
 
 
 def read_results() -> list[dict[str, str]]:
@@ -60,7 +67,7 @@ def made_up_results(
 
 def test_the_table_is_the_guides_box():
     results = made_up_results([0.6592, 0.6592], [0.8333, 0.8333])
-    assert format_table(results, "val") == (
+    assert format_box(summarize(results, "val")) == (
         "┌────────────────────────────────────────┐\n"
         "│             mean IoU (val)             │\n"
         "├────────────────────────────────────────┤\n"
@@ -76,10 +83,16 @@ def test_the_numbers_are_those_that_training_printed(run_script, trained, random
     outcome = run_script(main, "--original", random_mini, "--figures", 0)
     assert outcome.status == 0, outcome.err
     before, best = re.search(r"val IoU (\S+) before training, (\S+) at best", trained).groups()
-    assert f"mean IoU   {before} -> {best}" in outcome.out
+    assert printed_ious(outcome.out) == [float(before), float(best)]
 
     rows = read_results()
     assert len(rows) == 4
+    metrics = ("iou", "dice", "precision", "recall", "boundary_iou", "hd95")
+    assert list(rows[0]) == [
+        "image", "object", "prompt",
+        *(f"{model}_{metric}" for metric in metrics for model in ("original", "finetuned")),
+        "area_fraction",
+    ]  # fmt: skip
     mean = np.mean([float(row["finetuned_iou"]) for row in rows])
     assert f"{mean:.4f}" == best
     for row in rows:
@@ -105,18 +118,22 @@ def test_the_interval_is_that_of_the_mean_gain():
     assert low == high == pytest.approx(0.1)
 
 
+def sentence_on(gains: np.ndarray) -> str:
+    return format_interval(gains, seed=42)[1]
+
+
 def test_the_interval_says_what_to_beware_of():
     spread = np.linspace(-0.1, 0.1, 180)
-    clear, unclear = format_interval(0.08 + spread, seed=42), format_interval(spread, seed=42)
+    clear, unclear = sentence_on(0.08 + spread), sentence_on(spread)
     assert re.fullmatch(
         r"improvement \+8\.0%p, 95% interval \+7\.\d to \+8\.\d "
         r"\(paired bootstrap over 180 images\)",
         clear,
     )
     assert unclear.endswith("; it includes 0: could be chance")
-    assert "could be chance" not in format_interval(spread - 0.08, seed=42)
-    assert "few images" in format_interval(0.08 + spread[:5], seed=42)
-    one = format_interval(np.array([0.5]), seed=42)
+    assert "could be chance" not in sentence_on(spread - 0.08)
+    assert "few images" in sentence_on(0.08 + spread[:5])
+    one = sentence_on(np.array([0.5]))
     assert one == "improvement +50.0%p, of one image: too few for an interval"
 
 
@@ -124,16 +141,12 @@ def test_sizes_are_counted_apart():
     results = made_up_results(
         [0.1, 0.2, 0.3, 0.5, 0.7], [0.2, 0.6, 0.8, 0.6, 0.9], [0.01, 0.05, 0.1499, 0.15, 1.0]
     )
-    lines = [" ".join(line.split()) for line in format_sizes(results).splitlines()[1:]]
-    assert lines == [
-        "small below 5% 1 image 0.1000 -> 0.2000",
-        "medium 5 to 15% 2 images 0.2500 -> 0.7000",
-        "large 15% and more 2 images 0.6000 -> 0.7500",
+    assert sizes_table(results).rows == [
+        ["small", "below 5%", "1", "0.1000", "0.2000"],
+        ["medium", "5 to 15%", "2", "0.2500", "0.7000"],
+        ["large", "15% and more", "2", "0.6000", "0.7500"],
     ]
-    assert [line.split()[-3:] for line in format_sizes(results[:1]).splitlines()[2:]] == [
-        ["0", "images", "-"],
-        ["0", "images", "-"],
-    ]
+    assert [row[2:] for row in sizes_table(results[:1]).rows[1:]] == [["0", "-", "-"]] * 2
 
 
 def test_without_options_original_and_precision_are_those_of_the_training(
@@ -144,7 +157,7 @@ def test_without_options_original_and_precision_are_those_of_the_training(
     trained = run_script(train_sam2_proper.main, *options, "--epochs", 1, "--lr", 1e-3).out
     before, best = re.search(r"val IoU (\S+) before training, (\S+) at best", trained).groups()
     outcome = run_script(main, "--figures", 0)
-    assert f"mean IoU   {before} -> {best}" in outcome.out
+    assert printed_ious(outcome.out) == [float(before), float(best)]
     assert str(random_mini) in outcome.out
 
 
@@ -170,10 +183,10 @@ def test_every_kind_of_prompt_is_reproducible_and_recorded(run_script, trained, 
 
 def test_pictures_show_the_biggest_gains_and_losses_only(run_script, trained, random_mini):
     run_script(main, "--original", random_mini, "--figures", 4)
-    first = {path.name for path in Path("output/comparison").glob("*.png")}
+    first = {path.name for path in Path("output/comparison").glob("comparison_*.png")}
     assert len(first) == 4
     run_script(main, "--original", random_mini, "--figures", 2)
-    second = {path.name for path in Path("output/comparison").glob("*.png")}
+    second = {path.name for path in Path("output/comparison").glob("comparison_*.png")}
     assert len(second) == 2  # the earlier pictures would pass for this comparison's
     image = read_image(Path("output/comparison") / min(second))
     height, width = image.shape[:2]
@@ -212,19 +225,15 @@ def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
     assert printed_ious(together) == pytest.approx(printed_ious(from_cache), abs=0.002)
 
     hashes = iter(["one", "another"])  # as if the encoders were different
-    monkeypatch.setattr(compare_models, "hash_encoder", lambda _: next(hashes))
+    monkeypatch.setattr(compared_models, "hash_encoder", lambda _: next(hashes))
     assert run_script(main, *options).out == together
     assert len(encoded) == 4 + 8
-
-
-def printed_ious(out: str) -> list[float]:
-    return list(map(float, re.search(r"mean IoU   (\S+) -> (\S+)", out).groups()))
 
 
 def test_a_console_without_box_characters_gets_a_box_all_the_same(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", console)
-    print_anywhere(format_table(made_up_results([0.5], [0.75]), "val"))
+    print_anywhere(format_box(summarize(made_up_results([0.5], [0.75]), "val")))
     console.flush()
     text = console.buffer.getvalue().decode("ascii")
     assert "|  improvement:       +25.0%p            |" in text
@@ -266,3 +275,31 @@ def test_different_model_sizes_are_not_compared(run_script, trained, tmp_path):
     save_checkpoint(tmp_path / "tiny.pt", Tiny())
     outcome = run_script(main, "--original", "tiny.pt")
     assert outcome.status == 2 and "is a SAM 2 tiny checkpoint, not mini" in outcome.err
+
+
+def test_folds_measure_each_image_once_by_a_model_that_has_not_seen_it(
+    run_script, tmp_path, random_mini
+):
+    write_data(tmp_path / "data", train=4, val=3)
+    options = ("--model", "mini", "--checkpoint", random_mini, "--epochs", 2, "--lr", 1e-3)
+    outcome = run_script(main, "--folds")
+    assert outcome.status == 2 and "train_sam2_proper.py --folds 5" in outcome.err
+    assert run_script(train_sam2_proper.main, *options, "--folds", 3).status == 0
+    outcome = run_script(main, "--folds", "--original", random_mini, "--figures", 2, "--clicks", 2)
+    assert outcome.status == 0, outcome.err
+    assert "mean IoU (3 folds)" in outcome.out and "had not seen it" in outcome.out
+
+    rows = {row["image"]: float(row["finetuned_iou"]) for row in read_results()}
+    assert sorted(rows) == [f"pair_{index:03}.jpg" for index in range(7)]
+    with Path("output/folds.csv").open(encoding="utf-8-sig", newline="") as file:
+        folds = list(csv.DictReader(file))
+    for number in ("1", "2", "3"):
+        with Path(f"output/fold_{number}/train_log.csv").open(encoding="utf-8-sig") as file:
+            last = float(list(csv.DictReader(file))[-1]["val_iou"])
+        of_fold = [rows[Path(f["image"]).name + ".jpg"] for f in folds if f["fold"] == number]
+        assert np.mean(of_fold) == pytest.approx(last, abs=1e-5)
+
+    Path("output/fold_2/sam2_final.pt").unlink()
+    outcome = run_script(main, "--folds", "--original", random_mini)
+    assert outcome.status == 2 and "sam2_final.pt is missing" in outcome.err
+    assert run_script(main, "--folds", "--split", "val").status == 2

@@ -103,7 +103,7 @@ def test_the_demo_learns_what_the_original_does_not_know(run_script, monkeypatch
     assert float(best) > float(before) + 0.1
 
     outcome = run_script(compare_models.main, "--demo", "--limit", 24, "--figures", 1)
-    assert f"mean IoU   {before} -> {best}" in outcome.out, outcome.err
+    assert re.search(rf"^  IoU +{before} +{best} ", outcome.out, re.MULTILINE), outcome.err
     outcome = run_script(test_my_image.main, "--demo")
     assert outcome.status == 0, outcome.err
     mask = read_mask(Path("output/demo/my_results/demo_000_001_mask.png"))

@@ -22,10 +22,11 @@ from conftest import snapshot, write_pairs, zip_folder
 from download_dataset import main
 from finetuning import archives, models, sources
 from finetuning.archives import is_portable
-from finetuning.data_folder import mark_of, recover, split_names
+from finetuning.data_folder import mark_of, recover
 from finetuning.files import only_run_in
 from finetuning.image_files import write_image
 from finetuning.pairs import split_pairs
+from finetuning.splitting import split_names
 
 # Splitting
 

@@ -247,7 +247,7 @@ def test_two_encoders_are_compared_each_with_its_own_features(whole, run_script,
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     best_iou = torch.load(whole / "sam2_best.pt", weights_only=True)["val_iou"]
-    assert f"-> {best_iou:.4f}" in outcome.out
+    assert re.search(rf"^  IoU +\S+ +{best_iou:.4f} ", outcome.out, re.MULTILINE)
 
 
 def test_without_peft_one_line_says_how_to_get_it(run_script, monkeypatch):

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from finetuning.batches import mask_on_grid
-from finetuning.data_folder import split_names
 from finetuning.drawing import draw_overlay
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.losses import image_losses
@@ -27,6 +26,7 @@ from finetuning.pairs import IMAGE_SUFFIXES, find_pairs
 from finetuning.prompts import deepest_point, make_prompt, mask_box, prompt_from_mask, random_point
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import Prediction, encode_images, segment, upscale_masks
+from finetuning.splitting import split_names
 from test_my_image import check_inside, parse_box, parse_point
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)

@@ -215,8 +215,8 @@ def test_training_and_comparison_count_the_same_objects(run_script, tmp_path, ra
 
     outcome = run_script(compare_models.main, "--figures", 5, "--clicks", 2)
     assert outcome.status == 0, outcome.err
-    assert f"mean IoU   {before} ->" in outcome.out
-    assert "objects    6 in 2 images: " in outcome.out
+    assert re.search(rf"^  IoU +{before} ", outcome.out, re.MULTILINE)
+    assert "objects 6 in 2 images: " in outcome.out
     assert "bootstrap over 2 images" in outcome.out and "(of 6 objects;" in outcome.out
     folder = Path("output/comparison")
     for name, columns in (("results.csv", 1), ("clicks.csv", 2)):

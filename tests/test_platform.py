@@ -30,6 +30,7 @@ def test_all_four_scripts_run_from_a_hangul_folder_on_old_consoles(tmp_path, ran
     comparison = (
         "compare_models.py", "--data", "나눈 자료", "--original", random_mini,
         "--finetuned", "결과/sam2_best.pt", "--figures", 1, "--clicks", 2, "--output", "결과/비교",
+        "--language", "en",
     )  # fmt: skip
     steps = (
         ("cp949", "download_dataset.py", "--images", "내 자료/images", "--masks", "내 자료/masks",
@@ -47,8 +48,8 @@ def test_all_four_scripts_run_from_a_hangul_folder_on_old_consoles(tmp_path, ran
         assert b"Traceback" not in done.stderr
         text = done.stdout.decode(encoding)  # strictly: nothing outside the console's encoding
         if script == "compare_models.py":
-            assert ("┌" in text) == (encoding == "cp949")
-            assert "improvement:" in text and "NoC@85" in text
+            assert "┌" not in text  # in a Korean code page it may be two columns wide
+            assert "|  improvement:" in text and "NoC@85" in text
     assert (folder / "결과/내 것/pair_000_001_mask.png").is_file()
     assert len(list((folder / "결과/비교").glob("comparison_*.png"))) == 1
 

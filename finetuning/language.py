@@ -1,0 +1,220 @@
+"""English and Korean: all that the comparison says, in the language of the user's system."""
+
+from __future__ import annotations
+
+import argparse
+import locale
+import os
+import re
+from dataclasses import dataclass
+
+from finetuning.tables import can_print
+
+# By the English text, as in gettext; the {placeholders} are the same in both.
+KOREAN = {
+    # Before and after the comparison
+    "original:": "원본:",
+    "fine-tuned:": "파인튜닝:",
+    "images:": "이미지:",
+    "which is the original: no epoch of the training was better": (
+        "원본과 같습니다. 학습에서 원본보다 나은 에폭이 없었습니다"
+    ),
+    "(where there is a test split it is taken; --split val: the others)": (
+        "(테스트 세트가 있으면 그것으로 비교합니다. 검증 세트로 비교하려면 --split val)"
+    ),
+    "\nwrote {names} and {count} picture(s) to {output}": (
+        "\n저장: {names}, 그림 {count}장 (폴더: {output})"
+    ),
+    # The box
+    "mean IoU ({measured})": "평균 IoU ({measured})",
+    "{split}, single mask": "{split}, 단일 마스크",
+    "original SAM 2:": "원본 SAM 2:",
+    "fine-tuned SAM 2:": "파인튜닝한 SAM 2:",
+    "improvement:": "향상:",
+    # Sentences
+    "images {count}: {better} better, {equal} equal, {worse} worse": (
+        "이미지 {count}장: 향상 {better}, 동일 {equal}, 저하 {worse}"
+    ),
+    "objects {count} in {images} images: {better} better, {equal} equal, {worse} worse": (
+        "이미지 {images}장의 객체 {count}개: 향상 {better}, 동일 {equal}, 저하 {worse}"
+    ),
+    "improvement {gain:+.1f}%p": "향상 {gain:+.1f}%p",
+    "95% interval {low:+.1f} to {high:+.1f}": "95% 신뢰구간 {low:+.1f} ~ {high:+.1f}",
+    " (paired bootstrap over {images} images)": " (이미지 {images}장에 대한 대응표본 부트스트랩)",
+    " (paired bootstrap over {groups} groups of {images} images)": (
+        " (이미지 {images}장을 묶은 그룹 {groups}개에 대한 대응표본 부트스트랩)"
+    ),
+    ", of one image: too few for an interval": (
+        ", 이미지가 한 장뿐이어서 신뢰구간을 구할 수 없습니다"
+    ),
+    ", of one group of images: too few for an interval": (
+        ", 이미지가 모두 한 그룹이어서 신뢰구간을 구할 수 없습니다"
+    ),
+    "; it includes 0: could be chance": "; 0을 포함하므로 우연일 수 있습니다",
+    "; few images: take it as wider": "; 이미지가 적으므로 실제 구간은 더 넓다고 보아야 합니다",
+    "val chose the best epoch, so this flatters a little: "
+    "download_dataset.py --test-fraction 0.1 keeps images apart for it": (
+        "val: 이 이미지들로 가장 좋은 에폭을 골랐으므로 수치가 조금 후하게 나옵니다. "
+        "download_dataset.py --test-fraction 0.1을 쓰면 평가용 이미지를 따로 떼어 둡니다"
+    ),
+    "test: no training has read these images, and no epoch was chosen by them": (
+        "test: 학습에도, 에폭을 고르는 데에도 쓰지 않은 이미지입니다"
+    ),
+    "folds: each image was measured by the model that had not seen it, after its last "
+    "epoch, which was not chosen by it": (
+        "folds: 각 이미지를 그 이미지를 학습하지 않은 모델의 마지막 에폭으로 평가했습니다"
+    ),
+    "train: the model has learnt these images": "train: 모델이 이미 학습한 이미지입니다",
+    "{count} trainings with other seeds: val IoU best {best:.4f} ± {best_spread:.4f} "
+    "({lowest:.4f} to {highest:.4f}), last {last:.4f} ± {last_spread:.4f}; "
+    "the 95% interval over images does not contain this": (
+        "시드를 바꾼 학습 {count}회: 검증 IoU 최고 {best:.4f} ± {best_spread:.4f} "
+        "({lowest:.4f} ~ {highest:.4f}), 마지막 {last:.4f} ± {last_spread:.4f}; "
+        "이미지 단위의 95% 신뢰구간에는 이 변동이 들어 있지 않습니다"
+    ),
+    "warning: {path} is not what train_sam2_proper.py --runs writes; it is left out": (
+        "경고: {path}는 train_sam2_proper.py --runs가 쓴 파일이 아니므로 무시합니다"
+    ),
+    # Tables
+    "metrics of {count} images": "이미지 {count}장의 평가 지표",
+    "metrics of {count} objects": "객체 {count}개의 평가 지표",
+    "mean\noriginal": "평균\n원본",
+    "mean\nfine-tuned": "평균\n파인튜닝",
+    "median\noriginal": "중앙값\n원본",
+    "median\nfine-tuned": "중앙값\n파인튜닝",
+    "IoU, each image's median": "IoU, 이미지별 중앙값",
+    "{metrics}: in pixels, lower is better": "{metrics}: 픽셀 단위, 낮을수록 좋음",
+    "mean IoU by object size": "객체 크기별 평균 IoU",
+    "of the image": "이미지 대비",
+    "images": "이미지",
+    "objects": "객체",
+    "original": "원본",
+    "fine-tuned": "파인튜닝",
+    "small": "작음",
+    "medium": "중간",
+    "large": "큼",
+    "below 5%": "5% 미만",
+    "5 to 15%": "5~15%",
+    "15% and more": "15% 이상",
+    "mean IoU by simulated clicks ({how})": "클릭 시뮬레이션의 평균 IoU ({how})",
+    "previous mask as a prompt too": "직전 마스크도 프롬프트로 사용",
+    "no mask prompt": "마스크 프롬프트 없음",
+    "clicks": "클릭 수",
+    "not reached": "미도달",
+    "NoC@85: mean number of clicks to an IoU of 85% "
+    "(of {count} images; not reached counts as {clicks})": (
+        "NoC@85: IoU 85%까지의 평균 클릭 수 (이미지 {count}장, 미도달은 {clicks}회로 계산)"
+    ),
+    "NoC@85: mean number of clicks to an IoU of 85% "
+    "(of {count} objects; not reached counts as {clicks})": (
+        "NoC@85: IoU 85%까지의 평균 클릭 수 (객체 {count}개, 미도달은 {clicks}회로 계산)"
+    ),
+    # The page
+    "SAM 2.1 {size}: original and fine-tuned": "SAM 2.1 {size}: 원본과 파인튜닝한 모델",
+    "{images} images": "이미지 {images}장",
+    "{objects} objects in {images} images": "이미지 {images}장의 객체 {objects}개",
+    "Result": "결과",
+    "Original, mean IoU": "원본, 평균 IoU",
+    "Fine-tuned, mean IoU": "파인튜닝, 평균 IoU",
+    "Improvement": "향상",
+    "Numbers": "수치",
+    "Chart: the IoU of the fine-tuned model over that of the original; a dot above the diagonal is "
+    "better. Mean IoU {original} and {finetuned}.": (
+        "그래프: 가로축은 원본의 IoU, 세로축은 파인튜닝한 모델의 IoU. 대각선 위의 점은 향상된 것. "
+        "평균 IoU {original}, {finetuned}."
+    ),
+    "Clicks that correct the mask": "마스크를 고치는 클릭",
+    "Chart: the mean IoU of both models over the number of clicks, as in the table above.": (
+        "그래프: 클릭 수에 따른 두 모델의 평균 IoU. 값은 위의 표와 같음."
+    ),
+    "Images": "이미지",
+    "Left: the prompt and the true outline, in yellow. Middle: the original's mask. "
+    "Right: the fine-tuned model's.": (
+        "왼쪽: 프롬프트와 정답 윤곽선(노란색). 가운데: 원본의 마스크. "
+        "오른쪽: 파인튜닝한 모델의 마스크."
+    ),
+    "{name}: the prompt and the true outline, the original's mask, the fine-tuned model's mask": (
+        "{name}: 프롬프트와 정답 윤곽선, 원본의 마스크, 파인튜닝한 모델의 마스크"
+    ),
+    "The biggest gains": "가장 많이 향상된 이미지",
+    "The biggest losses, or smallest gains": "가장 많이 저하된(또는 가장 적게 향상된) 이미지",
+    "What was compared": "비교한 것",
+    "Model": "모델",
+    "Original": "원본",
+    "Fine-tuned": "파인튜닝",
+    "{file} (epoch {epoch})": "{file} (에폭 {epoch})",
+    "Data": "데이터",
+    "Split": "세트",
+    "Prompt": "프롬프트",
+    "a point, the deepest inside the object": "점 하나(객체 안에서 경계와 가장 먼 점)",
+    "a random point in the object": "객체 안의 무작위 점 하나",
+    "the object's box": "객체의 박스",
+    "Mask": "마스크",
+    "of three masks, the one that the model scores highest": (
+        "마스크 셋 가운데 모델이 가장 높은 점수를 매긴 것"
+    ),
+    "the single mask": "단일 마스크",
+    "To reproduce it": "재현 방법",
+    "Date": "날짜",
+    "System": "운영체제",
+    "Device": "장치",
+    "Precision": "연산 정밀도",
+    "SHA-256, original": "SHA-256, 원본",
+    "SHA-256, fine-tuned": "SHA-256, 파인튜닝",
+    "Settings of the training, as the fine-tuned file has them": (
+        "학습 설정(파인튜닝한 파일에 기록된 값)"
+    ),
+    "To cite, and licences": "인용과 라이선스",
+    "Code and checkpoints: Apache-2.0.": "코드와 체크포인트: Apache-2.0.",
+    "This file holds pictures and file names of the data: pass it on only where these may go.": (
+        "이 파일에는 데이터의 이미지와 파일 이름이 들어 있습니다. 공개해도 되는 곳에만 전달하세요."
+    ),
+    "For research and education only.": "연구와 교육 목적으로만 쓸 수 있습니다.",
+}
+
+
+@dataclass(frozen=True)
+class Language:
+    """Texts in a language: say("improvement {gain:+.1f}%p", gain=3.2)."""
+
+    code: str  # en or ko
+
+    def __call__(self, text: str, **values: object) -> str:
+        """Return a text in this language, with the values in its placeholders."""
+        return (KOREAN[text] if self.code == "ko" else text).format(**values)
+
+
+ENGLISH = Language("en")
+
+
+def system_language() -> str:
+    """Return ko where the system's language is Korean, else en."""
+    # The first that is set counts, as in POSIX; Windows sets none of them
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    name = next(filter(None, names), None)
+    if name is None:
+        try:
+            name = locale.getlocale()[0] or ""  # "Korean_Korea" on Windows
+        except ValueError:  # a locale that Python cannot parse
+            name = ""
+    return "ko" if re.split(r"[_.@-]", name.lower())[0] in ("ko", "korean") else "en"
+
+
+def parse_language(name: str) -> Language:
+    """Return a language by its name, as an argparse type; auto is the system's, if printable."""
+    if name == "auto":
+        name = system_language() if can_print("한글") else "en"
+    if name not in ("en", "ko"):
+        raise argparse.ArgumentTypeError(f"must be auto, en or ko, not {name}")
+    return Language(name)
+
+
+def add_language_option(parser: argparse._ActionsContainer) -> None:
+    """Add --language, which is a Language."""
+    parser.add_argument(
+        "--language",
+        type=parse_language,
+        default="auto",
+        metavar="{auto,en,ko}",
+        help="English or Korean; auto: Korean where the system is",
+    )

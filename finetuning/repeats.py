@@ -1,0 +1,184 @@
+"""The same training several times: with other seeds, or on other parts of the images."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sam2_utils import UserError
+
+import numpy as np
+
+from finetuning.command_line import number
+from finetuning.csv_files import read_table
+from finetuning.files import write_csv
+from finetuning.pairs import Pair
+from finetuning.recipe import Recipe
+from finetuning.run_state import FINAL_FILE, MODELS, STATE_FILE, Log, best_of
+from finetuning.splitting import make_folds
+
+RUNS_FILE, FOLDS_FILE = "runs.csv", "folds.csv"
+MAX_RUNS = 10_000  # more are no runs
+RUN_COLUMNS = ("run", "seed", "best_val_iou", "last_val_iou")
+
+
+def add_repeat_options(files: argparse._ActionsContainer) -> None:
+    """Add --runs and --folds."""
+    repeats = files.add_mutually_exclusive_group()
+    repeats.add_argument(
+        "--runs", type=number(int, at_least=1), default=1, help="train so often, by further seeds"
+    )
+    repeats.add_argument(
+        "--folds",
+        type=number(int, at_least=2),
+        metavar="K",
+        help="train K times, each without another part of train and val; compare with --folds",
+    )
+
+
+class Training(NamedTuple):
+    """One of them."""
+
+    title: str  # what is printed before it, if anything
+    recipe: Recipe
+    pairs: dict[str, list[Pair]]  # train and val
+    output: Path
+
+
+def plan_trainings(
+    recipe: Recipe, pairs: dict[str, list[Pair]], output: Path, runs: int, folds: int | None
+) -> list[Training]:
+    """Return what is to be trained: once, in `output`; in several runs; or once a fold.
+
+    A further run has a further seed, and the folder run_N in `output`. A fold is what its training
+    has for val, the other folds for train; it has the folder fold_N.
+    """
+    if not folds:
+        of_runs = [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(runs)]
+        return [
+            Training(
+                f"run {number} of {runs}, seed {of_run.seed}" if runs > 1 else "",
+                of_run,
+                pairs,
+                output / f"run_{number}" if number > 1 else output,
+            )
+            for number, of_run in enumerate(of_runs, 1)
+        ]
+    by_key = keyed(pairs)
+    group_of = {key: pair.group for key, pair in by_key.items()}
+    return [
+        Training(
+            f"fold {number} of {folds}",
+            recipe,
+            {
+                "train": [pair for key, pair in by_key.items() if key not in fold],
+                "val": [by_key[key] for key in sorted(fold)],
+            },
+            fold_folder(output, number),
+        )
+        for number, fold in enumerate(make_folds(by_key, folds, recipe.seed, group_of), 1)
+    ]
+
+
+def check_outputs(trainings: Sequence[Training], checkpoint: Path) -> None:
+    """Raise UserError where the model to start from would be overwritten."""
+    models = [training.output / name for training in trainings for name in MODELS]
+    if checkpoint.resolve() in [model.resolve() for model in models]:
+        raise UserError(f"{checkpoint} would be overwritten; use another --output")
+
+
+def which_resume(trainings: Sequence[Training], resume: bool) -> list[bool]:
+    """Say of each training whether it goes on with an earlier one; the first must, if any does."""
+    begun = [(training.output / STATE_FILE).is_file() for training in trainings]
+    return [resume and (is_begun or not any(begun)) for is_begun in begun]
+
+
+def forget_repeats(output: Path, folds: int | None) -> None:
+    """Remove what earlier repeats in this folder have concluded: it will not be true any more."""
+    (output / (FOLDS_FILE if folds else RUNS_FILE)).unlink(missing_ok=True)
+
+
+def describe_training(training: Training, data: Path) -> str:
+    train_count, val_count = map(len, training.pairs.values())
+    title = f"{training.title}: " if training.title else ""
+    return f"{title}{train_count} training and {val_count} validation images from {data}"
+
+
+def keyed(pairs: dict[str, list[Pair]]) -> dict[str, Pair]:
+    """Return pairs by SPLIT/NAME, since a name may be in several splits."""
+    return {f"{split}/{pair.name}": pair for split, found in pairs.items() for pair in found}
+
+
+def fold_folder(output: Path, number: int) -> Path:
+    return output / f"fold_{number}"
+
+
+def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pair]]:
+    """Return the pairs of each fold, by the model of its last epoch, which has not seen them.
+
+    The best epoch is none to take here: the fold itself chose it. Raises UserError where the folds
+    are not there, are not those of these pairs, or are not all trained.
+    """
+    file = output / FOLDS_FILE
+    if not file.is_file():
+        raise UserError(f"no {file}; run: python train_sam2_proper.py --folds 5")
+    by_key, folds = keyed(pairs), {}
+    for row in read_table(file, ("fold", "image")):
+        if row["image"] not in by_key or not row["fold"].isdecimal():
+            raise UserError(f"{file} has {row['image']}, which is not in this --data; train anew")
+        model = fold_folder(output, int(row["fold"])) / FINAL_FILE
+        folds.setdefault(model, []).append(by_key[row["image"]])
+    for model in folds:
+        if not model.is_file():
+            raise UserError(f"{model} is missing; train with --folds to the end (--resume goes on)")
+    return folds
+
+
+def conclude_repeats(
+    output: Path, trainings: Sequence[Training], logs: Sequence[Log], folds: int | None
+) -> str:
+    """Write RUNS_FILE, a row a run, or FOLDS_FILE, a row an image; return what is to be said."""
+    best, last = (
+        spread([row["val_iou"] for row in rows])
+        for rows in (map(best_of, logs), [log[-1] for log in logs])
+    )
+    if folds:
+        rows = [
+            (number, f"{pair.image.parent.name}/{pair.name}")
+            for number, training in enumerate(trainings, 1)
+            for pair in training.pairs["val"]
+        ]
+        write_csv(output / FOLDS_FILE, ("fold", "image"), rows)
+        before = spread([log[0]["val_iou"] for log in logs])
+        return f"{folds} folds: val IoU {before} before training, {last} after the last epoch"
+    rows = [
+        (number, training.recipe.seed, best_of(log)["val_iou"], log[-1]["val_iou"])
+        for number, (training, log) in enumerate(zip(trainings, logs, strict=True), 1)
+    ]
+    write_csv(output / RUNS_FILE, RUN_COLUMNS, rows)
+    return f"{len(logs)} runs: val IoU {best} at best, {last} after the last epoch"
+
+
+def read_runs(path: Path) -> np.ndarray:
+    """Return the best and the last val IoU of R >= 2 runs, Rx2; raise ValueError for else."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(itertools.islice(csv.DictReader(file), MAX_RUNS + 1))
+    if not all(
+        set(RUN_COLUMNS) <= row.keys() and None not in (*row, *row.values()) for row in rows
+    ):  # None: there are more cells, or fewer
+        raise ValueError("other columns")
+    ious = np.array([[float(row[name]) for name in RUN_COLUMNS[2:]] for row in rows])
+    if not 2 <= len(ious) <= MAX_RUNS or not ((ious >= 0) & (ious <= 1)).all():  # nor NaN
+        raise ValueError("no IoUs")
+    return ious
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean of some values and their sample standard deviation, as text."""
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"

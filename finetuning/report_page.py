@@ -1,0 +1,210 @@
+"""The comparison as one HTML file that holds all of itself: numbers, pictures, how it was made."""
+
+from __future__ import annotations
+
+import base64
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import jinja2
+import numpy as np
+import torch
+
+from finetuning.checkpoints import file_sha256
+from finetuning.command_line import quoted
+from finetuning.compared_models import Files
+from finetuning.evaluation import Model
+from finetuning.figures import Picture
+from finetuning.files import atomic_write
+from finetuning.image_files import read_image
+from finetuning.language import ENGLISH, Language
+from finetuning.pairs import read_facts
+from finetuning.report import Summary
+from finetuning.sources import DATASET_URL
+from finetuning.tables import Table
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MOST_PICTURES = 5  # of the biggest gains, and of the biggest losses
+LONGEST_SIDE = 1200  # of a picture, in pixels
+# Of a picture's JPEG: ten of them, 4/3 as long in base64, leave room for charts within 10 MB
+MOST_BYTES = 600_000
+QUALITIES = (85, 70, 50, 30, 15)  # of JPEG, the first that keeps to that
+LONGEST_VALUE = 300  # characters of a file's name or of a setting
+
+
+class Setup(NamedTuple):
+    """What the models were compared on, and how."""
+
+    data: Path
+    split: str
+    prompt_kind: str  # center, random or box
+    mask_kind: str  # best or single
+    seed: int
+    command: Sequence[str]  # the script and its options
+
+
+class Embedded(NamedTuple):
+    """A picture as the page holds it."""
+
+    source: str  # a data: URL
+    width: int
+    height: int
+    name: str = ""
+    ious: str = ""
+    gain: str = ""
+
+
+def write_page(
+    output: Path,
+    summary: Summary,
+    files: Files,
+    model: Model,
+    setup: Setup,
+    clicks: Table | None,
+    pictures: Sequence[Picture],
+    say: Language = ENGLISH,
+) -> None:
+    """Write report.html into the folder of the comparison, which has its charts already.
+
+    Arguments:
+      model: either one that was measured, for its device and precision.
+      clicks: the table of simulated clicks, if they were asked for.
+      pictures: from the biggest gain to the biggest loss.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    gains = len(pictures) - len(pictures) // 2
+    best, worst = pictures[:gains][:MOST_PICTURES], pictures[gains:][::-1][:MOST_PICTURES]
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        say=say,
+        summary=summary,
+        size=files.model_name,
+        setup=setup,
+        clicks=clicks,
+        scatter_chart=embed_chart(output / "scatter.png"),
+        clicks_chart=embed_chart(output / "clicks.png") if clicks else None,
+        best=[embed_picture(picture) for picture in best],
+        worst=[embed_picture(picture) for picture in worst],
+        compared=describe_models(files, setup, say),
+        versions=describe_machine(files, model, say),
+        settings=training_settings(files.facts),
+        command=quote_command(["python", *setup.command]),
+        is_kvasir=read_facts(setup.data).get("source") == DATASET_URL,
+    )
+    with atomic_write(output / "report.html") as temporary:
+        temporary.write_bytes(
+            page.lstrip().encode("utf-8", "backslashreplace")
+        )  # names may be no UTF-8
+
+
+def embed_picture(picture: Picture) -> Embedded:
+    """Return a picture as a JPEG of at most LONGEST_SIDE and MOST_BYTES."""
+    image = cv2.cvtColor(read_image(picture.path), cv2.COLOR_RGB2BGR)
+    scale = min(1.0, LONGEST_SIDE / max(image.shape[:2]))
+    height, width = (max(1, round(scale * side)) for side in image.shape[:2])
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    before, after = picture.ious
+    return Embedded(
+        _data_url("jpeg", _encode(image)),
+        width,
+        height,
+        short(picture.name),
+        f"IoU {before:.2f} → {after:.2f}",
+        f"{100 * (after - before):+.1f}%p",
+    )
+
+
+def _encode(image: np.ndarray) -> bytes:
+    for quality in QUALITIES:
+        content = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        if len(content) <= MOST_BYTES:
+            break
+    return content
+
+
+def embed_chart(path: Path) -> Embedded:
+    """Return a chart as the PNG that it is."""
+    height, width = read_image(path).shape[:2]
+    return Embedded(_data_url("png", path.read_bytes()), width, height)
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def short(value: Any) -> str:
+    """Return a value as one printable line that is not too long."""
+    return quoted(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
+
+
+def describe_models(files: Files, setup: Setup, say: Language) -> dict[str, str]:
+    """Return what was compared, on what, and how."""
+    epoch = files.facts.get("epoch")
+    finetuned = short(files.finetuned_name)
+    if isinstance(epoch, int):
+        finetuned = say("{file} (epoch {epoch})", file=finetuned, epoch=epoch)
+    prompts = {
+        "center": say("a point, the deepest inside the object"),
+        "random": say("a random point in the object"),
+        "box": say("the object's box"),
+    }
+    masks = {
+        "best": say("of three masks, the one that the model scores highest"),
+        "single": say("the single mask"),
+    }
+    return {
+        say("Model"): f"SAM 2.1 {files.model_name}",
+        say("Original"): short(files.original),
+        say("Fine-tuned"): finetuned,
+        say("Data"): short(setup.data),
+        say("Split"): setup.split,
+        say("Prompt"): prompts[setup.prompt_kind],
+        say("Mask"): masks[setup.mask_kind],
+    }
+
+
+def describe_machine(files: Files, model: Model, say: Language) -> dict[str, str]:
+    """Return what makes the same numbers again: versions, device, precision, the files' content."""
+    return {
+        say("Date"): datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "sam2": version_of("sam2"),
+        "OpenCV": cv2.__version__,
+        "NumPy": np.__version__,
+        say("System"): platform.platform(),
+        say("Device"): str(model.predictor.device),
+        say("Precision"): str(model.source.precision).removeprefix("torch."),
+        say("SHA-256, original"): file_sha256(files.original),
+        say("SHA-256, fine-tuned"): " ".join(map(file_sha256, files.finetuned)),
+    }
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package; "-" of one that is there in another way."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "-"
+
+
+def training_settings(facts: dict[str, Any]) -> dict[str, str]:
+    """Return the settings of the training in a fine-tuned file, which may hold anything."""
+    settings = facts.get("settings")
+    if not isinstance(settings, dict):
+        return {}
+    return {short(name): "-" if value is None else short(value) for name, value in settings.items()}
+
+
+def quote_command(command: Sequence[str]) -> str:
+    """Return a command as it is typed, here: on Windows, or elsewhere."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)

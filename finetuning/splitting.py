@@ -1,0 +1,97 @@
+"""Which images are kept for validation and for a test: by seed, and never half a group of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+
+from sam2_utils import UserError
+
+
+def split_names(
+    names: Iterable[str],
+    val_fraction: float,
+    seed: int,
+    test_fraction: float = 0.0,
+    group_of: Mapping[str, str | None] | None = None,
+) -> dict[str, list[str]]:
+    """Split names into train, val and, with a test_fraction, test: alike on every platform.
+
+    group_of: names of one group stay together; one that has None is a group of its own. Each split
+    gets at least one group, and else a number of names as near to its fraction of them as groups
+    allow. val is the same with a test split and without. Raises UserError for too few groups.
+    """
+    groups = _in_random_order(names, seed, group_of or {})
+    count = sum(map(len, groups))
+    needed = 3 if test_fraction else 2
+    if len(groups) < needed:
+        splits = "train, val and test" if test_fraction else "train and val"
+        what = f"{count} pair{'s' * (count != 1)}"
+        if len(groups) < count:
+            what += f" in {len(groups)} group{'s' * (len(groups) > 1)}, which stay together,"
+        raise UserError(f"{what} cannot be split into {splits}; add more pairs")
+    val, rest = choose_groups(groups, count * val_fraction)
+    if len(rest) < needed - 1:  # nothing would be left for train or for test
+        val, rest = groups[:1], groups[1:]
+    test, train = choose_groups(rest, count * test_fraction) if test_fraction else ([], rest)
+    splits = {"train": train, "val": val, "test": test}
+    return {
+        split: sorted(name for group in of_split for name in group)
+        for split, of_split in splits.items()
+        if of_split
+    }
+
+
+def make_folds(
+    names: Iterable[str], count: int, seed: int, group_of: Mapping[str, str | None]
+) -> list[list[str]]:
+    """Divide names into `count` lists of about equal length, groups kept whole, by seed.
+
+    Raises UserError where there are fewer groups than that.
+    """
+    groups = _in_random_order(names, seed, group_of)
+    if len(groups) < count:
+        raise UserError(f"--folds {count} needs as many groups of images; there are {len(groups)}")
+    folds: list[list[str]] = [[] for _ in range(count)]
+    for group in sorted(groups, key=len, reverse=True):  # the large ones first; the sort is stable
+        min(folds, key=len).extend(group)
+    return [sorted(fold) for fold in folds]
+
+
+def _in_random_order(
+    names: Iterable[str], seed: int, group_of: Mapping[str, str | None]
+) -> list[list[str]]:
+    """Return the names by group, both in an order that follows from the seed."""
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    groups: dict[tuple[str | None, str], list[str]] = {}
+    for name in shuffled:
+        group = group_of.get(name)
+        groups.setdefault((group, "" if group else name), []).append(name)
+    return list(groups.values())
+
+
+def choose_groups(
+    groups: list[list[str]], wanted: float
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Choose some groups, not all, of which the sizes together come nearest to `wanted`.
+
+    Of several such choices it is that with the earliest groups: where each has one name, the first
+    so many. Returns the chosen ones and the others.
+    """
+    # Which totals the groups from each one on can make: bit n of a whole number is total n
+    sizes = [len(group) for group in groups]
+    target = round(wanted)
+    most = (1 << (target + max(sizes) + 1)) - 1
+    reachable = [1]
+    for size in reversed(sizes):
+        reachable.append((reachable[-1] | reachable[-1] << size) & most)
+    totals = [n for n in range(1, min(most.bit_length(), sum(sizes))) if reachable[-1] >> n & 1]
+    left = min(totals, key=lambda total: abs(total - target))
+
+    chosen, others = [], []
+    for group, after in zip(groups, reversed(reachable[:-1]), strict=True):
+        is_chosen = len(group) <= left and after >> (left - len(group)) & 1
+        (chosen if is_chosen else others).append(group)
+        left -= len(group) if is_chosen else 0
+    return chosen, others

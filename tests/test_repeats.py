@@ -1,0 +1,114 @@
+"""Several trainings: by further seeds, or without another part of the images each."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import snapshot, write_data
+
+from finetuning.checkpoints import load_checkpoint
+from finetuning.pairs import split_pairs
+from finetuning.recipe import Recipe
+from finetuning.repeats import plan_trainings
+from train_sam2_proper import main
+
+
+@pytest.fixture
+def train(run_script, tmp_path, random_mini):
+    """Train on four and three drawn pairs."""
+    write_data(tmp_path / "data", train=4, val=3)
+    options = ("--model", "mini", "--checkpoint", random_mini, "--lr", 1e-3, "--prompts", "inner")
+    return lambda *more: run_script(main, *options, *more)
+
+
+def read(file: str) -> list[dict[str, str]]:
+    with Path(file).open(encoding="utf-8-sig", newline="") as table:
+        return list(csv.DictReader(table))
+
+
+def weights(file: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(Path(file))["model"]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_runs_are_those_that_their_seeds_alone_would_give(train):
+    outcome = train("--epochs", 2, "--runs", 2)
+    assert outcome.status == 0, outcome.err
+    rows = read("output/runs.csv")
+    assert [(row["run"], row["seed"]) for row in rows] == [("1", "42"), ("2", "43")]
+    for folder, row in zip(("output", "output/run_2"), rows, strict=True):
+        log = [float(epoch["val_iou"]) for epoch in read(f"{folder}/train_log.csv")]
+        assert float(row["best_val_iou"]) == max(log) and float(row["last_val_iou"]) == log[-1]
+    mean, spread = re.search(r"2 runs: val IoU (\S+) ± (\S+) at best", outcome.out).groups()
+    best = [float(row["best_val_iou"]) for row in rows]
+    assert float(mean) == pytest.approx(sum(best) / 2, abs=1e-4)
+    assert float(spread) == pytest.approx(abs(best[0] - best[1]) / 2**0.5, abs=1e-4)
+
+    assert train("--epochs", 2, "--seed", 43, "--output", "alone").status == 0
+    alone = weights("alone/sam2_final.pt")
+    assert same(alone, weights("output/run_2/sam2_final.pt"))
+    assert not same(alone, weights("output/sam2_final.pt"))
+
+    # A plain run in the same place: what the others' spread was is not its own
+    assert train("--epochs", 1).status == 0
+    assert not Path("output/runs.csv").exists()
+
+
+def test_runs_go_on_after_an_interruption(train):
+    assert train("--epochs", 2, "--runs", 2).status == 0
+    whole = weights("output/run_2/sam2_final.pt")
+    for file in Path("output/run_2").iterdir():
+        file.unlink()
+    Path("output/runs.csv").unlink()
+    first = weights("output/sam2_final.pt")
+    outcome = train("--epochs", 2, "--runs", 2, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "all 2 epochs are done" in outcome.out and len(read("output/runs.csv")) == 2
+    assert same(whole, weights("output/run_2/sam2_final.pt"))
+    assert same(first, weights("output/sam2_final.pt"))
+    assert train("--epochs", 2, "--runs", 2, "--resume", "--output", "none").status == 2
+
+
+def test_each_image_is_the_val_of_one_fold_and_trained_on_in_the_others(tmp_path):
+    write_data(tmp_path / "data", train=5, val=4)
+    pairs = {split: split_pairs(tmp_path / "data", split) for split in ("train", "val")}
+    pairs["train"][1:3] = [pair._replace(group="together") for pair in pairs["train"][1:3]]
+    everything = {pair for of_split in pairs.values() for pair in of_split}
+    trainings = plan_trainings(Recipe(seed=7), pairs, tmp_path, 1, 3)
+    assert len({training.output for training in trainings}) == 3
+    measured = [pair for training in trainings for pair in training.pairs["val"]]
+    assert len(measured) == len(everything) and set(measured) == everything
+    for training in trainings:
+        train, val = (set(training.pairs[split]) for split in ("train", "val"))
+        assert train | val == everything and not train & val
+        assert sum(pair.group == "together" for pair in val) in (0, 2)
+    assert trainings == plan_trainings(Recipe(seed=7), pairs, tmp_path, 1, 3)
+    assert trainings != plan_trainings(Recipe(seed=8), pairs, tmp_path, 1, 3)
+
+
+def test_folds_are_written_once_all_are_trained(train, monkeypatch):
+    outcome = train("--epochs", 1, "--folds", 3)
+    assert outcome.status == 0, outcome.err
+    assert re.search(r"3 folds: val IoU \S+ ± \S+ before training, \S+ ± \S+ after", outcome.out)
+    rows = read("output/folds.csv")
+    assert sorted(row["image"] for row in rows) == [
+        *(f"train/pair_{i:03}" for i in range(4)),
+        *(f"val/pair_{i:03}" for i in range(4, 7)),
+    ]
+    assert sorted({row["fold"] for row in rows}) == ["1", "2", "3"]
+    assert "next: python compare_models.py --folds output" in outcome.out
+    assert train("--epochs", 1, "--folds", 8).status == 2
+    assert train("--epochs", 1, "--folds", 3, "--runs", 2).status == 2
+
+
+def test_a_model_that_a_run_would_overwrite_is_no_start(train):
+    assert train("--epochs", 1, "--runs", 2).status == 0
+    before = snapshot(Path("output"))
+    outcome = train("--epochs", 1, "--runs", 2, "--checkpoint", "output/run_2/sam2_best.pt")
+    assert outcome.status == 2 and "would be overwritten" in outcome.err
+    assert snapshot(Path("output")) == before
