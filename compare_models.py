@@ -121,9 +121,10 @@ def add_data_options(parser: ArgumentParser) -> None:
     data.add_argument("--limit", type=number(int, at_least=1), help="the first N images only")
     data.add_argument(
         "--prompt",
-        choices=("center", "random", "box"),
+        choices=("center", "random", "box", "none"),
         default="center",
-        help="the point deepest inside the mask, a random point in it, or its box",
+        help="the point deepest in the mask, a random point in it, or its box; none: nothing, and "
+        "all objects are to be found",
     )
     data.add_argument(
         "--mask",

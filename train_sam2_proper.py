@@ -126,15 +126,20 @@ def train_one_epoch(
     return distributed.mean_over_all(reports, predictor.device)
 
 
-def evaluate(model: Model, pairs: list[Pair]) -> dict[str, float]:
+def evaluate(model: Model, pairs: list[Pair], without_prompt: bool = False) -> dict[str, float]:
     """Return the mean of each metric over pairs, each prompted with the point deepest in its mask.
 
-    compare_models.py measures in the same way. Pairs with an empty mask are left out.
+    compare_models.py measures in the same way. Pairs with an empty mask are left out. With
+    without_prompt, the mean IoU without any is returned, too.
     """
-    results = measure([model], pairs, "center", description="Validating", metrics=LOGGED)
-    if not results:
-        raise UserError("every validation mask is empty; check that objects are white (255)")
-    return {f"val_{name.lower()}": mean for name, mean in mean_metrics(results).items()}
+    found = {}
+    for kind in ("center", "none")[: 1 + without_prompt]:
+        results = measure([model], pairs, kind, description="Validating", metrics=LOGGED)
+        if not results:
+            raise UserError("every validation mask is empty; check that objects are white (255)")
+        found[kind] = mean_metrics(results)
+    row = {f"val_{name.lower()}": mean for name, mean in found["center"].items()}
+    return row | ({"val_iou_no_prompt": found["none"]["IoU"]} if without_prompt else {})
 
 
 def fit(
@@ -154,7 +159,7 @@ def fit(
             begun = time.perf_counter()
             report = train_one_epoch(model.predictor, loader, learner, recipe, epoch)
             if is_first:
-                found = evaluate(model, val_pairs)
+                found = evaluate(model, val_pairs, recipe.none_share > 0)
                 rate = learner.optimizer.param_groups[0]["lr"]
                 row = {"epoch": epoch, **report, **found, "lr": rate}
                 log.append({**row, "seconds": time.perf_counter() - begun})
@@ -221,8 +226,9 @@ def train(
     if settings["cache"]:
         cache = open_cache(predictor, Path(settings["cache"]), machine.precision, pairs)
     model = Model(predictor, FeatureSource(predictor, machine.precision, cache))
+    size = predictor.model.image_size
     training_set = TrainingSet(
-        pairs["train"], cache, predictor.model.image_size, recipe.seed, recipe.prompts
+        pairs["train"], cache, size, recipe.seed, recipe.prompts, recipe.none_share
     )
     objects = training_objects(pairs["train"], cache)
     val_pairs = limit_objects(pairs["val"], recipe.seed)
@@ -230,7 +236,7 @@ def train(
     # Epoch 0, the model as it is; and the learning rate
     log = state["log"] if state else [{"epoch": 0}]
     if not state and distributed.rank() == 0:
-        log[0].update(evaluate(model, val_pairs))
+        log[0].update(evaluate(model, val_pairs, recipe.none_share > 0))
         print(f"before training: val IoU {log[0]['val_iou']:.4f}")
     if recipe.lr == "auto":
         lr = state["settings"]["lr"] if state else None

@@ -66,12 +66,16 @@ COMPARED: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "the default, but the single mask": (replace(DEFAULT, single_weight=0.0), OWN),
     "the default, not clipped": (replace(DEFAULT, max_grad_norm=0.0), OWN),
     "the default": (DEFAULT, OWN),
+    "a tenth of the steps without a prompt": (replace(DEFAULT, none_share=0.1), OWN),
+    "a fifth without": (replace(DEFAULT, none_share=0.2), OWN),
+    "three tenths without": (replace(DEFAULT, none_share=0.3), OWN),
 }
 # What is measured: with one prompt (of a kind, and which mask counts), and after so many clicks
 PROMPTED = {
     "one point": ("center", "best"),
     "random point": ("random", "best"),
     "box": ("box", "best"),
+    "no prompt": ("none", "best"),
     "single: one point": ("center", "single"),
     "single: box": ("box", "single"),
 }
@@ -145,7 +149,12 @@ def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
     pairs, objects, measured = split_images(planned, bench)
 
     training_set = TrainingSet(
-        pairs, cache, predictor.model.image_size, recipe.seed, recipe.prompts
+        pairs,
+        cache,
+        predictor.model.image_size,
+        recipe.seed,
+        recipe.prompts,
+        recipe.none_share,
     )
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, bench.device)

@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetuning import distributed
 from finetuning.feature_cache import FeatureCache
-from finetuning.objects import count_objects, read_objects, read_pair
+from finetuning.objects import Objects, count_objects, read_objects, read_pair
 from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.prompts import Prompt, PromptPlan, draw_prompt, plan_prompts
 from finetuning.segmentation import Features
 
 LOSS_GRID = 256  # what the loss is measured on, in cells a side: full-size models' own resolution
+ALL = 1 << 16  # for an object's number, which is less: all of an image's objects together
 PREFETCH = 2  # batches that each loading process has ready
 
 
@@ -68,9 +69,11 @@ class TrainingSet(Dataset):
         image_size: int,
         seed: int,
         prompt_mix: str = "random",
+        none_share: float = 0.0,
     ) -> None:
+        """prompt_mix, none_share: as in plan_prompts."""
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
-        self.prompt_mix = prompt_mix
+        self.prompt_mix, self.none_share = prompt_mix, none_share
         # Of the objects so far, by image and object, packed: a kB or so each
         self._grids: dict[tuple[int, int], bytes] = {}
 
@@ -85,7 +88,9 @@ class TrainingSet(Dataset):
         epoch, indices, fraction, number, objects = step
         objects = objects or [(0,)] * len(indices)
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
-        plan = plan_prompts(self.prompt_mix, rng)
+        plan = plan_prompts(self.prompt_mix, rng, self.none_share)
+        if plan.kind == "none":  # nothing says which object is meant: it is all of them
+            objects = [(ALL,)] * len(indices)
         if self.cache is not None:
             features, images = self.cache.read([self.pairs[index].image for index in indices]), []
             grids = [
@@ -99,7 +104,7 @@ class TrainingSet(Dataset):
             for index, chosen in zip(indices, objects, strict=True):
                 image, found = read_pair(self.pairs[index])
                 images.append(image)
-                masks += [found[k] for k in chosen]
+                masks += [mask_of(found, k) for k in chosen]
             grids = [mask_on_grid(mask, self.image_size) for mask in masks]
             true_masks = [mask.astype(np.float32) for mask in masks]
         examples = [(i, k) for i, chosen in enumerate(objects) for k in chosen]
@@ -122,12 +127,17 @@ class TrainingSet(Dataset):
             objects = read_objects(pair)
             require_equal_sizes(pair.image, self.cache.size(pair.image), pair.mask, objects.size)
             for k in new:
-                grid = mask_on_grid(objects[k], size)
+                grid = mask_on_grid(mask_of(objects, k), size)
                 self._grids[index, k] = zlib.compress(np.packbits(grid), level=1)
         packed = [np.frombuffer(zlib.decompress(self._grids[index, k]), np.uint8) for k in chosen]
         return [
             np.unpackbits(bits, count=size * size).reshape(size, size).view(bool) for bits in packed
         ]
+
+
+def mask_of(objects: Objects, k: int) -> np.ndarray:
+    """Return the HxW bool mask of an object, or of ALL of them."""
+    return objects.together()[0] if k == ALL else objects[k]
 
 
 def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:

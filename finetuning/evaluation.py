@@ -63,6 +63,8 @@ def measure(
 ) -> list[Result]:
     """Measure models on every object, with the same prompts; an image without any is left out.
 
+    Without a prompt (none), all objects of an image are one.
+
     Arguments:
       prompt_kind: as in prompt_from_mask.
       mask_kind: best or single, as in choose_masks.
@@ -74,6 +76,7 @@ def measure(
     results = []
     progress = tqdm(pairs, desc=description, unit="image", leave=False)
     for index, pair in enumerate(progress, first_index):
+        pair = pair._replace(as_one=prompt_kind == "none")
         objects = read_objects(pair)
         if not objects:
             continue

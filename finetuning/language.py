@@ -65,7 +65,7 @@ KOREAN = {
         "folds: 각 이미지를 그 이미지를 학습하지 않은 모델의 마지막 에폭으로 평가했습니다"
     ),
     "train: the model has learnt these images": "train: 모델이 이미 학습한 이미지입니다",
-    "{count} trainings with other seeds: val IoU best {best:.4f} ± {best_spread:.4f} "
+    "{count} trainings with different seeds: val IoU best {best:.4f} ± {best_spread:.4f} "
     "({lowest:.4f} to {highest:.4f}), last {last:.4f} ± {last_spread:.4f}; "
     "the 95% interval over images does not contain this": (
         "시드를 바꾼 학습 {count}회: 검증 IoU 최고 {best:.4f} ± {best_spread:.4f} "
@@ -148,6 +148,7 @@ KOREAN = {
     "Prompt": "프롬프트",
     "a point, the deepest inside the object": "점 하나(객체 안에서 경계와 가장 먼 점)",
     "a random point in the object": "객체 안의 무작위 점 하나",
+    "none: all objects of the image are to be found": "없음: 이미지의 모든 객체를 찾습니다",
     "the object's box": "객체의 박스",
     "Mask": "마스크",
     "of three masks, the one that the model scores highest": (

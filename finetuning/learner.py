@@ -154,7 +154,7 @@ class CompiledDecoder(torch.nn.Module):
     def forward(
         self, features: Features, point_coords: torch.Tensor, *prompts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if len(point_coords) != self.batch_size:
+        if len(point_coords) != self.batch_size or not point_coords.shape[1]:
             return self.decoder(features, point_coords, *prompts)
         prompts = point_coords, *prompts
         sparse_embeddings, dense_embeddings = self.decoder.embed_prompts(*prompts)

@@ -30,6 +30,12 @@ class Objects(Sequence):
         """Return some of the objects."""
         return Objects(self.size, [self._names[index] for index in chosen], self._make)
 
+    def together(self) -> Objects:
+        """Return them as one object, if there are any."""
+        if len(self) < 2:
+            return self
+        return Objects(self.size, [self], lambda objects: np.logical_or.reduce(list(objects)))
+
     def __len__(self) -> int:
         return len(self._names)
 
@@ -55,7 +61,9 @@ def read_objects(pair: Pair) -> Objects:
         labels = read_labels(pair.mask)
         values = np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
         objects = Objects(labels.shape, values, lambda value: labels == value)
-    return objects if pair.chosen is None else objects.only(pair.chosen)
+    if pair.chosen is not None:
+        objects = objects.only(pair.chosen)
+    return objects.together() if pair.as_one else objects
 
 
 def read_labels(path: Path) -> np.ndarray:

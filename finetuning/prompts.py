@@ -99,8 +99,10 @@ def prompt_from_mask(mask: np.ndarray, kind: str, rng: np.random.Generator | Non
     """Make a prompt from an HxW bool mask that is not empty.
 
     kind: center (the deepest point), random (a point drawn with `rng`), inner (likewise, the
-    deeper the likelier) or box.
+    deeper the likelier), box, or none (no prompt at all).
     """
+    if kind == "none":
+        return make_prompt()
     if kind == "box":
         return make_prompt(box=mask_box(mask))
     if kind == "center":
@@ -123,8 +125,16 @@ class PromptPlan(NamedTuple):
     gives_mask: bool = False  # whether the mask to be corrected is a prompt, too
 
 
-def plan_prompts(mix: str, rng: np.random.Generator) -> PromptPlan:
-    """Draw what a step is prompted with; mix: random, inner or mixed (boxes and clicks, too)."""
+def plan_prompts(mix: str, rng: np.random.Generator, none_share: float = 0.0) -> PromptPlan:
+    """Draw what a step is prompted with.
+
+    mix: random, inner or mixed (boxes and clicks, too). none_share: of the steps with no prompt.
+    """
+    plan = _plan_prompts(mix, rng)
+    return PromptPlan("none") if rng.random() < none_share else plan
+
+
+def _plan_prompts(mix: str, rng: np.random.Generator) -> PromptPlan:
     if mix != "mixed":
         return PromptPlan(mix)
     kind = "box" if rng.random() < BOX_SHARE else "inner"

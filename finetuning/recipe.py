@@ -27,6 +27,7 @@ class Recipe:
 
     # What each step shows: mixed (points, boxes and clicks), inner or random points
     prompts: str = "mixed"
+    none_share: float = 0.0  # of the steps show no prompt, and ask for all objects
 
     # The loss
     mask_loss: str = "first"  # which of the three masks learn; or best, or all
@@ -62,7 +63,7 @@ DEMO = {  # what --demo sets beside it
 }
 RECIPE_OPTIONS = (
     "epochs", "batch_size", "objects_per_image", "lr", "schedule", "weight_decay", "max_grad_norm",
-    "seed", "prompts", "mask_loss", "single_weight", "dice_weight", "score_weight",
+    "seed", "prompts", "none_share", "mask_loss", "single_weight", "dice_weight", "score_weight",
 )  # fmt: skip
 
 
@@ -120,6 +121,11 @@ def add_recipe_options(parser: ArgumentParser) -> None:
         "or such points, rough boxes and corrective clicks (mixed)",
         type=lambda name: "random" if name == "point" else name,  # as it was once called
         choices=("mixed", "inner", "random"),
+    )
+    add(
+        "--none-share",
+        "of the steps show no prompt: the model learns to find all objects by itself",
+        type=number(float, at_least=0, below=1),
     )
     add("--seed", "of the order and the prompts", type=seed)
 

@@ -215,7 +215,7 @@ def runs_sentence(path: Path, say: Language = ENGLISH) -> str:
     (best, last), (best_spread, last_spread) = ious.mean(axis=0), ious.std(axis=0, ddof=1)
     lowest, highest = ious[:, 0].min(), ious[:, 0].max()
     return say(
-        "{count} trainings with other seeds: val IoU best {best:.4f} ± {best_spread:.4f} "
+        "{count} trainings with different seeds: val IoU best {best:.4f} ± {best_spread:.4f} "
         "({lowest:.4f} to {highest:.4f}), last {last:.4f} ± {last_spread:.4f}; "
         "the 95% interval over images does not contain this",
         count=len(ious), best=best, best_spread=best_spread, lowest=lowest, highest=highest,

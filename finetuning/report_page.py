@@ -156,6 +156,7 @@ def describe_models(files: Files, setup: Setup, say: Language) -> dict[str, str]
         "center": say("a point, the deepest inside the object"),
         "random": say("a random point in the object"),
         "box": say("the object's box"),
+        "none": say("none: all objects of the image are to be found"),
     }
     masks = {
         "best": say("of three masks, the one that the model scores highest"),

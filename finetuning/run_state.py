@@ -233,9 +233,12 @@ def save_epoch(
         save_model(output / BEST_FILE, predictor, row, settings)
     save_state(output, learner, log, settings)
     write_log(output, log)
+    end = f"{row['seconds']:.1f} s{'  best' if is_best else ''}"
+    if "val_iou_no_prompt" in row:
+        end = f"without prompt {row['val_iou_no_prompt']:.4f}  {end}"
     print(
         f"epoch {row['epoch']:3}  loss {row['loss']:.4f}  train IoU {row['train_iou']:.4f}  "
-        f"val IoU {row['val_iou']:.4f}  {row['seconds']:.1f} s{'  best' if is_best else ''}"
+        f"val IoU {row['val_iou']:.4f}  {end}"
     )
 
 

@@ -87,7 +87,14 @@ class PromptedDecoder(torch.nn.Module):
         point_labels: torch.Tensor,
         mask_inputs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sparse embeddings, BxTxC of T tokens, and the dense ones, BxCxhxw."""
+        """Return the sparse embeddings, BxTxC of T tokens, and the dense ones, BxCxhxw.
+
+        N may be 0, for no prompt at all; then T is 0, too, as in SAM2ImagePredictor.predict().
+        """
+        if not point_coords.shape[1]:  # as points, SAM 2 would add one that is no point
+            sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=mask_inputs)
+            count = len(point_coords)
+            return sparse.expand(count, -1, -1), dense.expand(count, -1, -1, -1)
         return self.prompt_encoder(
             points=(point_coords, point_labels), boxes=None, masks=mask_inputs
         )

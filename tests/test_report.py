@@ -146,7 +146,7 @@ def test_trainings_with_other_seeds_are_summed_up_in_a_line(tmp_path):
     rows = "run,seed,best_val_iou,last_val_iou\n1,42,0.59,0.58\n2,43,0.60,0.60\n3,44,0.61,0.59\n"
     path.write_text(rows, encoding="utf-8-sig")
     assert runs_sentence(path) == (
-        "3 trainings with other seeds: val IoU best 0.6000 ± 0.0100 (0.5900 to 0.6100), last "
+        "3 trainings with different seeds: val IoU best 0.6000 ± 0.0100 (0.5900 to 0.6100), last "
         "0.5900 ± 0.0100; the 95% interval over images does not contain this"
     )
     assert summarize(SOME, "val", runs_file=path).sentences[3] == runs_sentence(path)
