@@ -40,7 +40,6 @@ from finetuning import distributed, encoder_training, run_state
 from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_objects
 from finetuning.clicks import add_clicks
 from finetuning.command_line import ArgumentParser, run
-from finetuning.data_folder import draw_demo, is_filled
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.feature_cache import FeatureSource, open_cache
@@ -57,7 +56,7 @@ from finetuning.learner import (
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.metrics import LOGGED
-from finetuning.models import ensure_checkpoint, load_predictor
+from finetuning.models import load_predictor
 from finetuning.objects import limit_objects
 from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
@@ -256,38 +255,28 @@ def train(
     return log
 
 
-def prepare(data: Path, model_name: str, checkpoint: Path | None, is_demo: bool) -> Path:
-    """Have the data and the checkpoint in place, for all processes; return the latter's path."""
-    if distributed.rank() == 0:
-        if is_demo and not is_filled(data):
-            draw_demo(data)
-        split_pairs(data, "train")  # without data, no download is needed
-        if checkpoint is None:
-            ensure_checkpoint(model_name)
-    distributed.wait_for_all()
-    return checkpoint or ensure_checkpoint(model_name)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = distributed.local_device(select_device(args.device))
     precision = select_precision(args.precision, device)
     machine = Machine(precision, args.gradient_checkpointing, args.compile)
     with distributed.process_group(device), contextlib.ExitStack() as locks:
-        checkpoint = prepare(args.data, args.model, args.checkpoint, args.demo)
+        checkpoint = run_state.prepare(args.data, args.model, args.checkpoint, args.demo)
         start = Start(args.model, checkpoint, args.data, args.limit, args.cache, precision)
         pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
         trainings = plan_trainings(args.recipe, pairs, args.output, args.runs, args.folds)
         resumed = which_resume(trainings, args.resume)
         check_outputs(trainings, checkpoint)
+        predictor, _ = load_predictor(args.model, checkpoint, device)
+        device = trusted_device(predictor, device, insists=args.device == "mps")
         if distributed.rank() == 0:
             for folder in dict.fromkeys([args.output, *(each.output for each in trainings)]):
                 locks.enter_context(only_run_in(folder))
             forget_repeats(args.output, args.folds)
         logs = []
         for training, resume in zip(trainings, resumed, strict=True):
-            predictor, _ = load_predictor(args.model, checkpoint, device)
-            device = trusted_device(predictor, device, insists=args.device == "mps")
+            if logs:  # as it was, for another training
+                predictor, _ = load_predictor(args.model, checkpoint, device)
             settings = run_state.run_settings(training.recipe, start, training.pairs)
             print(describe_training(training, args.data))
             print(f"SAM 2.1 {args.model} on {device} in {settings['precision']}")

@@ -16,12 +16,14 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from finetuning import distributed
 from finetuning.checkpoints import file_sha256, load_checkpoint, save_checkpoint
 from finetuning.command_line import ArgumentParser, number
+from finetuning.data_folder import draw_demo, is_filled
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
 from finetuning.files import write_csv
 from finetuning.learner import Learner
 from finetuning.models import MODELS as MODEL_SIZES
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts
+from finetuning.models import ensure_checkpoint
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts, split_pairs
 from finetuning.recipe import GUIDE, Recipe
 
 STATE_FILE, BEST_FILE, FINAL_FILE = "train_state.pt", "sam2_best.pt", "sam2_final.pt"
@@ -58,6 +60,18 @@ def add_file_options(parser: ArgumentParser) -> argparse._ActionsContainer:
     model.add_argument("--model", choices=MODEL_SIZES, default="small", help="its size")
     model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
     return files
+
+
+def prepare(data: Path, model_name: str, checkpoint: Path | None, is_demo: bool) -> Path:
+    """Have the data and the checkpoint in place, for all processes; return the latter's path."""
+    if distributed.rank() == 0:
+        if is_demo and not is_filled(data):
+            draw_demo(data)
+        split_pairs(data, "train")  # without data, no download is needed
+        if checkpoint is None:
+            ensure_checkpoint(model_name)
+    distributed.wait_for_all()
+    return checkpoint or ensure_checkpoint(model_name)
 
 
 class Start(NamedTuple):

@@ -14,6 +14,7 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
+from finetuning import run_state
 from finetuning.demo_images import draw_demo_pair, write_demo_dataset
 from finetuning.image_files import read_image, read_mask
 from finetuning.models import load_predictor
@@ -88,7 +89,7 @@ def test_the_same_seed_draws_the_same_bytes_on_every_platform(tmp_path):
 
 
 def test_the_demo_learns_what_the_original_does_not_know(run_script, monkeypatch):
-    monkeypatch.setattr(train_sam2_proper, "ensure_checkpoint", lambda _: MINI)
+    monkeypatch.setattr(run_state, "ensure_checkpoint", lambda _: MINI)
     early = run_script(compare_models.main, "--demo")
     assert early.status == 2 and "python download_dataset.py --demo" in early.err
     early = run_script(test_my_image.main, "--demo")
