@@ -1,48 +1,63 @@
-"""Segment one image with your fine-tuned SAM 2.1: by coordinates, or by clicking.
+"""Segment new images with your fine-tuned SAM 2.1: one, by coordinates or clicks, or a folder.
 
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg               # click in a window
     python test_my_image.py --image test_images/dog.jpg --box "40,30,600,620" --original
     python test_my_image.py --image cells.png --box "5,5,40,40" --box "60,8,90,51"   # two objects
+    python test_my_image.py --image my_folder --prompts prompts.csv   # image,x,y; image,x1,y1,x2,y2
+    python test_my_image.py --image my_folder                         # click in each image in turn
+    python test_my_image.py --image my_folder --auto whole            # no prompt: one mask an image
+    python test_my_image.py --image my_folder --auto whole --save masks,overlays,cutouts,coco
     python test_my_image.py --demo                                    # an image of the demo
 
 Coordinates are x,y in pixels from the top left. A second --box, or --next-object, begins another
-object. In the window, a left click adds a foreground point, a right click a background point;
-closing the window runs the segmentation. Written to output/my_results/: the overlay, and the mask;
-of several objects a label map, in which each has a value of its own.
+object; in a table, a column "object" tells them apart, and a column "label" is 0 for background.
+Written to output/my_results/: the mask (of several objects a label map, in which each has a value
+of its own) and the overlay. Those of a folder go to a folder of its name there, with results.csv, a
+row an object; the same command again does what is missing, and --overwrite does all.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import operator
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from sam2_utils import UserError, autocast, select_device, select_precision
+from sam2_utils import UserError, select_device
 
 import numpy as np
 
-from finetuning.checkpoints import setting
+from finetuning.coco_results import coco_files, require_pycocotools
 from finetuning.command_line import (
     ArgumentParser,
     add_device_option,
+    add_precision_option,
     parse_numbers,
     parse_range,
+    quoted,
     run,
 )
-from finetuning.device_check import trusted_device
-from finetuning.drawing import draw_object
-from finetuning.image_files import read_image, read_mask, read_values, write_image
-from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.files import only_run_in
+from finetuning.folder_run import (
+    Tally,
+    read_like_training,
+    segment_folder,
+    segment_in_window,
+    segment_prompts,
+)
+from finetuning.given_prompts import AddToPrompt, make_prompts
+from finetuning.image_files import read_image, read_mask
+from finetuning.model_choice import load_segmenters, value_range_of
+from finetuning.models import MODELS, ensure_checkpoint
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
+from finetuning.prompt_table import check_inside, read_prompts
 from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
-from finetuning.segmentation import encode_images, segment
-from finetuning.window import ask_for_clicks
+from finetuning.result_files import KINDS, Segmented, free_name, write_files
+from finetuning.results import TABLE, Results, list_images, printable, settings_of
+from finetuning.segmenter import Segmenter
 
-RESULTS = ("mask", "labels", "overlay")  # how the files' names end
 DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))
 
 
@@ -59,99 +74,87 @@ def parse_box(text: str) -> tuple[float, ...]:
     return box
 
 
-class AddToPrompt(argparse.Action):
-    """Keeps what is given of the prompt in its order: (option, value), (option, value), ..."""
-
-    def __call__(self, parser: Any, namespace: Namespace, value: Any, option: str) -> None:
-        namespace.given = [*namespace.given, (option, value)]
-
-
-def make_prompts(given: list[tuple[str, Any]]) -> list[Prompt]:
-    """Return a prompt an object, of (option, value) in the order that they were typed.
-
-    A second --box, or --next-object, begins another object.
-    """
-    objects: list[dict[str, Any]] = [{}]
-    for option, value in given:
-        if option == "--next-object" or (option == "--box" and "box" in objects[-1]):
-            objects.append({})
-        if option == "--box":
-            objects[-1]["box"] = value
-        elif option != "--next-object":
-            kind = "foreground" if option == "--point" else "background"
-            objects[-1].setdefault(kind, []).append(value)
-    if not all(objects):
-        raise UserError("--next-object goes between the points or boxes of two objects")
-    return [make_prompt(**of_object) for of_object in objects]
+def parse_kinds(text: str) -> set[str]:
+    """Parse "masks,overlays"."""
+    kinds = {kind.strip() for kind in text.split(",")}
+    if not kinds <= set(KINDS):
+        raise argparse.ArgumentTypeError(f'"{text}" is not some of {",".join(KINDS)}')
+    return kinds
 
 
-def check_inside(prompt: Prompt, width: int, height: int) -> None:
-    """Raise UserError for a point outside the image; a box may end at its very edge."""
-    for (x, y), label in zip(prompt.point_coords, prompt.point_labels, strict=True):
-        is_beyond = operator.gt if label in (2, 3) else operator.ge
-        if min(x, y) < 0 or is_beyond(x, width) or is_beyond(y, height):
-            raise UserError(
-                f"{x:g},{y:g} lies outside the image, which is {width} pixels wide and {height} "
-                f"high; x goes from 0 to {width - 1}, y from 0 to {height - 1}"
-            )
+def prompts_of_each(
+    given: list[tuple[str, Any]], auto: str | None, is_demo_image: bool
+) -> dict[str, Prompt] | None:
+    """Return the prompts of an image's objects by name; None where they are to be clicked."""
+    if auto == "whole":
+        return {"1": make_prompt()}
+    if is_demo_image and not given:  # its mask is known
+        return {"1": prompt_from_mask(read_mask(DEMO_MASK), "center")}
+    prompts = make_prompts(given) if given else []
+    return {str(number): prompt for number, prompt in enumerate(prompts, start=1)} or None
 
 
-def free_name(folder: Path, stem: str) -> str:
-    """Return `stem` with the first number that no result in `folder` has yet."""
-    for number in itertools.count(1):
-        name = f"{stem}_{number:03}"
-        if not any((folder / f"{name}_{kind}.png").exists() for kind in RESULTS):
-            return name
-
-
-def value_range_of(facts: dict[str, Any]) -> tuple[float, float] | None:
-    """Return the range of values that a model was trained on, if its file says one."""
-    limits = setting(facts, "value_range", list) or []
-    are_numbers = all(isinstance(limit, int | float) for limit in limits)
-    return tuple(limits) if len(limits) == 2 and are_numbers and limits[0] < limits[1] else None
-
-
-def write_results(
-    folder: Path,
-    stem: str,
+def segment_one(
     image: np.ndarray,
-    prompts: list[Prompt],
-    found: list[tuple[np.ndarray, float]],
-) -> dict[str, Path]:
-    """Write the overlay, and the mask or the label map; return their paths.
-
-    found: of each object the HxW bool mask and its score; where two overlap in the label map, the
-    pixel is of the one with the higher score.
-    """
-    name = free_name(folder, stem)
-    overlay, labels = image.copy(), np.zeros(image.shape[:2], np.uint16)
-    for number, (prompt, (mask, _)) in enumerate(zip(prompts, found, strict=True)):
-        draw_object(overlay, mask, prompt, number=number)
-    for number in sorted(range(len(found)), key=lambda number: found[number][1]):
-        labels[found[number][0]] = number + 1
-    kind = "labels" if len(found) > 1 else "mask"
-    paths = {"overlay": folder / f"{name}_overlay.png", kind: folder / f"{name}_{kind}.png"}
-    write_image(paths["overlay"], overlay)
-    if len(found) == 1:
-        labels = (255 * labels).astype(np.uint8)
-    write_image(paths[kind], labels.astype(np.uint8) if len(found) < 256 else labels)
-    return paths
+    prompts: dict[str, Prompt] | None,
+    segmenters: dict[str, Segmenter],
+    title: str,
+) -> list[Segmented]:
+    """Segment an HxWx3 uint8 RGB image by the prompts of its objects, or by clicks in a window."""
+    if prompts is None:
+        objects, _ = segment_in_window(segmenters, image, title)
+        if not objects:
+            raise UserError("nothing was clicked; click on the object, then press Enter")
+        return objects
+    for prompt in prompts.values():
+        check_inside(prompt, image.shape[1], image.shape[0])
+    return segment_prompts(next(iter(segmenters.values())), image, prompts)
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--image", type=Path, help="the image to segment")
-    parser.add_argument("--demo", action="store_true", help="use what the demo trained")
+def save_one(
+    output: Path, path: Path, image: np.ndarray, objects: list[Segmented], kinds: set[str]
+) -> None:
+    """Write what was found in one image, under names that are free, and say where and what."""
+    for number, found in enumerate(objects, start=1):
+        which = f"object {number}\n" if len(objects) > 1 else ""
+        print(f"{which}score:   {found.score:.3f} (the model's own estimate of its IoU)")
+        print(f"area:    {found.mask.sum()} pixels, {found.mask.mean():.1%} of the image")
+    name = free_name(output, path.stem)
+    files = write_files(output, name, image, objects, kinds)
+    paths = dict.fromkeys((what, file) for of_object in files for what, file in of_object.items())
+    for file in coco_files(output, f"{name}_") if "coco" in kinds else ():
+        file.put(printable(path.name), objects)
+        file.write()
+        paths["coco", file.path.name] = None
+    for what, file in paths:
+        print(f"{what + ':':<8} {output / file}")
+
+
+def print_tally(tally: Tally, table: Path) -> None:
+    """Say what has become of a folder's images; exit with status 1 where any of them failed."""
+    parts = [
+        f"{tally.segmented} segmented",
+        f"{tally.had_results} had results already (--overwrite does all)" * (tally.had_results > 0),
+        f"{tally.without_row} without a row in the table" * (tally.without_row > 0),
+        f"{tally.skipped} skipped" * (tally.skipped > 0),
+    ]
+    print(f"images:  {', '.join(filter(None, parts))}")
+    if table.is_file():
+        print(f"results: {table}, and files beside it")
+    if tally.failed:
+        names = ", ".join(map(quoted, tally.failed[:3])) + ", ..." * (len(tally.failed) > 3)
+        message = f"{len(tally.failed)} image(s) failed: {names}; {table} says why"
+        print(f"error: {message}; mend them and run this again", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def add_prompt_options(parser: ArgumentParser) -> None:
     prompt = parser.add_argument_group("the prompt (without one, a window opens to click in)")
+    another = "its bounding box; a second box is another object's"
     for option, parse, metavar, what in (
         ("--point", parse_point, '"x,y"', "a point on the object; may be repeated"),
         ("--negative-point", parse_point, '"x,y"', "one on what is not the object; likewise"),
-        (
-            "--box",
-            parse_box,
-            '"x1,y1,x2,y2"',
-            "its bounding box; a second box is another object's",
-        ),
+        ("--box", parse_box, '"x1,y1,x2,y2"', another),
     ):
         prompt.add_argument(
             option, action=AddToPrompt, type=parse, metavar=metavar, help=what, dest="given"
@@ -159,6 +162,20 @@ def parse_args(argv: list[str] | None) -> Namespace:
     prompt.add_argument(
         "--next-object", action=AddToPrompt, nargs=0, dest="given", help="points of another follow"
     )
+    prompt.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE.csv",
+        help="of a folder: image,x,y or image,x1,y1,x2,y2",
+    )
+    prompt.add_argument("--auto", choices=("whole",), help="no prompt: one mask an image")
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--image", type=Path, help="the image to segment, or a folder of them")
+    parser.add_argument("--demo", action="store_true", help="use what the demo trained")
+    add_prompt_options(parser)
     parser.add_argument(
         "--value-range",
         type=parse_range,
@@ -171,70 +188,99 @@ def parse_args(argv: list[str] | None) -> Namespace:
     model.add_argument(
         "--model", choices=MODELS, help="its size (default: what the file says, else small)"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("output/my_results"), help="where results go"
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--output",
+        type=Path,
+        help="where they go (default: output/my_results, or in it NAME of a folder)",
     )
-    add_device_option(parser)
+    results.add_argument(
+        "--save", type=parse_kinds, metavar="KINDS", default="masks,overlays", help=",".join(KINDS)
+    )
+    results.add_argument(
+        "--overwrite", action="store_true", help="of a folder, do all images again"
+    )
+    machine = parser.add_argument_group("the machine")
+    add_device_option(machine)
+    add_precision_option(machine, "auto: the fastest that is native")
     parser.set_defaults(finetuned=Path("output/sam2_best.pt"), given=[])
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = make_parser()
     args = parser.parse_args_with_demo(
-        argv,
-        image=DEMO_IMAGE,
-        model="mini",
-        finetuned=DEMO_OUTPUT / "sam2_best.pt",
-        output=DEMO_OUTPUT / "my_results",
+        argv, image=DEMO_IMAGE, model="mini", finetuned=DEMO_OUTPUT / "sam2_best.pt"
     )
     if not args.image:
         parser.error("--image is missing: the image to segment")
     if args.original and args.checkpoint:
         parser.error("--original and --checkpoint name two models; give one of them")
+    if bool(args.given) + bool(args.prompts) + bool(args.auto) > 1:
+        parser.error("points and boxes, --prompts and --auto are three ways; choose one of them")
+    if args.given and args.image.is_dir():
+        parser.error("points and boxes are of one image; for a folder, use --prompts FILE.csv")
+    if (args.prompts or args.overwrite) and not args.image.is_dir():
+        parser.error("--prompts and --overwrite are for a folder of images, which --image is not")
+    if not args.output:
+        args.output = (DEMO_OUTPUT if args.demo else Path("output")) / "my_results"
+        args.output /= args.image.resolve().name if args.image.is_dir() else ""
+    if args.output.resolve() == args.image.resolve():
+        parser.error("--output is the folder of the images; results go to another one")
     return args
+
+
+def choose_checkpoint(
+    file: Path | None, finetuned: Path, is_original: bool, model_name: str | None, is_demo: bool
+) -> Path:
+    """Return the file to load: the one given, the original, downloaded if missing, or finetuned."""
+    if is_original:
+        return ensure_checkpoint(model_name or "small")
+    if not file and not finetuned.is_file():
+        command = "python train_sam2_proper.py" + " --demo" * is_demo
+        raise UserError(f"no fine-tuned model at {finetuned}; run: {command}, or use --original")
+    return file or finetuned
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = select_device(args.device)
-    if args.image == DEMO_IMAGE and not args.image.is_file():
+    device, is_folder = select_device(args.device), args.image.is_dir()
+    is_demo_image = args.demo and args.image == DEMO_IMAGE
+    if is_demo_image and not args.image.is_file():
         raise UserError(f"no {DEMO_IMAGE} yet; run: python train_sam2_proper.py --demo")
-    image = read_image(args.image)
-    height, width = image.shape[:2]
+    if "coco" in args.save:
+        require_pycocotools()
 
-    # The model; the original is downloaded if missing
-    checkpoint = args.checkpoint or args.finetuned
-    if args.original:
-        checkpoint = ensure_checkpoint(args.model or "small")
-    elif not args.checkpoint and not checkpoint.is_file():
-        command = "python train_sam2_proper.py" + " --demo" * args.demo
-        raise UserError(f"no fine-tuned model at {checkpoint}; run: {command}, or use --original")
-    predictor, facts = load_predictor(args.model, checkpoint, device)
-    device = trusted_device(predictor, device, insists=args.device == "mps")
-
-    value_range, trained_range = args.value_range, value_range_of(facts)
-    if not value_range and trained_range and read_values(args.image)[0].dtype != np.uint8:
-        value_range = trained_range
-    if value_range:
-        image = read_image(args.image, value_range)
-
-    # The prompts: given, or else clicked; of the demo's own image the mask is known
-    if args.given:
-        prompts = make_prompts(args.given)
-    elif args.demo and args.image == DEMO_IMAGE:
-        prompts = [prompt_from_mask(read_mask(DEMO_MASK), "center")]
+    # What is wrong with the images or the prompts is said before a model is loaded
+    prompts = prompts_of_each(args.given, args.auto, is_demo_image)
+    if is_folder:
+        images = list_images(args.image)
+        names = [image.name for image in images]
+        of_images = prompts and dict.fromkeys(names, prompts)
+        of_images = read_prompts(args.prompts, names) if args.prompts else of_images
     else:
-        prompts = [ask_for_clicks(image)]
-    for prompt in prompts:
-        check_inside(prompt, width, height)
+        read_image(args.image)
 
-    with autocast(device, select_precision("auto", device)):
-        features = encode_images(predictor, [image])
-        found = [segment(predictor, features, prompt, (height, width)) for prompt in prompts]
-
+    checkpoint = choose_checkpoint(
+        args.checkpoint, args.finetuned, args.original, args.model, args.demo
+    )
+    opens_window = not prompts and not args.prompts
+    segmenters, facts = load_segmenters(
+        checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
+    )
     print(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
-    for number, (mask, score) in enumerate(found, start=1):
-        which = f"object {number}\n" if len(found) > 1 else ""
-        print(f"{which}score:   {score:.3f} (the model's own estimate of its IoU)")
-        print(f"area:    {mask.sum()} pixels, {mask.mean():.1%} of the image")
-    for name, path in write_results(args.output, args.image.stem, image, prompts, found).items():
-        print(f"{name + ':':<8} {path}")
+    ranges = args.value_range, value_range_of(facts)
+    if not is_folder:
+        image = read_like_training(args.image, *ranges)
+        objects = segment_one(image, prompts, segmenters, args.image.name)
+        save_one(args.output, args.image, image, objects, args.save)
+        return
+
+    with only_run_in(args.output):
+        settings = settings_of(args.image, checkpoint, *ranges)
+        results = Results(args.output, args.save, settings, args.overwrite)
+        tally = segment_folder(images, of_images, segmenters, ranges, results, args.overwrite)
+    print_tally(tally, args.output / TABLE)
 
 
 if __name__ == "__main__":

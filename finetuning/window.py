@@ -1,54 +1,219 @@
-"""A window to click in."""
+"""A window to click in, which shows the mask that each click leads to."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.prompts import Prompt, make_prompt
+from finetuning.clicked_object import Box, Click, ClickedObject, WindowObject
+from finetuning.segmenter import Segmenter
+from finetuning.window_picture import WindowPicture
 
 LEFT_BUTTON, RIGHT_BUTTON = 1, 3
+DRAG = 6  # pixels of the screen; a shorter drag is a click of an unsteady hand
+HINT = "left click: object   right click: not the object   drag: box   Enter: save   h: all keys"
+HELP = """\
+left click     on the object
+right click    on what is not the object
+drag           a box around the object
+
+u, Backspace   undo
+r              start the object over
+n              next object; after the last, the first{switch}
+h              this help
+
+Enter          save, like closing the window
+Escape         leave, save nothing of this image"""
+KOREAN_KEYS = dict(zip("ㅕㄱㅜㅐㅗ", "urnoh", strict=True))  # while the keyboard types Korean
+
+
+class Answer(NamedTuple):
+    """How a window was left.
+
+    leaves: with Escape; nothing of this image is to be saved, and no further image to be shown.
+    """
+
+    objects: list[WindowObject]
+    leaves: bool
 
 
 class ClickWindow:
-    """Collect foreground (left) and background (right) clicks on an image in a figure."""
+    """Turns what mouse and keys do into objects, and shows their masks."""
 
-    def __init__(self, figure: Any, image: np.ndarray) -> None:
-        """Show an HxWx3 uint8 RGB image in an empty matplotlib figure, and listen."""
-        self.foreground: list[tuple[int, int]] = []
-        self.background: list[tuple[int, int]] = []
-        self.size = image.shape[1], image.shape[0]
-        self.axes = figure.subplots()
-        self.axes.imshow(image)
-        self.axes.set_title("left click: object   right click: background   close: segment")
-        self.axes.axis("off")
-        self.axes.autoscale(False)
-        figure.canvas.mpl_connect("button_press_event", self.on_click)
+    def __init__(
+        self,
+        figure: Any,
+        image: np.ndarray,
+        segmenters: dict[str, Segmenter],
+        start: list[WindowObject],
+        close: Callable[[], None],
+    ) -> None:
+        """Listen in an empty matplotlib figure, which `close` closes; the rest as ask_in_window."""
+        self.figure, self.image, self.segmenters, self.close = figure, image, segmenters, close
+        self.encoded: set[str] = set()
+        self.leaves = False
+        self.error: Exception | None = None
+        self.pressed: Any = None  # the event that began a click or a drag
+        self.actions = {
+            **dict.fromkeys(("u", "backspace"), self.undo),
+            **dict.fromkeys(("enter", "return"), close),
+            "r": self.start_over, "n": self.next_object, "o": self.switch,
+            "h": self.toggle_help, "escape": self.leave,
+        }  # fmt: skip
+        self.model = next(iter(segmenters))
+        self.objects = [ClickedObject(found, self.model) for found in start] or [ClickedObject()]
+        self.current = 0
+        switch = f"\no              {' / '.join(segmenters)}" if len(segmenters) > 1 else ""
+        self.picture = WindowPicture(figure, image, HINT, HELP.format(switch=switch))
+        self.show()
+        self.listen()
 
-    def on_click(self, event: Any) -> None:
-        """Keep a click inside the image, and draw it at once."""
-        toolbar = event.canvas.toolbar
-        if event.inaxes is not self.axes or (toolbar is not None and toolbar.mode):
-            return  # outside the image, or zooming and panning
-        point = (round(event.xdata), round(event.ydata))
-        if not all(0 <= value < size for value, size in zip(point, self.size, strict=True)):
-            return  # beside the image, which may have been moved or zoomed
-        if event.button == LEFT_BUTTON:
-            self.foreground.append(point)
-            self.axes.plot(*point, "o", color="lime", markeredgecolor="white", markersize=9)
-        elif event.button == RIGHT_BUTTON:
-            self.background.append(point)
-            self.axes.plot(*point, "X", color="red", markeredgecolor="white", markersize=9)
-        event.canvas.draw_idle()
+    def listen(self) -> None:
+        """Connect the mouse and the keys; matplotlib's own keys would do something else as well."""
+        canvas = self.figure.canvas
+        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)
+        for name, handler in (
+            ("button_press_event", self.on_press),
+            ("motion_notify_event", self.on_move),
+            ("button_release_event", self.on_release),
+            ("key_press_event", self.on_key),
+        ):
+            canvas.mpl_connect(name, self.closing_on_error(handler))
+
+    def closing_on_error(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Make an error close the window, to be raised then: matplotlib would go on after it."""
+
+        def handle(event: Any) -> None:
+            try:
+                handler(event)
+            except Exception as error:
+                self.error = error
+                self.close()
+
+        return handle
+
+    def find(self) -> list[WindowObject | None]:
+        """Return each object as the model sees it, which has the image encoded first."""
+        segmenter = self.segmenters[self.model]
+        if self.model not in self.encoded:
+            print(f"encoding the image for the {self.model} model ...", flush=True)
+            segmenter.encode(self.image)
+            self.encoded.add(self.model)
+        return [one.segment(self.model, segmenter) for one in self.objects]
+
+    def show(self) -> None:
+        """Show what is found, with the current object's score and area in the title."""
+        found = self.find()
+        one = found[self.current]
+        title = f"{self.model}, object {self.current + 1}: "
+        if one is None:
+            title += "click on it"
+        else:
+            area = np.count_nonzero(one.mask)
+            title += f"score {one.score:.3f}, area {area} pixels ({area / one.mask.size:.1%})"
+        self.picture.show(found, self.current, title)
+
+    def on_press(self, event: Any) -> None:
+        """Begin a click or a drag on the image."""
+        is_zooming = event.canvas.widgetlock.locked()  # or panning
+        is_ours = event.inaxes and event.button in (LEFT_BUTTON, RIGHT_BUTTON)
+        if is_ours and not is_zooming and not event.dblclick:
+            point = self.picture.pixel_at(event)
+            self.pressed = event if point == self.picture.clip(point) else None
+
+    def on_move(self, event: Any) -> None:
+        """Draw the box while it is dragged."""
+        if self.pressed and self.is_drag(event):
+            self.picture.draw_box(self.dragged_box(event))
+
+    def on_release(self, event: Any) -> None:
+        """End a click or a drag, and show the mask that it leads to."""
+        if not self.pressed or event.button != self.pressed.button:
+            return
+        step = Click(*self.picture.pixel_at(self.pressed), int(event.button == LEFT_BUTTON))
+        if self.is_drag(event):
+            step = self.dragged_box(event)
+        self.pressed = None
+        if isinstance(step, Click) or (step.x1 < step.x2 and step.y1 < step.y2):
+            self.objects[self.current].steps.append(step)
+        self.show()
+
+    def on_key(self, event: Any) -> None:
+        """Do what the key is for."""
+        key = (event.key or "").lower()
+        action = self.actions.get(KOREAN_KEYS.get(key, key))
+        if action:
+            action()
+
+    def is_drag(self, event: Any) -> bool:
+        """Say whether the left button was dragged rather than clicked."""
+        way = max(abs(event.x - self.pressed.x), abs(event.y - self.pressed.y))
+        return self.pressed.button == LEFT_BUTTON and way > DRAG
+
+    def dragged_box(self, event: Any) -> Box:
+        """Return the box from where the button was pressed to an event."""
+        points = (
+            self.picture.pixel_at(self.pressed),
+            self.picture.clip(self.picture.pixel_at(event)),
+        )
+        (x1, x2), (y1, y2) = (sorted(values) for values in zip(*points, strict=True))
+        return Box(x1, y1, x2, y2)
+
+    def undo(self) -> None:
+        """Take the last click or box back."""
+        del self.objects[self.current].steps[-1:]
+        self.show()
+
+    def start_over(self) -> None:
+        """Forget all of the object, the mask that it came with included."""
+        self.objects[self.current] = ClickedObject()
+        self.show()
+
+    def next_object(self) -> None:
+        """Go to the next object: from the last one to a new one, from an empty one to the first."""
+        if self.current == len(self.objects) - 1 and self.find()[-1] is not None:
+            self.objects.append(ClickedObject())
+        self.current = (self.current + 1) % len(self.objects)
+        self.show()
+
+    def switch(self) -> None:
+        """Show what the other model makes of the same clicks."""
+        names = list(self.segmenters)
+        self.model = names[(names.index(self.model) + 1) % len(names)]
+        if self.model not in self.encoded:
+            self.picture.say(f"{self.model}: encoding the image ...")
+        self.show()
+
+    def toggle_help(self) -> None:
+        """Show or hide the keys."""
+        self.picture.toggle_help()
+
+    def leave(self) -> None:
+        """Leave with nothing saved."""
+        self.leaves = True
+        self.close()
 
 
-def ask_for_clicks(image: np.ndarray) -> Prompt:
-    """Open a window, wait until it is closed, and return the clicks made in it.
+def ask_in_window(
+    image: np.ndarray,
+    title: str,
+    segmenters: dict[str, Segmenter],
+    start: list[WindowObject] = (),
+) -> Answer:
+    """Open a window, wait until it is left, and return the objects that were clicked on in it.
 
-    Raises UserError where no window can be opened, or nothing was clicked.
+    Arguments:
+      image: HxWx3 uint8 RGB.
+      title: the window's, in any script.
+      segmenters: by what they are called; the first is used first. Each encodes the image here,
+        the second one not before it is asked for.
+      start: objects that the first one has found already, for clicks to correct.
+
+    Raises UserError where no window can be opened.
     """
     import matplotlib.pyplot as plt  # chooses a window system, which --point has no need of
 
@@ -57,13 +222,18 @@ def ask_for_clicks(image: np.ndarray) -> Prompt:
         "(on a Linux desktop, python3-tk may be missing: sudo apt install python3-tk)"
     )
     try:
-        figure = plt.figure("SAM 2", figsize=(9, 7), layout="constrained")
+        figure = plt.figure(figsize=(9, 7))
     except ImportError as error:
         raise UserError(no_window) from error
-    if figure.canvas.required_interactive_framework is None:  # it fell back to drawing to files
-        raise UserError(no_window)
-    window = ClickWindow(figure, image)
-    plt.show(block=True)
-    if not (window.foreground or window.background):
-        raise UserError("nothing was clicked; click on the object, then close the window")
-    return make_prompt(window.foreground, window.background)
+    try:
+        if figure.canvas.required_interactive_framework is None:  # it fell back to drawing to files
+            raise UserError(no_window)
+        figure.canvas.manager.set_window_title(title)
+        window = ClickWindow(figure, image, segmenters, start, lambda: plt.close(figure))
+        plt.show(block=True)
+    finally:
+        plt.close(figure)
+    if window.error:
+        raise window.error
+    found = [one for one in window.find() if one is not None]
+    return Answer([] if window.leaves else found, window.leaves)

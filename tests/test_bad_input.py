@@ -269,11 +269,11 @@ def test_what_is_cut_off_is_not_even_decoded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("data", "no such file: data"),
+        ("data", "points and boxes are of one image"),
         ("a" * 300, "aaaa"),
     ],
 )
-def test_a_path_that_leads_to_no_file_is_refused(refuse, name, says):
+def test_a_path_that_leads_to_no_image_is_refused(refuse, name, says):
     refuse(SEGMENT, "--image", name, "--point", "5,5", says=says)
 
 
@@ -446,7 +446,7 @@ def test_images_and_masks_of_extreme_shapes_are_trained_on_and_compared(start, t
         assert "skipped 1 of 6 training images" in outcome.out
     outcome = start(COMPARE, "--data", "odd", "--prompt", "box", "--figures", 2, "--clicks", 2)
     assert outcome.status == 0, outcome.err
-    assert "images     5: 0 better, 5 equal" in outcome.out  # all but the empty mask
+    assert "images 5: 0 better, 5 equal" in outcome.out  # all but the empty mask
     drawn = {path.name[14:] for path in Path("output/comparison").glob("comparison_*.png")}
     assert drawn == {"+0p_1x1.png", "+0p_one pixel.png"}
 

@@ -1,4 +1,4 @@
-"""One image is segmented by coordinates or by real mouse events, and nothing is overwritten."""
+"""One image is segmented by coordinates, and nothing is overwritten."""
 
 import re
 import shutil
@@ -6,17 +6,14 @@ from pathlib import Path
 
 from sam2_utils import autocast, select_precision
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import CPU, draw_pair
-from matplotlib.backend_bases import CloseEvent, MouseEvent, NavigationToolbar2
 
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.models import load_predictor
 from finetuning.prompts import make_prompt
 from finetuning.segmentation import encode_images, segment
-from finetuning.window import ClickWindow
 from test_my_image import main
 
 
@@ -69,87 +66,6 @@ def test_a_second_run_does_not_overwrite_the_first(run_script, image_path):
     assert all((results / name).read_bytes() == content for name, content in first.items())
 
 
-def click(figure, button: int, x: float, y: float) -> None:
-    """Press a mouse button at pixel (x,y) of the image that the figure shows."""
-    axes = figure.axes[0]
-    where = axes.transData.transform((x, y))
-    canvas = figure.canvas
-    canvas.callbacks.process(
-        "button_press_event", MouseEvent("button_press_event", canvas, *where, button)
-    )
-
-
-def test_mouse_clicks_become_the_prompt_and_are_drawn_at_once(
-    run_script, image_path, random_mini, monkeypatch
-):
-    shown = []
-
-    def user(block):  # what a person does in the window
-        figure = plt.gcf()
-        axes = figure.axes[0]
-        before = len(axes.lines)
-        click(figure, 1, 60.3, 39.8)
-        assert len(axes.lines) == before + 1
-        click(figure, 3, 4, 5)
-        assert len(axes.lines) == before + 2
-        click(figure, 2, 10, 10)  # the middle button
-        click(figure, 1, 500, 10)  # outside the image
-        assert len(axes.lines) == before + 2
-        figure.canvas.callbacks.process("close_event", CloseEvent("close_event", figure.canvas))
-        plt.close(figure)
-        shown.append(block)
-
-    monkeypatch.setattr(plt, "show", user)
-    plt.switch_backend("agg")
-    monkeypatch.setattr(type(plt.figure().canvas), "required_interactive_framework", "test")
-    plt.close("all")
-    outcome = run_script(main, "--image", image_path)
-    assert outcome.status == 0, outcome.err
-    assert shown == [True]
-    mask = read_mask(Path("output/my_results/내 사진_001_mask.png"))
-    prompt = {"foreground": [(60, 40)], "background": [(4, 5)]}
-    assert np.array_equal(mask, expected_mask(random_mini, read_image(image_path), **prompt))
-
-
-def test_a_window_closed_without_a_click_says_so(run_script, image_path, monkeypatch):
-    plt.switch_backend("agg")
-    monkeypatch.setattr(type(plt.figure().canvas), "required_interactive_framework", "test")
-    monkeypatch.setattr(plt, "show", lambda block: plt.close("all"))
-    outcome = run_script(main, "--image", image_path)
-    assert outcome.status == 2 and "nothing was clicked" in outcome.err
-
-
-def test_clicks_beside_a_moved_image_are_not_points():
-    plt.switch_backend("agg")
-    figure = plt.figure()
-    window = ClickWindow(figure, np.zeros((50, 50, 3), np.uint8))
-    window.axes.set_xlim(-60, 40)
-    click(figure, 1, -30, 25)
-    click(figure, 3, -30, 25)
-    click(figure, 1, 30, 25)
-    assert window.foreground == [(30, 25)] and window.background == []
-
-
-def test_clicks_while_zooming_are_not_points():
-    plt.switch_backend("agg")
-    figure = plt.figure()
-    window = ClickWindow(figure, np.zeros((50, 50, 3), np.uint8))
-    figure.canvas.toolbar = NavigationToolbar2(figure.canvas)
-    figure.canvas.toolbar.zoom()
-    click(figure, 1, 10, 10)
-    assert window.foreground == []
-    figure.canvas.toolbar.zoom()
-    click(figure, 1, 10, 10)
-    assert window.foreground == [(10, 10)]
-
-
-def test_without_a_display_the_message_names_point(run_script, image_path):
-    plt.switch_backend("agg")
-    outcome = run_script(main, "--image", image_path)
-    assert outcome.status == 2
-    assert outcome.err.startswith("error: ") and "--point" in outcome.err
-
-
 def test_without_a_finetuned_file_the_message_says_to_train_or_use_original(
     run_script, image_path, random_mini
 ):
@@ -182,7 +98,13 @@ def test_mistakes_end_with_one_clear_line(run_script, image_path):
         (("--box", "50,50,90,180"), "outside"),
         (("--point", "5,5", "--image", "absent.jpg"), "no such file: absent.jpg"),
         (("--point", "5,5", "--image", "broken.png"), "not a readable image"),
-        (("--point", "5,5", "--image", "output"), "no such file"),
+        (("--point", "5,5", "--image", "output"), "for a folder, use --prompts FILE.csv"),
+        (("--point", "5,5", "--prompts", "a.csv"), "choose one of them"),
+        (("--point", "5,5", "--auto", "whole"), "choose one of them"),
+        (("--prompts", "a.csv"), "are for a folder of images"),
+        (("--point", "5,5", "--overwrite"), "are for a folder of images"),
+        (("--point", "5,5", "--save", "masks,pictures"), "masks,overlays,cutouts,coco"),
+        (("--point", "5,5", "--precision", "float16", "--device", "cpu"), "float16 needs CUDA"),
         (("--point", "5,5", "--checkpoint", "absent.pt"), "no such checkpoint"),
         (("--point", "5,5", "--checkpoint", "a.pt", "--original"), "give one of them"),
         (("--point", "5,5", "--model", "small"), "use --model mini"),
