@@ -122,7 +122,7 @@ def move_to_splits(folder: Path, split_of: dict[str, str]) -> None:
         for name, path in files_by_stem(unsplit, with_folders=kind == "masks").items():
             to = folder / kind / split_of[name]
             to.mkdir(exist_ok=True)
-            path.replace(to / path.name)
+            path.rename(to / path.name)
         unsplit.rmdir()
 
 

@@ -40,9 +40,9 @@ KOREAN = {
     ),
     "improvement {gain:+.1f}%p": "향상 {gain:+.1f}%p",
     "95% interval {low:+.1f} to {high:+.1f}": "95% 신뢰구간 {low:+.1f} ~ {high:+.1f}",
-    " (paired bootstrap over {images} images)": " (이미지 {images}장에 대한 대응표본 부트스트랩)",
+    " (paired bootstrap over {images} images)": " (이미지 {images}장을 재표집한 대응표본 부트스트랩)",
     " (paired bootstrap over {groups} groups of {images} images)": (
-        " (이미지 {images}장을 묶은 그룹 {groups}개에 대한 대응표본 부트스트랩)"
+        " (이미지 {images}장의 그룹 {groups}개를 재표집한 대응표본 부트스트랩)"
     ),
     ", of one image: too few for an interval": (
         ", 이미지가 한 장뿐이어서 신뢰구간을 구할 수 없습니다"
@@ -68,9 +68,9 @@ KOREAN = {
     "{count} trainings with different seeds: val IoU best {best:.4f} ± {best_spread:.4f} "
     "({lowest:.4f} to {highest:.4f}), last {last:.4f} ± {last_spread:.4f}; "
     "the 95% interval over images does not contain this": (
-        "시드를 바꾼 학습 {count}회: 검증 IoU 최고 {best:.4f} ± {best_spread:.4f} "
-        "({lowest:.4f} ~ {highest:.4f}), 마지막 {last:.4f} ± {last_spread:.4f}; "
-        "이미지 단위의 95% 신뢰구간에는 이 변동이 들어 있지 않습니다"
+        "시드를 바꾼 학습 {count}회의 검증 IoU(평균 ± 표준편차): 가장 좋은 에폭 "
+        "{best:.4f} ± {best_spread:.4f} ({lowest:.4f} ~ {highest:.4f}), 마지막 에폭 "
+        "{last:.4f} ± {last_spread:.4f}; 95% 신뢰구간에는 시드에 따른 변동이 반영되어 있지 않습니다"
     ),
     "warning: {path} is not what train_sam2_proper.py --runs writes; it is left out": (
         "경고: {path}는 train_sam2_proper.py --runs가 쓴 파일이 아니므로 무시합니다"
@@ -85,9 +85,9 @@ KOREAN = {
     "IoU, each image's median": "IoU, 이미지별 중앙값",
     "{metrics}: in pixels, lower is better": "{metrics}: 픽셀 단위, 낮을수록 좋음",
     "mean IoU by object size": "객체 크기별 평균 IoU",
-    "of the image": "이미지 대비",
-    "images": "이미지",
-    "objects": "객체",
+    "of the image": "이미지 대비 면적",
+    "images": "이미지 수",
+    "objects": "객체 수",
     "original": "원본",
     "fine-tuned": "파인튜닝",
     "small": "작음",
@@ -96,7 +96,7 @@ KOREAN = {
     "below 5%": "5% 미만",
     "5 to 15%": "5~15%",
     "15% and more": "15% 이상",
-    "mean IoU by simulated clicks ({how})": "클릭 시뮬레이션의 평균 IoU ({how})",
+    "mean IoU by simulated clicks ({how})": "모의 클릭 수에 따른 평균 IoU ({how})",
     "previous mask as a prompt too": "직전 마스크도 프롬프트로 사용",
     "no mask prompt": "마스크 프롬프트 없음",
     "clicks": "클릭 수",
@@ -120,7 +120,7 @@ KOREAN = {
     "Numbers": "수치",
     "Chart: the IoU of the fine-tuned model over that of the original; a dot above the diagonal is "
     "better. Mean IoU {original} and {finetuned}.": (
-        "그래프: 가로축은 원본의 IoU, 세로축은 파인튜닝한 모델의 IoU. 대각선 위의 점은 향상된 것. "
+        "그래프: 가로축은 원본의 IoU, 세로축은 파인튜닝한 모델의 IoU. 대각선보다 위쪽에 있는 점은 향상된 것. "
         "평균 IoU {original}, {finetuned}."
     ),
     "Clicks that correct the mask": "마스크를 고치는 클릭",
@@ -136,15 +136,15 @@ KOREAN = {
     "{name}: the prompt and the true outline, the original's mask, the fine-tuned model's mask": (
         "{name}: 프롬프트와 정답 윤곽선, 원본의 마스크, 파인튜닝한 모델의 마스크"
     ),
-    "The biggest gains": "가장 많이 향상된 이미지",
-    "The biggest losses, or smallest gains": "가장 많이 저하된(또는 가장 적게 향상된) 이미지",
-    "What was compared": "비교한 것",
+    "The biggest gains": "IoU가 가장 많이 오른 이미지",
+    "The biggest losses, or smallest gains": "IoU가 가장 많이 떨어진(또는 가장 적게 오른) 이미지",
+    "What was compared": "비교 조건",
     "Model": "모델",
     "Original": "원본",
     "Fine-tuned": "파인튜닝",
     "{file} (epoch {epoch})": "{file} (에폭 {epoch})",
     "Data": "데이터",
-    "Split": "세트",
+    "Split": "데이터 분할",
     "Prompt": "프롬프트",
     "a point, the deepest inside the object": "점 하나(객체 안에서 경계와 가장 먼 점)",
     "a random point in the object": "객체 안의 무작위 점 하나",
@@ -156,7 +156,7 @@ KOREAN = {
     ),
     "the single mask": "단일 마스크",
     "To reproduce it": "재현 방법",
-    "Date": "날짜",
+    "Date": "일시",
     "System": "운영체제",
     "Device": "장치",
     "Precision": "연산 정밀도",
@@ -168,7 +168,7 @@ KOREAN = {
     "To cite, and licences": "인용과 라이선스",
     "Code and checkpoints: Apache-2.0.": "코드와 체크포인트: Apache-2.0.",
     "This file holds pictures and file names of the data: pass it on only where these may go.": (
-        "이 파일에는 데이터의 이미지와 파일 이름이 들어 있습니다. 공개해도 되는 곳에만 전달하세요."
+        "이 파일에는 데이터의 이미지와 파일 이름이 들어 있습니다. 데이터를 공유해도 되는 곳에만 전달하세요."
     ),
     "For research and education only.": "연구와 교육 목적으로만 쓸 수 있습니다.",
 }

@@ -23,7 +23,7 @@ drag           a box around the object
 
 u, Backspace   undo
 r              start the object over
-n              next object; after the last, the first{switch}
+n              next object, or a new one{switch}
 h              this help
 
 Enter          save, like closing the window
@@ -58,17 +58,17 @@ class ClickWindow:
         self.leaves = False
         self.error: Exception | None = None
         self.pressed: Any = None  # the event that began a click or a drag
-        self.actions = {
-            **dict.fromkeys(("u", "backspace"), self.undo),
-            **dict.fromkeys(("enter", "return"), close),
-            "r": self.start_over, "n": self.next_object, "o": self.switch,
-            "h": self.toggle_help, "escape": self.leave,
-        }  # fmt: skip
         self.model = next(iter(segmenters))
         self.objects = [ClickedObject(found, self.model) for found in start] or [ClickedObject()]
         self.current = 0
         switch = f"\no              {' / '.join(segmenters)}" if len(segmenters) > 1 else ""
         self.picture = WindowPicture(figure, image, HINT, HELP.format(switch=switch))
+        self.actions = {
+            **dict.fromkeys(("u", "backspace"), self.undo),
+            **dict.fromkeys(("enter", "return"), close),
+            "r": self.start_over, "n": self.next_object, "o": self.switch,
+            "h": self.picture.toggle_help, "escape": self.leave,
+        }  # fmt: skip
         self.show()
         self.listen()
 
@@ -156,11 +156,8 @@ class ClickWindow:
 
     def dragged_box(self, event: Any) -> Box:
         """Return the box from where the button was pressed to an event."""
-        points = (
-            self.picture.pixel_at(self.pressed),
-            self.picture.clip(self.picture.pixel_at(event)),
-        )
-        (x1, x2), (y1, y2) = (sorted(values) for values in zip(*points, strict=True))
+        start, end = self.picture.pixel_at(self.pressed), self.picture.pixel_at(event)
+        (x1, x2), (y1, y2) = map(sorted, zip(start, self.picture.clip(end), strict=True))
         return Box(x1, y1, x2, y2)
 
     def undo(self) -> None:
@@ -187,10 +184,6 @@ class ClickWindow:
         if self.model not in self.encoded:
             self.picture.say(f"{self.model}: encoding the image ...")
         self.show()
-
-    def toggle_help(self) -> None:
-        """Show or hide the keys."""
-        self.picture.toggle_help()
 
     def leave(self) -> None:
         """Leave with nothing saved."""

@@ -118,7 +118,8 @@ class WindowPicture:
         (self.box,) = self.axes.plot([], [], color="lime", scalex=False, scaley=False)
         figure.text(0.5, 0.025, hint, ha="center", va="center", fontsize=9)
         self.help = figure.text(
-            0.5, 0.5, help_text, ha="center", va="center", family="monospace", visible=False,
+            0.5, 0.5, help_text, ha="center", va="center", multialignment="left",
+            family="monospace", visible=False,
             bbox={"facecolor": "white", "edgecolor": "gray", "alpha": 0.92, "pad": 12},
         )  # fmt: skip
 
