@@ -40,7 +40,9 @@ KOREAN = {
     ),
     "improvement {gain:+.1f}%p": "향상 {gain:+.1f}%p",
     "95% interval {low:+.1f} to {high:+.1f}": "95% 신뢰구간 {low:+.1f} ~ {high:+.1f}",
-    " (paired bootstrap over {images} images)": " (이미지 {images}장을 재표집한 대응표본 부트스트랩)",
+    " (paired bootstrap over {images} images)": (
+        " (이미지 {images}장을 재표집한 대응표본 부트스트랩)"
+    ),
     " (paired bootstrap over {groups} groups of {images} images)": (
         " (이미지 {images}장의 그룹 {groups}개를 재표집한 대응표본 부트스트랩)"
     ),
@@ -120,8 +122,8 @@ KOREAN = {
     "Numbers": "수치",
     "Chart: the IoU of the fine-tuned model over that of the original; a dot above the diagonal is "
     "better. Mean IoU {original} and {finetuned}.": (
-        "그래프: 가로축은 원본의 IoU, 세로축은 파인튜닝한 모델의 IoU. 대각선보다 위쪽에 있는 점은 향상된 것. "
-        "평균 IoU {original}, {finetuned}."
+        "그래프: 가로축은 원본의 IoU, 세로축은 파인튜닝한 모델의 IoU. "
+        "대각선보다 위쪽에 있는 점은 향상된 것. 평균 IoU {original}, {finetuned}."
     ),
     "Clicks that correct the mask": "마스크를 고치는 클릭",
     "Chart: the mean IoU of both models over the number of clicks, as in the table above.": (
@@ -168,7 +170,8 @@ KOREAN = {
     "To cite, and licences": "인용과 라이선스",
     "Code and checkpoints: Apache-2.0.": "코드와 체크포인트: Apache-2.0.",
     "This file holds pictures and file names of the data: pass it on only where these may go.": (
-        "이 파일에는 데이터의 이미지와 파일 이름이 들어 있습니다. 데이터를 공유해도 되는 곳에만 전달하세요."
+        "이 파일에는 데이터의 이미지와 파일 이름이 들어 있습니다. "
+        "데이터를 공유해도 되는 곳에만 전달하세요."
     ),
     "For research and education only.": "연구와 교육 목적으로만 쓸 수 있습니다.",
 }
