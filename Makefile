@@ -14,8 +14,8 @@ endif
 READY := .venv/ready
 # A second environment, for test-oldest, and what is tested in it
 OLDEST ?= .venv-oldest
-COMPUTING := clicks compare decoding encoder_training feature_cache gradients learning_rate objects \
-  pretended_device prompts_of_training sam2_utils train
+COMPUTING := clicks compare decoding encoder_training feature_cache folder gradients learning_rate \
+  metrics no_prompt objects pretended_device prompts_of_training repeats report sam2_utils train window
 
 .PHONY: setup demo test test-oldest lint
 
