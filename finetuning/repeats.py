@@ -15,7 +15,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.command_line import number
+from finetuning.command_line import number, quoted
 from finetuning.csv_files import read_table
 from finetuning.files import write_csv
 from finetuning.pairs import Pair
@@ -72,6 +72,7 @@ def plan_trainings(
         ]
     by_key = keyed(pairs)
     group_of = {key: pair.group for key, pair in by_key.items()}
+    of_folds = [set(fold) for fold in make_folds(by_key, folds, recipe.seed, group_of)]
     return [
         Training(
             f"fold {number} of {folds}",
@@ -82,7 +83,7 @@ def plan_trainings(
             },
             fold_folder(output, number),
         )
-        for number, fold in enumerate(make_folds(by_key, folds, recipe.seed, group_of), 1)
+        for number, fold in enumerate(of_folds, 1)
     ]
 
 
@@ -130,10 +131,11 @@ def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pa
         raise UserError(f"no {file}; run: python train_sam2_proper.py --folds 5")
     by_key, folds = keyed(pairs), {}
     for row in read_table(file, ("fold", "image")):
-        if row["image"] not in by_key or not row["fold"].isdecimal():
-            raise UserError(f"{file} has {row['image']}, which is not in this --data; train anew")
-        model = fold_folder(output, int(row["fold"])) / FINAL_FILE
-        folds.setdefault(model, []).append(by_key[row["image"]])
+        image, fold = row.get("image", ""), row.get("fold", "")
+        if image not in by_key or not fold.isdecimal():
+            raise UserError(f"{file} has {quoted(image)}, which is not in this --data; train anew")
+        model = fold_folder(output, int(fold)) / FINAL_FILE
+        folds.setdefault(model, []).append(by_key[image])
     for model in folds:
         if not model.is_file():
             raise UserError(f"{model} is missing; train with --folds to the end (--resume goes on)")

@@ -1,0 +1,109 @@
+"""Measure the seconds from a click in the window to its mask on the screen.
+
+    python benchmarks/click_latency.py                     # small, 2 threads
+    python benchmarks/click_latency.py --size 6000x4000    # a larger image
+
+Random weights, a drawn image, matplotlib's own mouse events; figures are drawn in memory (Agg), as
+every window system does before it copies them to the screen. Prints the median of 20 clicks on one
+object, and how much of it the model takes (prompt encoder, mask decoder, mask at full size).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sam2_utils import select_device, select_precision
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.backend_bases import MouseEvent
+
+from finetuning.command_line import ArgumentParser, add_device_option, number, run
+from finetuning.models import MODELS, build_predictor
+from finetuning.segmenter import Segmenter
+from finetuning.window import ClickWindow
+
+
+class TimedSegmenter(Segmenter):
+    """A segmenter that keeps the seconds of each mask, and then returns an ellipse.
+
+    Random weights find noise, and drawing its outlines would take longer than those of an object.
+    """
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.seconds = []
+
+    def segment(self, *arguments):
+        start = time.perf_counter()
+        mask, *others = super().segment(*arguments)
+        self.seconds.append(time.perf_counter() - start)
+        y, x = np.ogrid[-1 : 1 : mask.shape[0] * 1j, -1 : 1 : mask.shape[1] * 1j]
+        return x * x + y * y < 0.4, *others
+
+
+def click(figure, x: float, y: float) -> float:
+    """Click with the left button at (x,y) of the image; return the seconds until it is drawn."""
+    canvas = figure.canvas
+    where = figure.axes[0].transData.transform((x, y))
+    with mock.patch.object(canvas, "draw_idle"):  # a window draws once, when the handlers are done
+        start = time.perf_counter()
+        for name in ("button_press_event", "button_release_event"):
+            canvas.callbacks.process(name, MouseEvent(name, canvas, *where, 1))
+        canvas.draw()
+    return time.perf_counter() - start
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse "WIDTHxHEIGHT"."""
+    try:
+        width, height = map(int, text.split("x"))
+    except ValueError as error:
+        raise ArgumentTypeError(f'"{text}" is not like "1280x1024"') from error
+    return width, height
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(__doc__)
+    at_least_1 = number(int, at_least=1)
+    parser.add_argument("--model", choices=MODELS, default="small", help="its size")
+    parser.add_argument("--size", type=parse_size, default=(1280, 1024), help="of the image")
+    parser.add_argument("--clicks", type=at_least_1, default=20, help="how many to measure")
+    parser.add_argument("--threads", type=at_least_1, default=2, help="of the CPU")
+    add_device_option(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rng, device, (width, height) = np.random.default_rng(0), select_device(args.device), args.size
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    predictor, precision = build_predictor(args.model, device), select_precision("auto", device)
+    segmenter = TimedSegmenter(predictor, precision)
+    plt.switch_backend("agg")
+    figure = plt.figure(figsize=(9, 7))
+    window = ClickWindow(figure, image, {args.model: segmenter}, [], lambda: None)
+    figure.canvas.draw()
+    click(figure, width / 2, height / 2)  # what is done only once is done now
+    window.undo()
+    segmenter.seconds.clear()
+    seconds = [click(figure, *(rng.random(2) * args.size)) for _ in range(args.clicks)]
+    whole, model = np.median(seconds), np.median(segmenter.seconds)
+    print(f"{whole:.3f} s from click to mask, {model:.3f} s of it in the model")
+    print(
+        f"(median of {args.clicks}; {args.model}, {width}x{height} pixels, {device}, "
+        f"{torch.get_num_threads()} threads)"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
