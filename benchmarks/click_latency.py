@@ -37,16 +37,17 @@ class TimedSegmenter(Segmenter):
     Random weights find noise, and drawing its outlines would take longer than those of an object.
     """
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def encode(self, image):
+        super().encode(image)
         self.seconds = []
+        y, x = (np.linspace(-1, 1, length) ** 2 for length in self.size)
+        self.ellipse = x + y[:, None] < 0.4
 
     def segment(self, *arguments):
         start = time.perf_counter()
-        mask, *others = super().segment(*arguments)
+        _, *others = super().segment(*arguments)
         self.seconds.append(time.perf_counter() - start)
-        y, x = np.ogrid[-1 : 1 : mask.shape[0] * 1j, -1 : 1 : mask.shape[1] * 1j]
-        return x * x + y * y < 0.4, *others
+        return self.ellipse, *others
 
 
 def click(figure, x: float, y: float) -> float:

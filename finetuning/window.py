@@ -10,6 +10,7 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.clicked_object import Box, Click, ClickedObject, WindowObject
+from finetuning.prompts import make_prompt
 from finetuning.segmenter import Segmenter
 from finetuning.window_picture import WindowPicture
 
@@ -21,6 +22,7 @@ left click     on the object
 right click    on what is not the object
 drag           a box around the object
 
+a              the mask without a prompt, for clicks to correct
 u, Backspace   undo
 r              start the object over
 n              next object, or a new one{switch}
@@ -28,7 +30,7 @@ h              this help
 
 Enter          save, like closing the window
 Escape         leave, save nothing of this image"""
-KOREAN_KEYS = dict(zip("ㅕㄱㅜㅐㅗ", "urnoh", strict=True))  # while the keyboard types Korean
+KOREAN_KEYS = dict(zip("ㅁㅕㄱㅜㅐㅗ", "aurnoh", strict=True))  # while the keyboard types Korean
 
 
 class Answer(NamedTuple):
@@ -68,6 +70,7 @@ class ClickWindow:
             **dict.fromkeys(("enter", "return"), close),
             "r": self.start_over, "n": self.next_object, "o": self.switch,
             "h": self.picture.toggle_help, "escape": self.leave,
+            "a": self.start_automatically,
         }  # fmt: skip
         self.show()
         self.listen()
@@ -168,6 +171,13 @@ class ClickWindow:
     def start_over(self) -> None:
         """Forget all of the object, the mask that it came with included."""
         self.objects[self.current] = ClickedObject()
+        self.show()
+
+    def start_automatically(self) -> None:
+        """Begin the object anew, with what the model finds without any prompt."""
+        mask, score, _ = self.segmenters[self.model].segment(make_prompt())
+        found = WindowObject(make_prompt(), mask, score)
+        self.objects[self.current] = ClickedObject(found, self.model)
         self.show()
 
     def next_object(self) -> None:

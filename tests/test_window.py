@@ -13,8 +13,9 @@ import torch
 from conftest import CPU, draw_pair
 from matplotlib.backend_bases import KeyEvent, MouseEvent, NavigationToolbar2
 
+from finetuning import window_picture
 from finetuning.clicked_object import mask_to_logits
-from finetuning.drawing import COLORS
+from finetuning.drawing import COLORS, draw_object
 from finetuning.image_files import read_mask, write_image
 from finetuning.models import load_predictor
 from finetuning.prompts import make_prompt
@@ -202,6 +203,7 @@ def test_a_box_is_replayed_before_the_clicks_and_replaces_another(at_window, seg
         person.click(*A)
         person.drag((5, 5), (50, 50))
         person.drag((20, 10), (90, 80))
+        assert_shown(person, replay(segmenters["fine-tuned"], *prompts[:2]))
         person.click(*B, button=3)
 
     box = {"box": (20, 10, 90, 80)}
@@ -396,7 +398,10 @@ def test_clicks_beside_the_image_are_not_points(at_window):
 
 def test_a_double_click_is_one_click(at_window, segmenters):
     def does(person):
-        person.click(*A)
+        person.mouse("button_press_event", *A, 1)
+        person.mouse("button_release_event", *A, 3)  # another button
+        assert "click on it" in person.title
+        person.mouse("button_release_event", *A, 1)
         person.click(*A, dblclick=True)
 
     assert_same(*at_window(does).objects, replay(segmenters["fine-tuned"], {"foreground": [A]}))
@@ -416,6 +421,24 @@ def test_a_large_image_is_drawn_small_but_segmented_at_its_size(at_window, segme
     (point,) = found.prompt.point_coords.tolist()
     assert np.abs(np.subtract(point, (1200, 803))).max() <= 3  # a pixel of the screen
     assert_same(found, replay(segmenters["fine-tuned"], {"foreground": [point]}, image=image))
+
+
+def test_on_a_large_screen_masks_are_drawn_coarser_but_in_place(at_window, segmenters, monkeypatch):
+    drawn_at = []
+
+    def draw(canvas, mask, number):
+        drawn_at.append(canvas.shape)
+        draw_object(canvas, mask, number=number)
+
+    def does(person):
+        person.figure.set_size_inches(30, 20)
+        person.canvas.draw()
+        person.click(*A)
+        assert_shown(person, replay(segmenters["fine-tuned"], {"foreground": [A]}))
+
+    monkeypatch.setattr(window_picture, "draw_object", draw)
+    at_window(does)
+    assert drawn_at and max(drawn_at[-1]) == window_picture.LARGEST
 
 
 def test_a_korean_name_is_in_the_title_bar_and_misses_no_glyph(at_window, monkeypatch):
@@ -461,6 +484,22 @@ def test_clicks_correct_the_mask_that_an_object_came_with(at_window, segmenters)
     assert_same(objects[1], start[1])
 
 
+def test_a_starts_from_the_mask_without_a_prompt_which_clicks_correct(at_window, segmenters):
+    segmenter = segmenters["fine-tuned"]
+    whole = replay(segmenter, {})
+    logits = mask_to_logits(whole.mask, segmenter)
+    expected = replay(segmenter, {"foreground": [C]}, logits=logits)
+
+    def does(person):
+        person.click(*B)  # which it forgets
+        person.press("a")
+        assert f"score {whole.score:.3f}, area {whole.mask.sum()} pixels" in person.title
+        person.click(*C)
+
+    objects, _ = at_window(does)
+    assert_same(objects[0], expected)
+
+
 def test_a_box_or_starting_over_forgets_the_mask_that_an_object_came_with(at_window, segmenters):
     start = [WindowObject(make_prompt([C]), draw_pair(0)[1], 0.5)]
     boxed = replay(segmenters["fine-tuned"], {"box": (20, 10, 90, 80)})
@@ -481,8 +520,9 @@ def test_an_error_closes_the_window_and_is_raised(at_window, segmenters, monkeyp
         raise UserError("the model's scores are not finite")
 
     def does(person):
-        monkeypatch.setattr(Segmenter, "segment", fail)
-        person.click(*A)
+        with monkeypatch.context() as patched:
+            patched.setattr(Segmenter, "segment", fail)
+            person.click(*A)
         assert not plt.get_fignums()
 
     with pytest.raises(UserError, match="not finite"):
