@@ -66,9 +66,9 @@ COMPARED: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "the default, but the single mask": (replace(DEFAULT, single_weight=0.0), OWN),
     "the default, not clipped": (replace(DEFAULT, max_grad_norm=0.0), OWN),
     "the default": (DEFAULT, OWN),
-    "a tenth of the steps without a prompt": (replace(DEFAULT, none_share=0.1), OWN),
-    "a fifth without": (replace(DEFAULT, none_share=0.2), OWN),
-    "three tenths without": (replace(DEFAULT, none_share=0.3), OWN),
+    "1 step in 20 without a prompt": (replace(DEFAULT, none_share=0.05), OWN),
+    "1 step in 10 without": (replace(DEFAULT, none_share=0.1), OWN),
+    "1 step in 5 without": (replace(DEFAULT, none_share=0.2), OWN),
 }
 # What is measured: with one prompt (of a kind, and which mask counts), and after so many clicks
 PROMPTED = {
