@@ -61,10 +61,6 @@ DEMO = {  # what --demo sets beside it
     "epochs": 8,
     "precision": "float32",  # the same figures on every CPU
 }
-RECIPE_OPTIONS = (
-    "epochs", "batch_size", "objects_per_image", "lr", "schedule", "weight_decay", "max_grad_norm",
-    "seed", "prompts", "none_share", "mask_loss", "single_weight", "dice_weight", "score_weight",
-)  # fmt: skip
 
 
 def parse_rate(text: str) -> float | str:
@@ -72,62 +68,70 @@ def parse_rate(text: str) -> float | str:
     return text if text == "auto" else number(float, above=0)(text)
 
 
+def parse_prompts(name: str) -> str:
+    """Parse --prompts, as an argparse type."""
+    return "random" if name == "point" else name  # as it was once called
+
+
+AT_LEAST_0, AT_LEAST_1 = number(float, at_least=0), number(int, at_least=1)
+# The options of the recipe one by one: what each is, and what it takes
+OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("epochs", "passes over the data", {"type": AT_LEAST_1}),
+    ("batch_size", "images a step", {"type": AT_LEAST_1}),
+    ("objects_per_image", "of an image's objects, so many an epoch, by seed", {"type": AT_LEAST_1}),
+    (
+        "lr",
+        "learning rate, at its highest; auto: the best of some that are tried before training, "
+        f"on a part of the training images; mini's default is {MINI_LR:g}",
+        {"type": parse_rate},
+    ),
+    (
+        "schedule",
+        "whether the learning rate warms up and falls to zero over the epochs, or stays",
+        {"choices": ("cosine", "constant")},
+    ),
+    ("weight_decay", "of AdamW", {"type": AT_LEAST_0}),
+    ("max_grad_norm", "longer gradients are scaled down to it (0: none)", {"type": AT_LEAST_0}),
+    (
+        "mask_loss",
+        "which of the three masks are corrected",
+        {"choices": ("first", "best", "all")},
+    ),
+    (
+        "single_weight",
+        "of the loss of the single mask, which other tools take, beside the three (0: none)",
+        {"type": AT_LEAST_0},
+    ),
+    ("dice_weight", "of the dice loss beside cross-entropy", {"type": AT_LEAST_0}),
+    ("score_weight", "of the score loss beside the mask loss", {"type": AT_LEAST_0}),
+    (
+        "prompts",
+        "a random point in the mask (random); one that is likelier the deeper it lies (inner); "
+        "or such points, rough boxes and corrective clicks (mixed)",
+        {"type": parse_prompts, "choices": ("mixed", "inner", "random")},
+    ),
+    (
+        "none_share",
+        "of the steps show no prompt: the model learns to find all objects by itself",
+        {"type": number(float, at_least=0, below=1)},
+    ),
+    ("seed", "of the order and the prompts", {"type": seed}),
+)
+RECIPE_OPTIONS = tuple(name for name, *_ in OPTIONS)
+
+
 def add_recipe_options(parser: ArgumentParser) -> None:
-    """Add --recipe, and an option for each of RECIPE_OPTIONS."""
+    """Add --recipe, and an option for each of RECIPE_OPTIONS, whose default is the recipe's."""
     recipe = parser.add_argument_group("the recipe")
-    at_least_0, at_least_1 = number(float, at_least=0), number(int, at_least=1)
-
-    def add(option: str, help: str, **limits: Any) -> None:
-        """Add an option whose default is the recipe's."""
-        name = option.removeprefix("--").replace("-", "_")
-        ours, guides = getattr(DEFAULT, name), getattr(GUIDE, name)
-        differs = "" if ours == guides else f" (guide: {guides})"
-        recipe.add_argument(option, default=ours, help=help + differs, **limits)
-
     recipe.add_argument(
         "--recipe", choices=RECIPES, default="default", help="what sets the defaults below"
     )
-    add("--epochs", "passes over the data", type=at_least_1)
-    add("--batch-size", "images a step", type=at_least_1)
-    add(
-        "--objects-per-image",
-        "of an image's objects, so many an epoch, by seed",
-        type=at_least_1,
-    )
-    add(
-        "--lr",
-        "learning rate, at its highest; auto: the best of some that are tried before training, "
-        f"on a part of the training images; mini's default is {MINI_LR:g}",
-        type=parse_rate,
-    )
-    add(
-        "--schedule",
-        "whether the learning rate warms up and falls to zero over the epochs, or stays",
-        choices=("cosine", "constant"),
-    )
-    add("--weight-decay", "of AdamW", type=at_least_0)
-    add("--max-grad-norm", "longer gradients are scaled down to it (0: none)", type=at_least_0)
-    add("--mask-loss", "which of the three masks are corrected", choices=("first", "best", "all"))
-    add(
-        "--single-weight",
-        "of the loss of the single mask, which other tools take, beside the three (0: none)",
-        type=at_least_0,
-    )
-    add("--dice-weight", "of the dice loss beside cross-entropy", type=at_least_0)
-    add("--score-weight", "of the score loss beside the mask loss", type=at_least_0)
-    add(
-        "--prompts",
-        "a random point in the mask (random); one that is likelier the deeper it lies (inner); "
-        "or such points, rough boxes and corrective clicks (mixed)",
-        type=lambda name: "random" if name == "point" else name,  # as it was once called
-        choices=("mixed", "inner", "random"),
-    )
-    add(
-        "--none-share",
-        "of the steps show no prompt: the model learns to find all objects by itself",
-        type=number(float, at_least=0, below=1),
-    )
-    add("--seed", "of the order and the prompts", type=seed)
+    for name, what, takes in OPTIONS:
+        ours, guides = getattr(DEFAULT, name), getattr(GUIDE, name)
+        differs = "" if ours == guides else f" (guide: {guides})"
+        recipe.add_argument(
+            f"--{name.replace('_', '-')}", default=ours, help=what + differs, **takes
+        )
 
 
 def choose_defaults(typed: Namespace) -> dict[str, Any]:
