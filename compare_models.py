@@ -63,9 +63,9 @@ def choose_pairs(
     That is a split (by default test, where there is one, else val), or all folds of a training.
     """
     if folds:
-        pairs = {name: split_pairs(data, name, limit) for name in ("train", "val")}
+        pairs = {name: split_pairs(data, name) for name in ("train", "val")}
         of_folds = read_folds(folds, pairs)
-        return f"{len(of_folds)} folds", of_folds
+        return f"{len(of_folds)} folds", {model: of[:limit] for model, of in of_folds.items()}
     split = split or ("test" if (data / "images/test").is_dir() else "val")
     return split, {finetuned: split_pairs(data, split, limit)}
 
@@ -118,7 +118,8 @@ def add_data_options(parser: ArgumentParser) -> None:
     data.add_argument(
         "--split", choices=SPLITS, help="which images (default: test where there are any, else val)"
     )
-    data.add_argument("--limit", type=number(int, at_least=1), help="the first N images only")
+    at_least_1 = number(int, at_least=1)
+    data.add_argument("--limit", type=at_least_1, help="the first N images only (of each fold)")
     data.add_argument(
         "--prompt",
         choices=("center", "random", "box", "none"),

@@ -123,6 +123,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--pairs and --annotations are different sources; give one of them")
     if args.mask_value and (args.instances or args.classes):
         parser.error("--mask-value takes one value, --instances and --classes take each")
+    if args.demo and (args.test_fraction or args.groups or args.group_regex):
+        parser.error("the demo's split is fixed; leave the options of the split out")
     if args.groups and args.group_regex:
         parser.error("--groups and --group-regex both say what belongs together; give one of them")
     if args.val_fraction + args.test_fraction >= 1:

@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         if distributed.rank() == 0:
             for folder in dict.fromkeys([args.output, *(each.output for each in trainings)]):
                 locks.enter_context(only_run_in(folder))
-            forget_repeats(args.output, args.folds)
+            forget_repeats(args.output, trainings, args.folds, args.resume)
         logs = []
         for training, resume in zip(trainings, resumed, strict=True):
             if logs:  # as it was, for another training

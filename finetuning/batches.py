@@ -41,6 +41,7 @@ class Step(NamedTuple):
     fraction: float  # of the whole step's objects; 0 for a stand-in where there is none to do
     number: int = 0  # of the step in its epoch, alike in all processes
     objects: list[tuple[int, ...]] | None = None  # of each image; None: its first
+    image_fraction: float = 1.0  # like fraction, of the whole step's images
 
 
 class Batch(NamedTuple):
@@ -85,12 +86,12 @@ class TrainingSet(Dataset):
             return error
 
     def _load(self, step: Step) -> Batch:
-        epoch, indices, fraction, number, objects = step
+        epoch, indices, fraction, number, objects, image_fraction = step
         objects = objects or [(0,)] * len(indices)
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
         plan = plan_prompts(self.prompt_mix, rng, self.none_share)
         if plan.kind == "none":  # nothing says which object is meant: it is all of them
-            objects = [(ALL,)] * len(indices)
+            objects, fraction = [(ALL,)] * len(indices), image_fraction
         if self.cache is not None:
             features, images = self.cache.read([self.pairs[index].image for index in indices]), []
             grids = [
@@ -185,7 +186,8 @@ class EpochSampler(Sampler):
             mine = distributed.share(batch)
             fraction = _count(mine) / _count(batch)
             indices, objects = zip(*(mine or batch[:1]), strict=True)
-            yield Step(self.epoch, list(indices), fraction, number, list(objects))
+            of_images = len(mine) / len(batch)
+            yield Step(self.epoch, list(indices), fraction, number, list(objects), of_images)
 
     def _draw(self, index: int) -> tuple[int, ...]:
         """Return which of an image's objects this epoch has; in the end, all have had a turn."""

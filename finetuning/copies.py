@@ -20,6 +20,7 @@ SIDE = 32  # of a thumbnail, in pixels
 # polyp, a second later) has 0.966 and 0.943; no other one has more than 0.950 and 0.931.
 CORRELATION = 0.96  # of their gray values
 OWN_CORRELATION = 0.9  # of what each has beside the mean image: a black frame is in all of them
+MANY = 6  # images that are all alike show one scene rather than being copies
 BLOCK = 512  # thumbnails that are compared with all at once
 
 
@@ -44,8 +45,9 @@ def find_copies(thumbnails: Sequence[np.ndarray], contents: Sequence[str]) -> li
       thumbnails: of make_thumbnail.
       contents: hashes of the files.
 
-    They must be alike as they are, and in what distinguishes them from the mean of all: frames,
-    vignettes and backgrounds that all images share make no copies, nor does a fixed camera.
+    They must be alike as they are, and in what distinguishes them from the mean of all, or of those
+    like them where these are MANY: frames, vignettes and backgrounds that images share make no
+    copies, nor do fixed cameras.
     """
     found = {}
     by_content: dict[str, list[int]] = defaultdict(list)
@@ -54,16 +56,27 @@ def find_copies(thumbnails: Sequence[np.ndarray], contents: Sequence[str]) -> li
             found[by_content[content][0], index] = 1.0
         by_content[content].append(index)
     plain = _normalized(np.stack(thumbnails).reshape(len(thumbnails), -1).astype(np.float32))
-    own = _normalized(plain - plain.mean(axis=0))
+    own = _own_parts(plain)
     starts = range(0, len(plain), BLOCK)
     for start in tqdm(starts, desc="Looking for copies", unit="block", leave=False):
         block = slice(start, start + BLOCK)
         alike = plain[block] @ plain.T
-        candidates = np.argwhere(alike >= CORRELATION) + np.array([start, 0])
-        for first, second in candidates[candidates[:, 0] < candidates[:, 1]].tolist():
-            if own[first] @ own[second] >= OWN_CORRELATION:
-                found.setdefault((first, second), float(alike[first - start, second]))
+        are_copies = (alike >= CORRELATION) & (own[block] @ own.T >= OWN_CORRELATION)
+        for first, second in np.argwhere(np.triu(are_copies, start + 1)).tolist():
+            found.setdefault((start + first, second), float(alike[first, second]))
     return [Copy(*pair, min(found[pair], 1.0)) for pair in sorted(found)]
+
+
+def _own_parts(plain: np.ndarray) -> np.ndarray:
+    """Return what each of N thumbnails has beside the mean of all, or of those like it, if MANY."""
+    means = np.broadcast_to(plain.mean(axis=0), plain.shape).copy()
+    for start in range(0, len(plain), BLOCK):
+        block = slice(start, start + BLOCK)
+        are_alike = plain[block] @ plain.T >= CORRELATION
+        counts = are_alike.sum(axis=1, keepdims=True)
+        local = are_alike.astype(np.float32) @ plain / np.maximum(counts, 1)
+        means[block] = np.where(counts >= MANY, local, means[block])
+    return _normalized(plain - means)
 
 
 def _normalized(rows: np.ndarray) -> np.ndarray:

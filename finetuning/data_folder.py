@@ -33,6 +33,7 @@ from finetuning.pairs import (
 from finetuning.splitting import split_names
 
 MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # what a data set is, beside that
+SPLIT_OPTIONS = ("test_fraction", "group_regex", "groups", "copies")
 BEGUN_FILE = "begun.json"  # in each of its temporary folders, to know them by
 PARTIAL = ".partial-"  # how the names of its temporary folders in there start
 
@@ -151,7 +152,10 @@ def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool
         return False
     try:
         facts = read_facts(data)
-        made_from, taken = facts["source"], facts.get("options", options)
+        made_from = facts["source"]
+        # Files of earlier versions say nothing of options, but had none of these
+        before = {name: value for name, value in options.items() if name not in SPLIT_OPTIONS}
+        taken = facts.get("options", before)
     except (UserError, LookupError):  # edited by hand
         made_from, taken = "an unknown source", options
     if (source and made_from != source) or ((source or options) and taken != options):

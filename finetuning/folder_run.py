@@ -120,7 +120,7 @@ def segment_folder(
 def _is_done(
     image: FolderImage, prompts: dict[str, dict[str, Prompt]] | None, results: Results
 ) -> bool:
-    return results.is_done(image, list(prompts[image.name]) if prompts else None)
+    return results.is_done(image, prompts[image.name] if prompts else None)
 
 
 def _read(

@@ -55,15 +55,18 @@ def find_groups(examples: Sequence[Example], grouping: Grouping) -> list[str | N
 
 
 def _match_groups(pattern: str, examples: Sequence[Example]) -> list[str | None]:
-    """Search the file names for a pattern, then, where it is not there, FOLDER/NAME."""
+    """Search the file names for a pattern; or FOLDER/NAME, where it is in no file's name."""
     try:
         search = re.compile(pattern).search
     except re.error as error:
         raise UserError(f"--group-regex {shown(pattern)} is no pattern: {error}") from error
+    names = [nfc(example.image.name) for example in examples]
+    if not any(map(search, names)):
+        folders = [nfc(example.image.parent.name) for example in examples]
+        names = [f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)]
     groups: list[str | None] = []
-    for example in examples:
-        name = nfc(example.image.name)
-        found = search(name) or search(f"{nfc(example.image.parent.name)}/{name}")
+    for name in names:
+        found = search(name)
         parts = [found[0], *found.groups()] if found else []
         groups.append(next(filter(None, parts[1:] or parts), None))
     if not any(groups):
@@ -80,14 +83,14 @@ def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
     for number, row in enumerate(read_table(table, ("image", "group")), 2):
         image = nfc(row.get("image", "")).replace("\\", "/")
         group = row.get("group", "")
-        if image and group_of.setdefault(image, group) != group:
-            raise UserError(f"{shown(table)}, row {number}: {shown(image)} is in two groups")
-    by_tail = {"/".join(image.split("/")[-2:]): group for image, group in group_of.items()}
+        tail = "/".join(image.split("/")[-2:])
+        if image and group_of.setdefault(tail, group) != group:
+            raise UserError(f"{shown(table)}, row {number}: {shown(tail)} is in two groups")
     groups = []
     for example in examples:
         name = nfc(example.image.name)
         keys = (f"{nfc(example.image.parent.name)}/{name}", name, stem_of(example.image))
-        groups.append(next(filter(None, (by_tail.get(key) for key in keys)), None))
+        groups.append(next(filter(None, (group_of.get(key) for key in keys)), None))
     missing = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     if missing:
         raise UserError(

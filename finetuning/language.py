@@ -55,9 +55,9 @@ KOREAN = {
     "; it includes 0: could be chance": "; 0을 포함하므로 우연일 수 있습니다",
     "; few images: take it as wider": "; 이미지가 적으므로 실제 구간은 더 넓다고 보아야 합니다",
     "val chose the best epoch, so this flatters a little: "
-    "download_dataset.py --test-fraction 0.1 keeps images apart for it": (
+    "download_dataset.py with --test-fraction 0.1 keeps images apart for it": (
         "val: 이 이미지들로 가장 좋은 에폭을 골랐으므로 수치가 조금 후하게 나옵니다. "
-        "download_dataset.py --test-fraction 0.1을 쓰면 평가용 이미지를 따로 떼어 둡니다"
+        "download_dataset.py에 --test-fraction 0.1을 더하면 평가용 이미지를 따로 떼어 둡니다"
     ),
     "test: no training has read these images, and no epoch was chosen by them": (
         "test: 학습에도, 에폭을 고르는 데에도 쓰지 않은 이미지입니다"

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from sam2_utils import NotFiniteError, UserError
 
@@ -40,10 +40,13 @@ def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def split_for_trials(indices: list[int], seed: int) -> tuple[list[int], list[int], int]:
+def split_for_trials(
+    indices: list[int], seed: int, group_of: Mapping[int, str | None] | None = None
+) -> tuple[list[int], list[int], int]:
     """Split training images: those that trials learn from, those they are measured on, epochs.
 
-    The epochs are how often a trial goes through its images to be shown TRIAL_IMAGES or so.
+    Those of one group, if any, are on one side, unless all are. The epochs are how often a trial
+    goes through its images to be shown TRIAL_IMAGES or so.
     """
     if len(indices) < FEWEST_IMAGES:
         raise UserError(
@@ -52,6 +55,13 @@ def split_for_trials(indices: list[int], seed: int) -> tuple[list[int], list[int
         )
     order = np.random.default_rng(seed).permutation(indices).tolist()
     held_out = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * len(order)))
+    keys = {index: (group_of or {}).get(index) or index for index in order}
+    turns = {key: turn for turn, key in enumerate(dict.fromkeys(keys[index] for index in order))}
+    order.sort(key=lambda index: turns[keys[index]])  # members of a group after its first one
+    whole = held_out
+    while whole < len(order) and keys[order[whole]] == keys[order[whole - 1]]:
+        whole += 1
+    held_out = whole if whole < len(order) else held_out
     learn_from = order[held_out:][:TRIAL_IMAGES]
     return learn_from, order[:held_out], math.ceil(TRIAL_IMAGES / len(learn_from))
 
@@ -69,7 +79,8 @@ def try_learning_rates(
     objects: how many each training image has, by its index. train_one_epoch, evaluate: those of
     the training.
     """
-    learn_from, held_out, epochs = split_for_trials(list(objects), recipe.seed)
+    group_of = {index: training_set.pairs[index].group for index in objects}
+    learn_from, held_out, epochs = split_for_trials(list(objects), recipe.seed, group_of)
     measured_on = [training_set.pairs[index] for index in held_out]
     predictor, precision = model.predictor, model.source.precision
     sampler = EpochSampler(

@@ -34,13 +34,20 @@ class Objects(Sequence):
         """Return them as one object, if there are any."""
         if len(self) < 2:
             return self
-        return Objects(self.size, [self], lambda objects: np.logical_or.reduce(list(objects)))
+        return Objects(self.size, [self], _union)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self._make(self._names[index])
+
+
+def _union(objects: Objects) -> np.ndarray:
+    whole = np.zeros(objects.size, bool)
+    for mask in objects:  # not all in memory at once
+        whole |= mask
+    return whole
 
 
 def read_objects(pair: Pair) -> Objects:
@@ -61,9 +68,9 @@ def read_objects(pair: Pair) -> Objects:
         labels = read_labels(pair.mask)
         values = np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
         objects = Objects(labels.shape, values, lambda value: labels == value)
-    if pair.chosen is not None:
-        objects = objects.only(pair.chosen)
-    return objects.together() if pair.as_one else objects
+    if pair.as_one:
+        return objects.together()
+    return objects if pair.chosen is None else objects.only(pair.chosen)
 
 
 def read_labels(path: Path) -> np.ndarray:

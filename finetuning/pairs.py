@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     mask: Path  # black and white; or of_objects: a label map, or a folder of one mask an object
     of_objects: bool = False
     chosen: tuple[int, ...] | None = None  # the objects that count, from 0; None: all
-    as_one: bool = False  # whether all that count are one object together
+    as_one: bool = False  # whether all objects, chosen or not, are one together
     group: str | None = None  # the same for images of one patient, say, and for copies; None: alone
 
     def mask_files(self) -> list[Path]:

@@ -34,6 +34,12 @@ def make_prompt(
     return Prompt(np.array(coords, np.float32).reshape(-1, 2), np.array(labels, np.int32))
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """Return a prompt as tables have it: "x,y:label" of each point."""
+    points = zip(prompt.point_coords, prompt.point_labels, strict=True)
+    return " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
+
+
 def distance_inside(mask: np.ndarray) -> np.ndarray:
     """Return each pixel's distance to the outline of an HxW bool mask, HxW float32.
 

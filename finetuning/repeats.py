@@ -100,9 +100,16 @@ def which_resume(trainings: Sequence[Training], resume: bool) -> list[bool]:
     return [resume and (is_begun or not any(begun)) for is_begun in begun]
 
 
-def forget_repeats(output: Path, folds: int | None) -> None:
-    """Remove what earlier repeats in this folder have concluded: it will not be true any more."""
+def forget_repeats(
+    output: Path, trainings: Sequence[Training], folds: int | None, resume: bool
+) -> None:
+    """Remove what earlier repeats in this folder have concluded: it will not be true any more.
+
+    Unless they are resumed, what they were at is removed, too, lest it be resumed later.
+    """
     (output / (FOLDS_FILE if folds else RUNS_FILE)).unlink(missing_ok=True)
+    for training in trainings[1:] if not resume else ():
+        (training.output / STATE_FILE).unlink(missing_ok=True)
 
 
 def describe_training(training: Training, data: Path) -> str:

@@ -188,7 +188,7 @@ def split_sentence(split: str, say: Language = ENGLISH) -> str:
     if split == "val":
         return say(
             "val chose the best epoch, so this flatters a little: "
-            "download_dataset.py --test-fraction 0.1 keeps images apart for it"
+            "download_dataset.py with --test-fraction 0.1 keeps images apart for it"
         )
     if split.endswith("folds"):
         return say(

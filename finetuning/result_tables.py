@@ -11,6 +11,7 @@ from finetuning.evaluation import Result, group_by_image, mean_metrics, unit_of
 from finetuning.files import write_csv
 from finetuning.language import ENGLISH, Language
 from finetuning.metrics import METRICS, PIXEL_METRICS
+from finetuning.prompts import prompt_text
 from finetuning.tables import Table
 
 # Of an object, by the fraction of the image that its true mask covers: at least, and below
@@ -83,9 +84,7 @@ def write_results(path: Path, results: list[Result]) -> None:
     columns = [f"{model}_{name}" for name in names for model in ("original", "finetuned")]
     rows = []
     for result in results:
-        points = zip(result.prompt.point_coords, result.prompt.point_labels, strict=True)
-        prompt = " ".join(f"{x:g},{y:g}:{label}" for (x, y), label in points)
         numbers = [of_model[name] for name in METRICS for of_model in result.metrics]
         numbers = [f"{value:.6f}" for value in (*numbers, result.area_fraction)]
-        rows.append([*result.name, prompt, *numbers])
+        rows.append([*result.name, prompt_text(result.prompt), *numbers])
     write_csv(path, ["image", "object", "prompt", *columns, "area_fraction"], rows)

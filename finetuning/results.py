@@ -17,10 +17,10 @@ from finetuning.coco_results import coco_files
 from finetuning.csv_files import read_table
 from finetuning.files import atomic_write, write_csv
 from finetuning.pairs import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
-from finetuning.prompts import mask_box
+from finetuning.prompts import Prompt, mask_box, prompt_text
 from finetuning.result_files import Segmented, file_names, remove_others, write_files
 
-COLUMNS = ("image", "object", "score", "area", "box", "files", "error")
+COLUMNS = ("image", "object", "prompt", "score", "area", "box", "files", "error")
 TABLE, SETTINGS = "results.csv", "settings.json"
 
 
@@ -109,12 +109,13 @@ class Results:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def is_done(self, image: FolderImage, objects: list[str] | None) -> bool:
-        """Say whether an image has its rows, of these objects if they are known, and its files."""
+    def is_done(self, image: FolderImage, prompts: dict[str, Prompt] | None) -> bool:
+        """Say whether an image has its files and its rows, by these prompts if they are known."""
         rows = self.rows.get(image.name, [])
         if not rows or any(row.get("error") for row in rows):
             return False
-        if objects is not None and [row["object"] for row in rows] != objects:
+        given = [(row["object"], row["prompt"]) for row in rows]
+        if prompts and given != [(name, prompt_text(prompt)) for name, prompt in prompts.items()]:
             return False
         names = file_names(image.stem, self.kinds, [bool(row["box"]) for row in rows])
         files = {name for of_object in names for name in of_object.values()}
@@ -140,6 +141,7 @@ class Results:
         self.rows[image.name] = [
             {
                 "object": found.name,
+                "prompt": prompt_text(found.prompt),
                 "score": f"{found.score:.4f}",
                 "area": str(found.mask.sum()),
                 "box": " ".join(map(str, mask_box(found.mask))) if found.mask.any() else "",
@@ -150,7 +152,10 @@ class Results:
         self.is_written = False
 
     def fail(self, image: FolderImage, reason: str) -> None:
-        """Keep why an image has no results."""
+        """Keep why an image has no results, and remove those of an earlier run."""
+        remove_others(self.folder, image.stem, [], self.earlier.get(image.name, 0))
+        for file in self.coco:
+            file.entries.pop(image.name, None)
         self.rows[image.name] = [{"error": reason}]
         self.is_written = False
 

@@ -27,12 +27,15 @@ def split_names(
     if len(groups) < needed:
         splits = "train, val and test" if test_fraction else "train and val"
         what = f"{count} pair{'s' * (count != 1)}"
+        hint = ""
         if len(groups) < count:
+            hint = ", or leave the groups out (copies: --copies ignore)"
             what += f" in {len(groups)} group{'s' * (len(groups) > 1)}, which stay together,"
-        raise UserError(f"{what} cannot be split into {splits}; add more pairs")
+        raise UserError(f"{what} cannot be split into {splits}; add more pairs{hint}")
     val, rest = choose_groups(groups, count * val_fraction)
     if len(rest) < needed - 1:  # nothing would be left for train or for test
-        val, rest = groups[:1], groups[1:]
+        val = [min(groups, key=len)]
+        rest = [group for group in groups if group is not val[0]]
     test, train = choose_groups(rest, count * test_fraction) if test_fraction else ([], rest)
     splits = {"train": train, "val": val, "test": test}
     return {

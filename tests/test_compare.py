@@ -299,6 +299,8 @@ def test_folds_measure_each_image_once_by_a_model_that_has_not_seen_it(
         of_fold = [rows[Path(f["image"]).name + ".jpg"] for f in folds if f["fold"] == number]
         assert np.mean(of_fold) == pytest.approx(last, abs=1e-5)
 
+    assert run_script(main, "--folds", "--original", random_mini, "--limit", 1).status == 0
+    assert len(read_results()) == 3  # of each fold
     Path("output/fold_2/sam2_final.pt").unlink()
     outcome = run_script(main, "--folds", "--original", random_mini)
     assert outcome.status == 2 and "sam2_final.pt is missing" in outcome.err

@@ -144,6 +144,27 @@ def test_a_rerun_does_what_is_missing(run_script, folder, monkeypatch):
     assert (OUTPUT / "c_1_cutout.png").is_file()
 
 
+def test_an_image_whose_prompt_has_changed_is_done_again(run_script, folder, monkeypatch):
+    all_boxes(run_script, folder)
+    segmented = count_segmented(monkeypatch)
+    table = boxes_for("a.png", "b.jpg", "한글 이름.png")
+    text = table.read_text(encoding="utf-8-sig").replace("b.jpg,30", "b.jpg,31", 1)
+    outcome = segment(run_script, folder, "--prompts", write_table(text))
+    assert outcome.status == 0 and segmented == ["b.jpg"], outcome.out
+    segment(run_script, folder, "--auto", "whole")
+    assert segmented[1:] == ["a.png", "b.jpg", "한글 이름.png"]
+
+
+def test_an_image_that_fails_now_keeps_no_results_of_before(run_script, folder):
+    all_boxes(run_script, folder, "--save", "masks,overlays,coco")
+    (folder / "b.jpg").write_bytes(b"broken")
+    (OUTPUT / "b_overlay.png").unlink()  # so that it is done again
+    outcome = all_boxes(run_script, folder, "--save", "masks,overlays,coco")
+    assert outcome.status == 1 and not list(OUTPUT.glob("b_*"))
+    coco = json.loads((OUTPUT / "coco.json").read_text(encoding="utf-8"))
+    assert [image["file_name"] for image in coco["images"]] == ["a.png", "한글 이름.png"]
+
+
 def test_a_run_that_was_killed_is_completed_by_the_next(run_script, folder, monkeypatch):
     write = folder_run.Results.write
     monkeypatch.setattr(folder_run, "WRITE_SECONDS", 0)
@@ -297,7 +318,7 @@ def test_a_table_of_another_kind_is_not_overwritten(run_script, folder):
 
 def read_columns(more: str) -> list[str]:
     """Return the lines of a table that has one column more."""
-    return [",".join((*results.COLUMNS, more)), "a.png,1,0.5,10,1 1 2 2,a_mask.png,,mine"]
+    return [",".join((*results.COLUMNS, more)), "a.png,1,p,0.5,10,1 1 2 2,a_mask.png,,mine"]
 
 
 def test_names_that_a_spreadsheet_would_run_are_known_again(run_script, folder, monkeypatch):

@@ -9,7 +9,8 @@ import torch
 from conftest import CPU, draw_pair, write_data
 
 import compare_models
-from finetuning.batches import ALL, Step, TrainingSet, mask_on_grid
+from finetuning import distributed
+from finetuning.batches import ALL, EpochSampler, Step, TrainingSet, mask_on_grid
 from finetuning.evaluation import Model, measure
 from finetuning.feature_cache import FeatureSource
 from finetuning.image_files import write_image
@@ -84,6 +85,20 @@ def test_all_objects_count_as_one_when_measured_without_a_prompt(pairs, predicto
     assert results[0].area_fraction == pytest.approx(whole.mean())
     assert len(read_objects(results[0].pair)) == 1  # for pictures and clicks, too
     assert len(measure([model], pairs, "center")) == 4
+
+
+def test_all_objects_are_meant_though_some_are_chosen(pairs):
+    chosen = pairs[0]._replace(chosen=(1,), as_one=True)
+    whole = np.logical_or.reduce(list(read_objects(pairs[0])))
+    assert np.array_equal(read_objects(chosen)[0], whole)
+
+
+def test_processes_share_such_a_step_by_its_images(pairs, monkeypatch):
+    monkeypatch.setattr(distributed, "share", lambda items: items[:1])
+    training_set = TrainingSet(pairs, None, 256, 0, "mixed", none_share=1.0)
+    (step,) = EpochSampler({0: 3, 1: 1}, 2, seed=0, objects_per_image=4)
+    assert step.fraction in (0.75, 0.25)
+    assert training_set[step].fraction == 0.5
 
 
 def test_training_logs_what_is_reached_without_a_prompt(run_script, tmp_path, random_mini):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import snapshot, write_data
 
+import train_sam2_proper
 from finetuning.checkpoints import load_checkpoint
 from finetuning.pairs import split_pairs
 from finetuning.recipe import Recipe
@@ -72,6 +73,20 @@ def test_runs_go_on_after_an_interruption(train):
     assert same(whole, weights("output/run_2/sam2_final.pt"))
     assert same(first, weights("output/sam2_final.pt"))
     assert train("--epochs", 2, "--runs", 2, "--resume", "--output", "none").status == 2
+
+
+def test_a_new_command_is_not_resumed_with_the_runs_of_an_earlier_one(train, monkeypatch):
+    assert train("--epochs", 1, "--runs", 2).status == 0
+    with monkeypatch.context() as patch:  # stopped in its first run
+        patch.setattr(train_sam2_proper, "fit", interrupt)
+        assert train("--epochs", 1, "--runs", 2, "--weight-decay", 0.1).status == 130
+    outcome = train("--epochs", 1, "--runs", 2, "--weight-decay", 0.1, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert len(read("output/runs.csv")) == 2
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_each_image_is_the_val_of_one_fold_and_trained_on_in_the_others(tmp_path):

@@ -109,7 +109,7 @@ def test_an_image_with_many_objects_counts_once_among_the_images_medians():
 
 def test_images_are_counted_and_what_the_split_means_is_said():
     for split, words in (
-        ("val", "download_dataset.py --test-fraction 0.1"),
+        ("val", "download_dataset.py with --test-fraction 0.1"),
         ("test", "no training has read these images"),
         ("train", "the model has learnt these images"),
     ):

@@ -83,6 +83,15 @@ def test_folds_have_each_name_once_and_each_group_whole(group_of, count, seed):
     assert max(map(len, folds)) - min(map(len, folds)) <= largest
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_large_group_is_for_training(seed):
+    group_of = {f"{g}{i}": g for g, size in (("a", 60), ("b", 5), ("c", 5)) for i in range(size)}
+    splits = split_names(group_of, 0.2, seed, 0.1, group_of)
+    assert {split: len(names) for split, names in splits.items()} == {
+        "train": 60, "val": 5, "test": 5,
+    }  # fmt: skip
+
+
 def test_too_few_groups_are_refused():
     group_of = {"a1": "a", "a2": "a", "a3": "a"}
     with pytest.raises(UserError, match=r"3 pairs in 1 group, which stay together, cannot be"):
@@ -131,6 +140,21 @@ def test_what_all_images_share_makes_no_copies():
     flat = np.stack(thumbnails).reshape(len(images), -1)
     assert np.corrcoef(flat).min() > 0.9  # as they are, they look alike
     assert find_copies(thumbnails, list(map(str, range(len(images))))) == []
+
+
+def test_fixed_cameras_make_no_copies():
+    rng = np.random.default_rng(0)
+    rooms = [
+        cv2.resize(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8), (160, 160)) for _ in range(3)
+    ]
+    images = []
+    for index in range(60):
+        images.append(rooms[index % 3].copy())
+        for x, y in rng.integers(10, 150, (5, 2)).tolist():
+            cv2.circle(images[-1], (x, y), 4, rng.integers(0, 255, 3).tolist(), -1)
+    images.append(cv2.GaussianBlur(images[7], (3, 3), 0))  # and one that is a copy
+    copies = find_copies(thumbnails_of(images), list(map(str, range(61))))
+    assert [copy[:2] for copy in copies] == [(7, 60)]
 
 
 def test_equal_files_are_copies_whatever_they_show():
@@ -239,6 +263,29 @@ def test_groups_of_a_table(run_script, tmp_path, encoding):
     outcome = run_script(main, *OPTIONS, "--groups", "groups.csv", "--force")
     assert outcome.status == 2 and "has no group for 1 of 12 images: b-3_0" in outcome.err
     assert {pair.group for pair in split_pairs(Path("data"), "val")}  # what there was is kept
+
+
+def test_images_whose_names_do_not_match_are_on_their_own(run_script, tmp_path):
+    write_pairs(tmp_path, 6)
+    for kind in ("images", "masks"):
+        for index in (0, 1, 2):
+            path = next(Path(kind).glob(f"pair_00{index}.*"))
+            path.rename(path.with_stem(f"scan{index}"))
+    outcome = run_script(main, *OPTIONS, "--group-regex", "(.+)[_-]")
+    assert outcome.status == 0, outcome.err
+    assert "groups: 1, which stay together; 3 images are in none: scan0" in outcome.out
+    pairs = [pair for split in ("train", "val") for pair in split_pairs(Path("data"), split)]
+    assert {pair.name: pair.group for pair in pairs if pair.group} == dict.fromkeys(
+        ("pair_003", "pair_004", "pair_005"), "pair"
+    )
+
+
+def test_a_table_with_two_groups_for_one_name_is_refused(run_script, tmp_path):
+    write_pairs(tmp_path, 3)
+    rows = [f"{site}/images/pair_00{i}.jpg,{site}" for site in "ab" for i in range(3)]
+    Path("groups.csv").write_text("\n".join(["image,group", *rows]), encoding="utf-8")
+    outcome = run_script(main, *OPTIONS, "--groups", "groups.csv")
+    assert outcome.status == 2 and "row 5: images/pair_000.jpg is in two groups" in outcome.err
 
 
 @pytest.mark.parametrize(
