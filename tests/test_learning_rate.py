@@ -181,3 +181,14 @@ def test_where_auto_is_of_no_use_one_line_says_so(train, monkeypatch):
     outcome = train("--lr", "auto")
     assert outcome.status == 2 and "one process" in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_trials_do_not_measure_what_is_in_a_group_with_what_they_learnt_from():
+    group_of = {index: f"video {index // 5}" for index in range(30)} | {30: None, 31: None}
+    for seed_ in range(5):
+        learn_from, held_out, _ = split_for_trials(list(range(32)), seed_, group_of)
+        assert sorted(learn_from + held_out) == list(range(32))
+        groups = [{group_of[i] for i in part if group_of[i]} for part in (learn_from, held_out)]
+        assert not groups[0] & groups[1] and 8 <= len(held_out) <= 12
+    alone = dict.fromkeys(range(32))
+    assert split_for_trials(list(range(32)), 1, alone) == split_for_trials(list(range(32)), 1)
