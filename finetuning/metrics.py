@@ -48,7 +48,7 @@ def calculate_hd95(predicted: np.ndarray, true: np.ndarray) -> float:
         return float(np.hypot(*true.shape)) if predicted.any() or true.any() else 0.0
     surfaces = [find_surface(mask) for mask in crop_to_union(predicted, true)]
     directed = [
-        np.percentile(distance_to(target)[surface], 95)
+        np.percentile(distance_to(target)[surface].astype(np.float64), 95)
         for surface, target in (surfaces, surfaces[::-1])
     ]
     return float(max(directed))
