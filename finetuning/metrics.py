@@ -48,7 +48,7 @@ def calculate_hd95(predicted: np.ndarray, true: np.ndarray) -> float:
         return float(np.hypot(*true.shape)) if predicted.any() or true.any() else 0.0
     surfaces = [find_surface(mask) for mask in crop_to_union(predicted, true)]
     directed = [
-        np.percentile(distance_to(target)[surface].astype(np.float64), 95)
+        np.percentile(distance_to(target)[surface], 95)
         for surface, target in (surfaces, surfaces[::-1])
     ]
     return float(max(directed))
@@ -98,6 +98,8 @@ def find_surface(mask: np.ndarray) -> np.ndarray:
 
 
 def distance_to(surface: np.ndarray) -> np.ndarray:
-    """Return each pixel's Euclidean distance to the nearest pixel of a surface, HxW float32."""
-    # OpenCV measures the distance to the nearest zero.
-    return cv2.distanceTransform((~surface).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    """Return each pixel's Euclidean distance to the nearest pixel of a surface, HxW float64."""
+    # OpenCV measures the distance to the nearest zero
+    distance = cv2.distanceTransform((~surface).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # Squares are whole numbers, of which OpenCV's roots are off in the last digit at times
+    return np.sqrt(np.rint(np.square(distance, dtype=np.float64)))
