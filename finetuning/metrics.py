@@ -12,6 +12,8 @@ from sam2_utils import calculate_dice, calculate_iou
 import cv2
 import numpy as np
 
+from finetuning.prompts import distance_to_zero
+
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its 4 neighbours
 
 
@@ -99,7 +101,4 @@ def find_surface(mask: np.ndarray) -> np.ndarray:
 
 def distance_to(surface: np.ndarray) -> np.ndarray:
     """Return each pixel's Euclidean distance to the nearest pixel of a surface, HxW float64."""
-    # OpenCV measures the distance to the nearest zero
-    distance = cv2.distanceTransform((~surface).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    # Squares are whole numbers, of which OpenCV's roots are off in the last digit at times
-    return np.sqrt(np.rint(np.square(distance, dtype=np.float64)))
+    return distance_to_zero((~surface).view(np.uint8), np.float64)

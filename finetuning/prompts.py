@@ -46,10 +46,15 @@ def distance_inside(mask: np.ndarray) -> np.ndarray:
     It is the Euclidean distance transform; the image's border counts as an outline.
     """
     padded = np.pad(mask.astype(np.uint8), 1)
-    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    return distance_to_zero(padded, np.float32)[1:-1, 1:-1]
+
+
+def distance_to_zero(values: np.ndarray, dtype: type) -> np.ndarray:
+    """Return each pixel's Euclidean distance to the nearest 0 of HxW uint8 values, as a dtype."""
+    distance = cv2.distanceTransform(values, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     # Squares are whole numbers. OpenCV's roots of equal ones differ in the last digit, by where in
     # memory they lie; then the deepest of several equally deep pixels would be a matter of luck.
-    return np.sqrt(np.rint(distance * distance))
+    return np.sqrt(np.rint(np.square(distance, dtype=dtype)))
 
 
 def deepest_point(mask: np.ndarray) -> tuple[int, int]:
