@@ -6,13 +6,14 @@
     python compare_models.py --figures 20       # more pictures
     python compare_models.py --clicks 10        # and when their masks are corrected, click by click
     python compare_models.py --mask single      # the mask that other tools take
+    python compare_models.py --auto             # and how many objects are found without a prompt
     python compare_models.py --folds            # what train_sam2_proper.py --folds trained
     python compare_models.py --demo             # what train_sam2_proper.py --demo made
 
 Both models get the same prompts, and of three masks each the one with the highest predicted
 score counts; or SAM 2's single mask, with --mask single. Written to output/comparison/:
 report.html, which holds all that is printed; results.csv, scatter.png and the pictures; with
---clicks, also clicks.csv and clicks.png.
+--clicks, also clicks.csv and clicks.png; with --auto, auto.csv.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from finetuning.command_line import (
     seed,
 )
 from finetuning.compared_models import load_models
+from finetuning.detection import AUTO_FILE, compare_automatic
 from finetuning.evaluation import Model, Result, measure, unit_of
 from finetuning.figures import draw_comparisons, remove_earlier
 from finetuning.language import Language, add_language_option
@@ -176,6 +178,11 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="give the models the clicks alone, without their previous mask",
     )
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="also count the objects that SAM 2's automatic mask generator finds (slow)",
+    )
     results = parser.add_argument_group("results")
     results.add_argument(
         "--output", type=Path, default=Path("output/comparison"), help="where they go"
@@ -202,6 +209,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     if args.folds and args.split:
         raise UserError("--folds measures train and val; leave --split out")
+    if args.folds and args.auto:
+        raise UserError("--auto measures one model, and --folds several; leave one of them out")
     if args.no_mask_prompt and not args.clicks:
         raise UserError("--no-mask-prompt is about simulated clicks; add --clicks 10, say")
     return args
@@ -244,11 +253,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.clicks:
         clicks = compare_clicks(args.output, results, args.clicks, with_mask, args.mask, say)
         print_anywhere("\n" + format_table(clicks))
+    automatic = None
+    if args.auto:
+        of_models = [original, *finetuned], files.facts, *pairs_of.values()
+        training = split_pairs(args.data, "train")
+        automatic = compare_automatic(args.output, *of_models, training, args.seed, say)
+        print_anywhere("\n" + format_table(automatic))
     setup = Setup(args.data, split, args.prompt, args.mask, args.seed, ["compare_models.py", *argv])
-    write_page(args.output, summary, files, original, setup, clicks, pictures, say)
-    names = ", ".join(
-        ["report.html", "results.csv", "scatter.png", *(CLICK_FILES if clicks else ())]
-    )
+    write_page(args.output, summary, files, original, setup, clicks, pictures, say, automatic)
+    extra = (*(CLICK_FILES if clicks else ()), *([AUTO_FILE] if automatic else ()))
+    names = ", ".join(["report.html", "results.csv", "scatter.png", *extra])
     print(
         say(
             "\nwrote {names} and {count} picture(s) to {output}",

@@ -7,6 +7,7 @@
     python test_my_image.py --image my_folder --prompts prompts.csv   # image,x,y; image,x1,y1,x2,y2
     python test_my_image.py --image my_folder                         # click in each image in turn
     python test_my_image.py --image my_folder --auto whole            # no prompt: one mask an image
+    python test_my_image.py --image my_folder --auto objects          # no prompt: all objects
     python test_my_image.py --image my_folder --auto whole --save masks,overlays,cutouts,coco
     python test_my_image.py --demo                                    # an image of the demo
 
@@ -29,12 +30,12 @@ from sam2_utils import UserError, select_device
 
 import numpy as np
 
+from finetuning.automatic import ANY, Rule, rule_of
 from finetuning.coco_results import coco_files, require_pycocotools
 from finetuning.command_line import (
     ArgumentParser,
     add_device_option,
     add_precision_option,
-    parse_numbers,
     parse_range,
     quoted,
     run,
@@ -42,12 +43,11 @@ from finetuning.command_line import (
 from finetuning.files import only_run_in
 from finetuning.folder_run import (
     Tally,
+    Way,
     read_like_training,
     segment_folder,
-    segment_in_window,
-    segment_prompts,
 )
-from finetuning.given_prompts import AddToPrompt, make_prompts
+from finetuning.given_prompts import add_prompt_options, make_prompts
 from finetuning.image_files import read_image, read_mask
 from finetuning.model_choice import load_segmenters, value_range_of
 from finetuning.models import MODELS, ensure_checkpoint
@@ -56,22 +56,8 @@ from finetuning.prompt_table import check_inside, read_prompts
 from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.result_files import KINDS, Segmented, free_name, write_files
 from finetuning.results import TABLE, Results, list_images, printable, settings_of
-from finetuning.segmenter import Segmenter
 
 DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))
-
-
-def parse_point(text: str) -> tuple[float, ...]:
-    """Parse "x,y"."""
-    return parse_numbers(text, 2, "320,200")
-
-
-def parse_box(text: str) -> tuple[float, ...]:
-    """Parse "x1,y1,x2,y2", top left before bottom right."""
-    x1, y1, x2, y2 = box = parse_numbers(text, 4, "40,30,600,460")
-    if x1 >= x2 or y1 >= y2:
-        raise argparse.ArgumentTypeError(f'"{text}" is empty or turned round: x1<x2 and y1<y2')
-    return box
 
 
 def parse_kinds(text: str) -> set[str]:
@@ -97,26 +83,24 @@ def prompts_of_each(
 def segment_one(
     image: np.ndarray,
     prompts: dict[str, Prompt] | None,
-    segmenters: dict[str, Segmenter],
+    way: Way,
     title: str,
 ) -> list[Segmented]:
-    """Segment an HxWx3 uint8 RGB image by the prompts of its objects, or by clicks in a window."""
-    if prompts is None:
-        objects, _ = segment_in_window(segmenters, image, title)
-        if not objects:
-            raise UserError("nothing was clicked; click on the object, then press Enter")
-        return objects
-    for prompt in prompts.values():
+    """Segment one HxWx3 uint8 RGB image; `prompts` are its objects', where there are any."""
+    for prompt in prompts.values() if prompts else ():
         check_inside(prompt, image.shape[1], image.shape[0])
-    return segment_prompts(next(iter(segmenters.values())), image, prompts)
+    objects, _ = way.segment(image, prompts, title)
+    if not objects:
+        raise UserError("nothing was clicked; click on the object, then press Enter")
+    return objects
 
 
 def save_one(
     output: Path, path: Path, image: np.ndarray, objects: list[Segmented], kinds: set[str]
 ) -> None:
     """Write what was found in one image, under names that are free, and say where and what."""
-    for number, found in enumerate(objects, start=1):
-        which = f"object {number}\n" if len(objects) > 1 else ""
+    for found in objects:
+        which = f"object {found.name}\n" if len(objects) > 1 else ""
         print(f"{which}score:   {found.score:.3f} (the model's own estimate of its IoU)")
         print(f"area:    {found.mask.sum()} pixels, {found.mask.mean():.1%} of the image")
     name = free_name(output, path.stem)
@@ -146,29 +130,6 @@ def print_tally(tally: Tally, table: Path) -> None:
         message = f"{len(tally.failed)} image(s) failed: {names}; {table} says why"
         print(f"error: {message}; mend them and run this again", file=sys.stderr)
         raise SystemExit(1)
-
-
-def add_prompt_options(parser: ArgumentParser) -> None:
-    prompt = parser.add_argument_group("the prompt (without one, a window opens to click in)")
-    another = "its bounding box; a second box is another object's"
-    for option, parse, metavar, what in (
-        ("--point", parse_point, '"x,y"', "a point on the object; may be repeated"),
-        ("--negative-point", parse_point, '"x,y"', "one on what is not the object; likewise"),
-        ("--box", parse_box, '"x1,y1,x2,y2"', another),
-    ):
-        prompt.add_argument(
-            option, action=AddToPrompt, type=parse, metavar=metavar, help=what, dest="given"
-        )
-    prompt.add_argument(
-        "--next-object", action=AddToPrompt, nargs=0, dest="given", help="points of another follow"
-    )
-    prompt.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE.csv",
-        help="of a folder: image,x,y or image,x1,y1,x2,y2",
-    )
-    prompt.add_argument("--auto", choices=("whole",), help="no prompt: one mask an image")
 
 
 def make_parser() -> ArgumentParser:
@@ -218,6 +179,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--original and --checkpoint name two models; give one of them")
     if bool(args.given) + bool(args.prompts) + bool(args.auto) > 1:
         parser.error("points and boxes, --prompts and --auto are three ways; choose one of them")
+    if args.auto != "objects" and (args.min_score is not None or args.min_area is not None):
+        parser.error("--min-score and --min-area are of --auto objects; add it")
     if args.given and args.image.is_dir():
         parser.error("points and boxes are of one image; for a folder, use --prompts FILE.csv")
     if (args.prompts or args.overwrite) and not args.image.is_dir():
@@ -242,6 +205,26 @@ def choose_checkpoint(
     return file or finetuned
 
 
+def choose_rule(
+    facts: dict[str, Any], checkpoint: Path, min_score: float | None, min_area: float | None
+) -> Rule:
+    """Return which masks --auto objects keeps: as asked for, as the model's file says, or SAM 2."""
+    known = rule_of(facts)
+    if not known and min_score is None:
+        print(
+            f"warning: {checkpoint} does not say which masks are objects, so SAM 2's own rule for "
+            "the original is taken; train with --background-share 0.1, or give a --min-score"
+        )
+    given = {"min_score": min_score, "min_area": min_area}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not known and min_score is not None:
+        known = ANY
+    rule = (known or Rule())._replace(**given)
+    area = f"{rule.min_area:.2%} of the image"
+    print(f"kept:    masks of a score above {rule.min_score:.3g} and an area of {area} or more")
+    return rule
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device, is_folder = select_device(args.device), args.image.is_dir()
@@ -264,22 +247,26 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = choose_checkpoint(
         args.checkpoint, args.finetuned, args.original, args.model, args.demo
     )
-    opens_window = not prompts and not args.prompts
+    opens_window = not prompts and not args.prompts and not args.auto
     segmenters, facts = load_segmenters(
         checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
     )
     print(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
     ranges = args.value_range, value_range_of(facts)
+    rule = None
+    if args.auto == "objects":
+        rule = choose_rule(facts, checkpoint, args.min_score, args.min_area)
+    way = Way(segmenters, rule, opens_window)
     if not is_folder:
         image = read_like_training(args.image, *ranges)
-        objects = segment_one(image, prompts, segmenters, args.image.name)
+        objects = segment_one(image, prompts, way, args.image.name)
         save_one(args.output, args.image, image, objects, args.save)
         return
 
     with only_run_in(args.output):
-        settings = settings_of(args.image, checkpoint, *ranges)
+        settings = settings_of(args.image, checkpoint, *ranges, rule)
         results = Results(args.output, args.save, settings, args.overwrite)
-        tally = segment_folder(images, of_images, segmenters, ranges, results, args.overwrite)
+        tally = segment_folder(images, of_images, way, ranges, results, args.overwrite)
     print_tally(tally, args.output / TABLE)
 
 

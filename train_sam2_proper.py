@@ -40,6 +40,7 @@ from finetuning import distributed, encoder_training, run_state
 from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_objects
 from finetuning.clicks import add_clicks
 from finetuning.command_line import ArgumentParser, run
+from finetuning.detection import keep_rule
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.feature_cache import FeatureSource, open_cache
@@ -227,7 +228,8 @@ def train(
     model = Model(predictor, FeatureSource(predictor, machine.precision, cache))
     size = predictor.model.image_size
     training_set = TrainingSet(
-        pairs["train"], cache, size, recipe.seed, recipe.prompts, recipe.none_share
+        *(pairs["train"], cache, size, recipe.seed),
+        *(recipe.prompts, recipe.none_share, recipe.background_share),
     )
     objects = training_objects(pairs["train"], cache)
     val_pairs = limit_objects(pairs["val"], recipe.seed)
@@ -252,6 +254,9 @@ def train(
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, predictor.device)
     fit(learner, model, loader, val_pairs, recipe, log, settings, output)
+    if recipe.background_share and distributed.rank() == 0:
+        best = output / run_state.BEST_FILE
+        keep_rule(best, predictor.device, machine.precision, pairs["train"], recipe.seed)
     return log
 
 

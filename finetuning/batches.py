@@ -29,7 +29,8 @@ from finetuning.prompts import Prompt, PromptPlan, draw_prompt, plan_prompts
 from finetuning.segmentation import Features
 
 LOSS_GRID = 256  # what the loss is measured on, in cells a side: full-size models' own resolution
-ALL = 1 << 16  # for an object's number, which is less: all of an image's objects together
+# For an object's number, which is less: all of an image's objects together, and what is none
+ALL, BACKGROUND = 1 << 16, (1 << 16) + 1
 PREFETCH = 2  # batches that each loading process has ready
 
 
@@ -71,10 +72,11 @@ class TrainingSet(Dataset):
         seed: int,
         prompt_mix: str = "random",
         none_share: float = 0.0,
+        background_share: float = 0.0,
     ) -> None:
-        """prompt_mix, none_share: as in plan_prompts."""
+        """prompt_mix and the shares: as in plan_prompts."""
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
-        self.prompt_mix, self.none_share = prompt_mix, none_share
+        self.mix = prompt_mix, none_share, background_share
         # Of the objects so far, by image and object, packed: a kB or so each
         self._grids: dict[tuple[int, int], bytes] = {}
 
@@ -89,9 +91,14 @@ class TrainingSet(Dataset):
         epoch, indices, fraction, number, objects, image_fraction = step
         objects = objects or [(0,)] * len(indices)
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
-        plan = plan_prompts(self.prompt_mix, rng, self.none_share)
+        mix, *shares = self.mix
+        plan = plan_prompts(mix, rng, *shares)
         if plan.kind == "none":  # nothing says which object is meant: it is all of them
             objects, fraction = [(ALL,)] * len(indices), image_fraction
+        if plan.background and fraction:
+            mine, images = sum(map(len, objects)), len(indices)
+            fraction = (mine + images) / (mine / fraction + images / image_fraction)
+            objects = [(*chosen, BACKGROUND) for chosen in objects]
         if self.cache is not None:
             features, images = self.cache.read([self.pairs[index].image for index in indices]), []
             grids = [
@@ -109,13 +116,15 @@ class TrainingSet(Dataset):
             grids = [mask_on_grid(mask, self.image_size) for mask in masks]
             true_masks = [mask.astype(np.float32) for mask in masks]
         examples = [(i, k) for i, chosen in enumerate(objects) for k in chosen]
-        prompts = [
-            draw_prompt(grid, plan.kind, np.random.default_rng([self.seed, epoch, indices[i], k]))
-            for (i, k), grid in zip(examples, grids, strict=True)
-        ]
-        true_masks = list(map(torch.from_numpy, true_masks))
-        image_of = [i for i, _ in examples]
-        return Batch(features, images, image_of, prompts, plan, true_masks, fraction)
+        image_of, prompts, answers = [], [], []
+        for (i, k), grid, mask in zip(examples, grids, true_masks, strict=True):
+            if not grid.any():  # the background of an image that is full of objects
+                continue
+            rng = np.random.default_rng([self.seed, epoch, indices[i], k])
+            image_of.append(i)
+            prompts.append(draw_prompt(grid, plan.kind, rng))
+            answers.append(torch.from_numpy(mask * np.float32(k != BACKGROUND)))
+        return Batch(features, images, image_of, prompts, plan, answers, fraction)
 
     def _grids_of(self, index: int, chosen: tuple[int, ...]) -> list[np.ndarray]:
         """Return masks of objects of an image in the cache, on the grid of the model's input.
@@ -137,17 +146,19 @@ class TrainingSet(Dataset):
 
 
 def mask_of(objects: Objects, k: int) -> np.ndarray:
-    """Return the HxW bool mask of an object, or of ALL of them."""
+    """Return the HxW bool mask of an object, of ALL of them, or of the BACKGROUND."""
+    if k == BACKGROUND:
+        return ~objects.together()[0]
     return objects.together()[0] if k == ALL else objects[k]
 
 
 def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:
-    """Resize an HxW bool mask to size x size cells; the smallest object keeps a cell."""
+    """Resize an HxW bool mask to size x size cells; the smallest mask keeps a cell."""
     # Sides that shrink first: OpenCV takes the mean over areas only where none grows.
     shrunk = tuple(min(side, size) for side in mask.shape[::-1])
     covered = cv2.resize(mask.astype(np.float32), shrunk, interpolation=cv2.INTER_AREA)
     grid = cv2.resize(covered, (size, size), interpolation=cv2.INTER_AREA) >= 0.5
-    if not grid.any():
+    if mask.any() and not grid.any():
         y, x = np.nonzero(mask)
         grid[y * size // mask.shape[0], x * size // mask.shape[1]] = True
     return grid

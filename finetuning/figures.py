@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from finetuning.clicks import CLICK_FILES
+from finetuning.detection import AUTO_FILE
 from finetuning.drawing import draw_object, draw_panels
 from finetuning.evaluation import (
     Result,
@@ -73,5 +74,5 @@ def remove_earlier(output: Path) -> None:
     for path in output.glob("comparison_*.png"):
         if FIGURE_NAME.match(path.name):
             path.unlink()
-    for name in (*CLICK_FILES, *REPORT_FILES):
+    for name in (*CLICK_FILES, AUTO_FILE, *REPORT_FILES):
         (output / name).unlink(missing_ok=True)

@@ -16,10 +16,11 @@ from sam2_utils import UserError
 import numpy as np
 from tqdm import tqdm
 
+from finetuning.automatic import Rule, find_objects
 from finetuning.command_line import quoted
 from finetuning.image_files import read_image, read_values
 from finetuning.prompt_table import check_inside
-from finetuning.prompts import Prompt
+from finetuning.prompts import Prompt, make_prompt
 from finetuning.result_files import Segmented
 from finetuning.results import FolderImage, Results
 from finetuning.segmenter import Segmenter
@@ -61,6 +62,13 @@ def segment_prompts(
     ]
 
 
+def segment_all(segmenter: Segmenter, image: np.ndarray, rule: Rule) -> list[Segmented]:
+    """Find the objects of an HxWx3 uint8 RGB image; where there are none, one without pixels."""
+    found = find_objects(segmenter.predictor, segmenter.precision, image, rule)
+    nothing = Segmented("", make_prompt(), np.zeros(image.shape[:2], bool), 0.0)
+    return [Segmented(str(n), *one) for n, one in enumerate(found, start=1)] or [nothing]
+
+
 def segment_in_window(
     segmenters: dict[str, Segmenter], image: np.ndarray, title: str
 ) -> tuple[list[Segmented], bool]:
@@ -70,29 +78,55 @@ def segment_in_window(
     return objects, answer.leaves
 
 
+class Way(NamedTuple):
+    """How images are segmented: by prompts, by a rule that finds all objects, or in a window.
+
+    segmenters: by the names that the window shows; the first one is that for prompts and the rule.
+    """
+
+    segmenters: dict[str, Segmenter]
+    rule: Rule | None
+    asks: bool  # in a window
+
+    def segment(
+        self, image: np.ndarray, prompts: dict[str, Prompt] | None, title: str
+    ) -> tuple[list[Segmented], bool]:
+        """Return the objects of an HxWx3 uint8 RGB image, and whether no more is to follow.
+
+        prompts: of the objects, by name; title: the window's.
+        """
+        if self.asks:
+            return segment_in_window(self.segmenters, image, title)
+        segmenter = next(iter(self.segmenters.values()))
+        if self.rule:
+            return segment_all(segmenter, image, self.rule), False
+        return segment_prompts(segmenter, image, prompts), False
+
+
 def segment_folder(
     images: list[FolderImage],
     prompts: dict[str, dict[str, Prompt]] | None,
-    segmenters: dict[str, Segmenter],
+    way: Way,
     ranges: tuple[tuple[float, float] | None, tuple[float, float] | None],
     results: Results,
     overwrite: bool,
 ) -> Tally:
     """Segment the images that have no results yet, or all, and write what was found.
 
-    prompts: of images by name, and of their objects; without any, a window asks for each image.
-    segmenters: by the names that the window shows; the first one is that for prompts. ranges: as in
-    read_like_training. An image that cannot be read, or whose prompts lie outside it, is named, and
-    the others go on.
+    Arguments:
+      prompts: of images by name, and of their objects, where there are any.
+      ranges: as in read_like_training.
+
+    An image that cannot be read, or whose prompts lie outside it, is named, and the others go on.
     """
     wanted = [image for image in images if prompts is None or image.name in prompts]
     todo = [image for image in wanted if overwrite or not _is_done(image, prompts, results)]
-    if overwrite and prompts is not None:
+    if overwrite and not way.asks:
         results.forget([image.name for image in todo])
     left_out = {"had_results": len(wanted) - len(todo), "without_row": len(images) - len(wanted)}
     segmented, skipped, failed = 0, 0, []
     ahead = read_ahead(todo, functools.partial(_read, prompts=prompts, ranges=ranges))
-    bar = tqdm(ahead, "Segmenting", len(todo), unit="image", leave=False, disable=prompts is None)
+    bar = tqdm(ahead, "Segmenting", len(todo), unit="image", leave=False, disable=way.asks)
     with contextlib.closing(results), contextlib.closing(ahead), bar:
         for number, (image, future) in enumerate(bar, start=1):
             try:
@@ -102,18 +136,15 @@ def segment_folder(
                 results.fail(image, str(error) or "the memory is full")
                 bar.write(f"failed: {quoted(image.name)}: {quoted(str(error), 300)}", sys.stderr)
                 continue
-            if prompts is None:
-                title = f"{image.name} ({number} of {len(todo)})"
-                objects, leaves = segment_in_window(segmenters, values, title)
-                if leaves:
-                    break
-            else:
-                segmenter = next(iter(segmenters.values()))
-                objects = segment_prompts(segmenter, values, prompts[image.name])
+            of_image = prompts and prompts[image.name]
+            title = f"{image.name} ({number} of {len(todo)})"
+            objects, leaves = way.segment(values, of_image, title)
+            if leaves:
+                break
             if objects:
                 results.add(image, values, objects)
             segmented, skipped = segmented + bool(objects), skipped + (not objects)
-            results.write(0 if prompts is None else WRITE_SECONDS)
+            results.write(0 if way.asks else WRITE_SECONDS)
     return Tally(segmented, skipped, failed, **left_out)
 
 

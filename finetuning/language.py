@@ -111,6 +111,18 @@ KOREAN = {
     "(of {count} objects; not reached counts as {clicks})": (
         "NoC@85: IoU 85%까지의 평균 클릭 수 (객체 {count}개, 미도달은 {clicks}회로 계산)"
     ),
+    "objects found without a prompt: {count} in {images} images": (
+        "프롬프트 없이 찾은 객체: 이미지 {images}장의 객체 {count}개"
+    ),
+    "precision": "정밀도",
+    "recall": "재현율",
+    "F1, mean of images": "F1, 이미지별 평균",
+    "masks found": "찾은 마스크 수",
+    "that are objects": "그중 객체인 것",
+    "lowest score": "최저 점수",
+    "smallest area": "최소 면적",
+    "a mask counts as an object from an IoU of 0.5 on; both thresholds were chosen on training "
+    "images": "IoU가 0.5 이상이면 객체로 셉니다. 두 기준값은 학습 이미지에서 골랐습니다",
     # The page
     "SAM 2.1 {size}: original and fine-tuned": "SAM 2.1 {size}: 원본과 파인튜닝한 모델",
     "{images} images": "이미지 {images}장",
@@ -129,6 +141,7 @@ KOREAN = {
     "Chart: the mean IoU of both models over the number of clicks, as in the table above.": (
         "그래프: 클릭 수에 따른 두 모델의 평균 IoU. 값은 위의 표와 같음."
     ),
+    "Objects found without a prompt": "프롬프트 없이 찾은 객체",
     "Images": "이미지",
     "Left: the prompt and the true outline, in yellow. Middle: the original's mask. "
     "Right: the fine-tuned model's.": (

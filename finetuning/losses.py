@@ -23,12 +23,16 @@ def image_losses(
     With recipe.single_weight the single mask, which other tools take, learns as much: its mask and
     its score, and that there is an object (cross-entropy, weighted like a score).
 
+    Where the true mask is empty, the prompt is on background: scores of 0, and no object, are what
+    is right, whatever the masks; its train_iou is 1 where the score is below a half.
+
     Arguments:
       prediction: ...x4xHxW mask logits, at the true mask's resolution; ...x4 scores; ...x1.
       true_mask: ...xHxW float in [0, 1]; where cells are larger than pixels, the part covered.
     """
     mask_logits, iou_scores, object_logits = prediction
-    actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5)
+    exists = (true_mask.amax((-2, -1)) > 0).float()  # of each image
+    actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5) * exists[..., None]
     score_losses = (iou_scores - actual_iou).abs()
 
     # The three masks
@@ -36,20 +40,23 @@ def image_losses(
     losses = mask_losses(mask_logits[..., learning, :, :], true_mask, recipe.dice_weight)
     seg_loss = losses.min(-1).values if recipe.mask_loss == "best" else losses.mean(-1)
     score_loss = score_losses[..., 1:].mean(-1)
-    loss = seg_loss + recipe.score_weight * score_loss
+    loss = exists * seg_loss + recipe.score_weight * score_loss
 
     # The single mask
     if recipe.single_weight:
         single_loss = mask_losses(mask_logits[..., :1, :, :], true_mask, recipe.dice_weight)[..., 0]
-        scores_loss = score_losses[..., 0] + F.softplus(-object_logits)[..., 0]
-        loss = loss + recipe.single_weight * (single_loss + recipe.score_weight * scores_loss)
+        missed = F.softplus((1 - 2 * exists) * object_logits[..., 0])
+        scores_loss = score_losses[..., 0] + missed
+        of_single = exists * single_loss + recipe.score_weight * scores_loss
+        loss = loss + recipe.single_weight * of_single
 
-    chosen = iou_scores[..., 1:].argmax(-1, keepdim=True)
+    score, chosen = iou_scores[..., 1:].max(-1, keepdim=True)
+    train_iou = actual_iou[..., 1:].gather(-1, chosen) + (1 - exists[..., None]) * (score < 0.5)
     report = {
         "loss": loss.detach(),
-        "seg_loss": seg_loss.detach(),
+        "seg_loss": (exists * seg_loss).detach(),
         "score_loss": score_loss.detach(),
-        "train_iou": actual_iou[..., 1:].gather(-1, chosen).squeeze(-1),
+        "train_iou": train_iou.squeeze(-1),
     }
     return loss, report
 

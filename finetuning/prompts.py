@@ -134,15 +134,24 @@ class PromptPlan(NamedTuple):
     kind: str = "random"  # as in prompt_from_mask
     clicks: int = 0  # corrective clicks before the masks that the loss is of
     gives_mask: bool = False  # whether the mask to be corrected is a prompt, too
+    background: bool = False  # whether a point of each image is where no object is, too
 
 
-def plan_prompts(mix: str, rng: np.random.Generator, none_share: float = 0.0) -> PromptPlan:
+def plan_prompts(
+    mix: str, rng: np.random.Generator, none_share: float = 0.0, background_share: float = 0.0
+) -> PromptPlan:
     """Draw what a step is prompted with.
 
-    mix: random, inner or mixed (boxes and clicks, too). none_share: of the steps with no prompt.
+    Arguments:
+      mix: random, inner or mixed (boxes and clicks, too).
+      none_share: of the steps with no prompt.
+      background_share: of the steps with a point, with another on background.
     """
-    plan = _plan_prompts(mix, rng)
-    return PromptPlan("none") if rng.random() < none_share else plan
+    plan, drawn = _plan_prompts(mix, rng), rng.random()
+    if drawn < none_share:
+        return PromptPlan("none")
+    is_point = plan.kind in ("random", "inner") and not plan.clicks
+    return plan._replace(background=is_point and bool(rng.random() < background_share))
 
 
 def _plan_prompts(mix: str, rng: np.random.Generator) -> PromptPlan:

@@ -28,6 +28,7 @@ class Recipe:
     # What each step shows: mixed (points, boxes and clicks), inner or random points
     prompts: str = "mixed"
     none_share: float = 0.0  # of the steps show no prompt, and ask for all objects
+    background_share: float = 0.0  # of the steps point at background, where nothing is
 
     # The loss
     mask_loss: str = "first"  # which of the three masks learn; or best, or all
@@ -113,6 +114,12 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "none_share",
         "of the steps show no prompt: the model learns to find all objects by itself",
+        {"type": number(float, at_least=0, below=1)},
+    ),
+    (
+        "background_share",
+        "of the steps point at background: the model learns to say that nothing is there, for "
+        "test_my_image.py --auto objects",
         {"type": number(float, at_least=0, below=1)},
     ),
     ("seed", "of the order and the prompts", {"type": seed}),

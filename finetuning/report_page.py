@@ -71,12 +71,14 @@ def write_page(
     clicks: Table | None,
     pictures: Sequence[Picture],
     say: Language = ENGLISH,
+    automatic: Table | None = None,
 ) -> None:
     """Write report.html into the folder of the comparison, which has its charts already.
 
     Arguments:
       model: either one that was measured, for its device and precision.
-      clicks: the table of simulated clicks, if they were asked for.
+      clicks, automatic: the tables of simulated clicks, and of objects found without a prompt, if
+        they were asked for.
       pictures: from the biggest gain to the biggest loss.
     """
     environment = jinja2.Environment(
@@ -90,6 +92,7 @@ def write_page(
         size=files.model_name,
         setup=setup,
         clicks=clicks,
+        automatic=automatic,
         scatter_chart=embed_chart(output / "scatter.png"),
         clicks_chart=embed_chart(output / "clicks.png") if clicks else None,
         best=[embed_picture(picture) for picture in best],

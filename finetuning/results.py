@@ -12,6 +12,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
+from finetuning.automatic import Rule
 from finetuning.checkpoints import file_sha256
 from finetuning.coco_results import coco_files
 from finetuning.csv_files import read_table
@@ -67,12 +68,17 @@ def settings_of(
     checkpoint: Path,
     value_range: tuple[float, float] | None,
     trained_range: tuple[float, float] | None,
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
-    """Return what all results of a folder depend on, in plain values."""
+    """Return what all results of a folder depend on, in plain values.
+
+    rule: by which objects are found without a prompt, if they are.
+    """
     return {
         "folder": str(folder.resolve()),
         "model": file_sha256(checkpoint),
         "value range": list(value_range or trained_range or ()),
+        "way of finding objects": list(rule or ()),
     }
 
 
@@ -105,8 +111,9 @@ class Results:
         """Return the name of a setting that is not that of the results, if these are known."""
         try:
             earlier = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            earlier.setdefault("way of finding objects", [])  # of an earlier version
             return next((key for key in self.settings if earlier[key] != self.settings[key]), None)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def is_done(self, image: FolderImage, prompts: dict[str, Prompt] | None) -> bool:
