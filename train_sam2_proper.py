@@ -227,10 +227,7 @@ def train(
         cache = open_cache(predictor, Path(settings["cache"]), machine.precision, pairs)
     model = Model(predictor, FeatureSource(predictor, machine.precision, cache))
     size = predictor.model.image_size
-    training_set = TrainingSet(
-        *(pairs["train"], cache, size, recipe.seed),
-        *(recipe.prompts, recipe.none_share, recipe.background_share),
-    )
+    training_set = TrainingSet(pairs["train"], cache, size, recipe.seed, recipe.prompt_mix)
     objects = training_objects(pairs["train"], cache)
     val_pairs = limit_objects(pairs["val"], recipe.seed)
 

@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     precision = select_precision(args.precision, device)
     learner = make_learner(predictor, recipe, precision, args.gradient_checkpointing)
     pairs = split_pairs(args.data, "train", STEPS)
-    training_set = TrainingSet(pairs, None, predictor.model.image_size, recipe.seed, recipe.prompts)
+    training_set = TrainingSet(
+        pairs, None, predictor.model.image_size, recipe.seed, recipe.prompt_mix
+    )
     sampler = EpochSampler(dict.fromkeys(range(STEPS), 1), 1, recipe.seed)
     loader = make_loader(training_set, sampler, device)
     start = time.process_time()

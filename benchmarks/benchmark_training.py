@@ -168,7 +168,7 @@ def measure_project(
 
     count = len(bench.pairs)
     training_set = TrainingSet(
-        bench.pairs, cache, predictor.model.image_size, recipe.seed, recipe.prompts
+        bench.pairs, cache, predictor.model.image_size, recipe.seed, recipe.prompt_mix
     )
     objects = count_objects(bench.pairs)
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)

@@ -51,7 +51,8 @@ from train_sam2_proper import train_one_epoch
 BATCH = replace(GUIDE, batch_size=4)
 DICE = replace(BATCH, dice_weight=1.0)
 COSINE = replace(DICE, schedule="cosine")
-PLAIN = replace(DEFAULT, single_weight=0.0, max_grad_norm=0.0)
+ALWAYS = replace(DEFAULT, none_share=0.0)  # with a prompt
+PLAIN = replace(ALWAYS, single_weight=0.0, max_grad_norm=0.0)
 LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 OWN = ()
 # Each recipe, and the learning rates to choose from; OWN: it keeps the default's for the model.
@@ -63,12 +64,13 @@ COMPARED: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "+ inner points": (replace(COSINE, prompts="inner"), HIGH),
     "+ boxes and clicks": (PLAIN, HIGH),
     "the same, all masks": (replace(PLAIN, mask_loss="all"), HIGH),
-    "the default, but the single mask": (replace(DEFAULT, single_weight=0.0), OWN),
-    "the default, not clipped": (replace(DEFAULT, max_grad_norm=0.0), OWN),
-    "the default": (DEFAULT, OWN),
-    "1 step in 20 without a prompt": (replace(DEFAULT, none_share=0.05), OWN),
-    "1 step in 10 without": (replace(DEFAULT, none_share=0.1), OWN),
+    "the default, but the single mask": (replace(ALWAYS, single_weight=0.0), OWN),
+    "the default, not clipped": (replace(ALWAYS, max_grad_norm=0.0), OWN),
+    "the default, but always a prompt": (ALWAYS, OWN),
+    "the default (1 step in 20 without)": (DEFAULT, OWN),
+    "1 step in 10 without a prompt": (replace(DEFAULT, none_share=0.1), OWN),
     "1 step in 5 without": (replace(DEFAULT, none_share=0.2), OWN),
+    "with points on background": (replace(DEFAULT, background_share=0.5), OWN),
 }
 # What is measured: with one prompt (of a kind, and which mask counts), and after so many clicks
 PROMPTED = {
@@ -153,8 +155,7 @@ def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
         cache,
         predictor.model.image_size,
         recipe.seed,
-        recipe.prompts,
-        recipe.none_share,
+        recipe.prompt_mix,
     )
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, bench.device)

@@ -25,7 +25,14 @@ from finetuning import distributed
 from finetuning.feature_cache import FeatureCache
 from finetuning.objects import Objects, count_objects, read_objects, read_pair
 from finetuning.pairs import Pair, require_equal_sizes
-from finetuning.prompts import Prompt, PromptPlan, draw_prompt, plan_prompts
+from finetuning.prompts import (
+    RANDOM_POINTS,
+    Prompt,
+    PromptMix,
+    PromptPlan,
+    draw_prompt,
+    plan_prompts,
+)
 from finetuning.segmentation import Features
 
 LOSS_GRID = 256  # what the loss is measured on, in cells a side: full-size models' own resolution
@@ -70,13 +77,10 @@ class TrainingSet(Dataset):
         cache: FeatureCache | None,
         image_size: int,
         seed: int,
-        prompt_mix: str = "random",
-        none_share: float = 0.0,
-        background_share: float = 0.0,
+        mix: PromptMix = RANDOM_POINTS,
     ) -> None:
-        """prompt_mix and the shares: as in plan_prompts."""
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
-        self.mix = prompt_mix, none_share, background_share
+        self.mix = mix
         # Of the objects so far, by image and object, packed: a kB or so each
         self._grids: dict[tuple[int, int], bytes] = {}
 
@@ -91,8 +95,7 @@ class TrainingSet(Dataset):
         epoch, indices, fraction, number, objects, image_fraction = step
         objects = objects or [(0,)] * len(indices)
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
-        mix, *shares = self.mix
-        plan = plan_prompts(mix, rng, *shares)
+        plan = plan_prompts(self.mix, rng)
         if plan.kind == "none":  # nothing says which object is meant: it is all of them
             objects, fraction = [(ALL,)] * len(indices), image_fraction
         if plan.background and fraction:

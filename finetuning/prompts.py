@@ -137,26 +137,29 @@ class PromptPlan(NamedTuple):
     background: bool = False  # whether a point of each image is where no object is, too
 
 
-def plan_prompts(
-    mix: str, rng: np.random.Generator, none_share: float = 0.0, background_share: float = 0.0
-) -> PromptPlan:
-    """Draw what a step is prompted with.
+class PromptMix(NamedTuple):
+    """What the steps of a training show."""
 
-    Arguments:
-      mix: random, inner or mixed (boxes and clicks, too).
-      none_share: of the steps with no prompt.
-      background_share: of the steps with a point, with another on background.
-    """
-    plan, drawn = _plan_prompts(mix, rng), rng.random()
-    if drawn < none_share:
+    points: str = "random"  # or inner; or mixed: inner ones, boxes, and clicks
+    none_share: float = 0.0  # of the steps have no prompt
+    background_share: float = 0.0  # of the steps with a point have another on background
+
+
+RANDOM_POINTS = PromptMix()
+
+
+def plan_prompts(mix: PromptMix, rng: np.random.Generator) -> PromptPlan:
+    """Draw what a step is prompted with."""
+    plan = _plan_prompts(mix.points, rng)
+    if rng.random() < mix.none_share:
         return PromptPlan("none")
-    is_point = plan.kind in ("random", "inner") and not plan.clicks
-    return plan._replace(background=is_point and bool(rng.random() < background_share))
+    is_point = plan.kind != "box" and not plan.clicks
+    return plan._replace(background=is_point and bool(rng.random() < mix.background_share))
 
 
-def _plan_prompts(mix: str, rng: np.random.Generator) -> PromptPlan:
-    if mix != "mixed":
-        return PromptPlan(mix)
+def _plan_prompts(points: str, rng: np.random.Generator) -> PromptPlan:
+    if points != "mixed":
+        return PromptPlan(points)
     kind = "box" if rng.random() < BOX_SHARE else "inner"
     clicks = int(rng.integers(1, MAX_CLICKS + 1)) if rng.random() < CLICK_SHARE else 0
     return PromptPlan(kind, clicks, gives_mask=bool(rng.random() < MASK_SHARE))

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetuning.command_line import ArgumentParser, number, seed
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
+from finetuning.prompts import PromptMix
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Recipe:
 
     # What each step shows: mixed (points, boxes and clicks), inner or random points
     prompts: str = "mixed"
-    none_share: float = 0.0  # of the steps show no prompt, and ask for all objects
-    background_share: float = 0.0  # of the steps point at background, where nothing is
+    none_share: float = 0.05  # of the steps show no prompt, and ask for all objects
+    background_share: float = 0.0  # of the steps with a point have another on background
 
     # The loss
     mask_loss: str = "first"  # which of the three masks learn; or best, or all
@@ -41,6 +42,11 @@ class Recipe:
     encoder_lr: float | None = None
     lora_rank: int | None = None
 
+    @property
+    def prompt_mix(self) -> PromptMix:
+        """What each step shows."""
+        return PromptMix(self.prompts, self.none_share, self.background_share)
+
 
 DEFAULT = Recipe()
 GUIDE = Recipe(
@@ -49,6 +55,7 @@ GUIDE = Recipe(
     schedule="constant",
     max_grad_norm=0.0,
     prompts="random",
+    none_share=0.0,
     single_weight=0.0,
     dice_weight=0.0,
 )
@@ -118,8 +125,8 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     (
         "background_share",
-        "of the steps point at background: the model learns to say that nothing is there, for "
-        "test_my_image.py --auto objects",
+        "of the steps with a point have another where no object is, to be scored 0: for "
+        "test_my_image.py --auto objects, whose thresholds are then chosen after training",
         {"type": number(float, at_least=0, below=1)},
     ),
     ("seed", "of the order and the prompts", {"type": seed}),

@@ -17,7 +17,7 @@ from finetuning.image_files import write_image
 from finetuning.models import load_predictor
 from finetuning.objects import read_objects
 from finetuning.pairs import Pair
-from finetuning.prompts import make_prompt, plan_prompts
+from finetuning.prompts import PromptMix, make_prompt, plan_prompts
 from finetuning.segmentation import encode_images, predict_masks
 from train_sam2_proper import main
 
@@ -45,7 +45,10 @@ def predictor(random_mini):
 
 def test_other_steps_are_as_they_are_without_such_steps():
     def plans(share: float) -> list:
-        return [plan_prompts("mixed", np.random.default_rng(seed), share) for seed in range(400)]
+        return [
+            plan_prompts(PromptMix("mixed", share), np.random.default_rng(seed))
+            for seed in range(400)
+        ]
 
     without, with_some = plans(0.0), plans(0.3)
     assert not any(plan.kind == "none" for plan in without)
@@ -55,7 +58,7 @@ def test_other_steps_are_as_they_are_without_such_steps():
 
 
 def test_such_a_step_asks_for_all_objects_of_each_image(pairs):
-    training_set = TrainingSet(pairs, None, 256, 0, "mixed", none_share=1.0)
+    training_set = TrainingSet(pairs, None, 256, 0, PromptMix("mixed", none_share=1.0))
     batch = training_set[Step(1, [0, 1], 1.0, objects=[(1,), (0,)])]
     assert batch.image_of == [0, 1] and batch.plan.kind == "none"
     assert all(len(prompt.point_coords) == 0 for prompt in batch.prompts)
@@ -95,7 +98,7 @@ def test_all_objects_are_meant_though_some_are_chosen(pairs):
 
 def test_processes_share_such_a_step_by_its_images(pairs, monkeypatch):
     monkeypatch.setattr(distributed, "share", lambda items: items[:1])
-    training_set = TrainingSet(pairs, None, 256, 0, "mixed", none_share=1.0)
+    training_set = TrainingSet(pairs, None, 256, 0, PromptMix("mixed", none_share=1.0))
     (step,) = EpochSampler({0: 3, 1: 1}, 2, seed=0, objects_per_image=4)
     assert step.fraction in (0.75, 0.25)
     assert training_set[step].fraction == 0.5

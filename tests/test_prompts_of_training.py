@@ -14,6 +14,7 @@ from finetuning.models import load_predictor
 from finetuning.pairs import Pair
 from finetuning.prompts import (
     MAX_CLICKS,
+    PromptMix,
     PromptPlan,
     add_click,
     distance_inside,
@@ -56,9 +57,10 @@ def test_inner_points_lie_in_the_mask_mostly_far_from_its_outline():
 
 
 def test_the_guides_plan_is_one_random_point_and_mixed_plans_have_everything():
-    assert plan_prompts("random", np.random.default_rng(0)) == PromptPlan("random", 0, False)
-    assert plan_prompts("inner", np.random.default_rng(0)) == PromptPlan("inner", 0, False)
-    plans = [plan_prompts("mixed", np.random.default_rng(seed)) for seed in range(400)]
+    for points in ("random", "inner"):
+        plan = plan_prompts(PromptMix(points), np.random.default_rng(0))
+        assert plan == PromptPlan(points, 0, gives_mask=False, background=False)
+    plans = [plan_prompts(PromptMix("mixed"), np.random.default_rng(seed)) for seed in range(400)]
     assert {plan.kind for plan in plans} == {"inner", "box"}
     assert {plan.clicks for plan in plans} == set(range(MAX_CLICKS + 1))
     for kind in ("inner", "box"):
@@ -132,7 +134,7 @@ def test_without_clicks_the_prompts_stay_as_they_are(pairs):
 
 
 def test_the_same_step_has_the_same_plan_whoever_does_it(pairs):
-    mixed = TrainingSet(pairs, None, 256, seed=0, prompt_mix="mixed")
+    mixed = TrainingSet(pairs, None, 256, seed=0, mix=PromptMix("mixed"))
     plans = []
     for number in range(20):
         shares = [mixed[Step(1, indices, 0.5, number)].plan for indices in ([0], [1], [0, 1])]
