@@ -221,7 +221,8 @@ def ask_in_window(
     import matplotlib.pyplot as plt  # chooses a window system, which --point has no need of
 
     no_window = (
-        'no window can be opened here; give the object\'s position with --point "x,y" '
+        'no window can be opened here; give the object\'s position with --point "x,y", those of a '
+        "folder with --prompts FILE.csv, or let the model look by itself with --auto whole "
         "(on a Linux desktop, python3-tk may be missing: sudo apt install python3-tk)"
     )
     try:
