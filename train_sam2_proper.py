@@ -57,7 +57,7 @@ from finetuning.learner import (
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.metrics import LOGGED
-from finetuning.models import load_predictor
+from finetuning.models import load_predictor, own_image_size
 from finetuning.objects import limit_objects
 from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
@@ -264,12 +264,13 @@ def main(argv: list[str] | None = None) -> None:
     machine = Machine(precision, args.gradient_checkpointing, args.compile)
     with distributed.process_group(device), contextlib.ExitStack() as locks:
         checkpoint = run_state.prepare(args.data, args.model, args.checkpoint, args.demo)
-        start = Start(args.model, checkpoint, args.data, args.limit, args.cache, precision)
+        size = args.image_size or own_image_size(args.model)
+        start = Start(args.model, checkpoint, args.data, args.limit, args.cache, precision, size)
         pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
         trainings = plan_trainings(args.recipe, pairs, args.output, args.runs, args.folds)
         resumed = which_resume(trainings, args.resume)
         check_outputs(trainings, checkpoint)
-        predictor, _ = load_predictor(args.model, checkpoint, device)
+        predictor, _ = load_predictor(args.model, checkpoint, device, size)
         device = trusted_device(predictor, device, insists=args.device == "mps")
         if distributed.rank() == 0:
             for folder in dict.fromkeys([args.output, *(each.output for each in trainings)]):
@@ -278,10 +279,11 @@ def main(argv: list[str] | None = None) -> None:
         logs = []
         for training, resume in zip(trainings, resumed, strict=True):
             if logs:  # as it was, for another training
-                predictor, _ = load_predictor(args.model, checkpoint, device)
+                predictor, _ = load_predictor(args.model, checkpoint, device, size)
             settings = run_state.run_settings(training.recipe, start, training.pairs)
             print(describe_training(training, args.data))
-            print(f"SAM 2.1 {args.model} on {device} in {settings['precision']}")
+            at = f" at {size}x{size} pixels" * (size != own_image_size(args.model))
+            print(f"SAM 2.1 {args.model}{at} on {device} in {settings['precision']}")
             logs.append(train(predictor, training, machine, settings, resume))
             print(f"wrote {', '.join(run_state.RESULTS)} to {training.output}")
         if distributed.rank() == 0 and len(logs) > 1:

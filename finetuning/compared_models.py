@@ -24,6 +24,7 @@ class Files(NamedTuple):
     original: Path
     finetuned: list[Path]  # several: of folds
     facts: dict[str, Any]  # what the (first) fine-tuned file holds beside its weights
+    image_size: int  # what both resize images to, in pixels a side
 
     @property
     def finetuned_name(self) -> str:
@@ -42,9 +43,9 @@ def load_models(
 ) -> tuple[list[Model], Files]:
     """Load the original and the fine-tuned models, which must be of the same size.
 
-    Where the files are not given, the original is what training started from, the precision
-    (auto) and the folder of the features are those of the training. Where MPS computes wrongly,
-    unless insisted on, all are on the CPU.
+    All resize images as the (first) fine-tuned file says. Where the files are not given, the
+    original is what training started from, the precision (auto) and the folder of the features are
+    those of the training. Where MPS computes wrongly, unless insisted on, all are on the CPU.
     """
     first, facts = load_predictor(model_name, finetuned_files[0], device)
     device = trusted_device(first, device, insists_on_mps)
@@ -52,13 +53,16 @@ def load_models(
     checkpoint = original_file or (
         started_from if started_from.is_file() else ensure_checkpoint(name)
     )
-    original, _ = load_predictor(name, checkpoint, device)
+    size = first.model.image_size
+    original, _ = load_predictor(name, checkpoint, device, size)
     precision = choose_precision(precision_name, setting(facts, "precision"), device)
     folder, own = cache_folder or setting(facts, "cache"), FeatureSource(original, precision)
     cached = own._replace(cache=FeatureCache(Path(folder), original, precision)) if folder else own
     frozen, models = hash_encoder(original.model), []
     for file in finetuned_files:
-        predictor = first if file == finetuned_files[0] else load_predictor(name, file, device)[0]
+        predictor = (
+            first if file == finetuned_files[0] else load_predictor(name, file, device, size)[0]
+        )
         source = FeatureSource(predictor, precision)
         if hash_encoder(predictor.model) == frozen:
             predictor.model.image_encoder = original.model.image_encoder  # in memory once
@@ -66,7 +70,7 @@ def load_models(
         models.append(Model(predictor, source))
     is_shared = any(model.source is cached for model in models)
     models.insert(0, Model(original, cached if is_shared else own))
-    return models, Files(name, checkpoint, finetuned_files, facts)
+    return models, Files(name, checkpoint, finetuned_files, facts, size)
 
 
 def choose_precision(name: str, trained_in: str | None, device: torch.device) -> torch.dtype:

@@ -19,6 +19,11 @@ KOREAN = {
     "which is the original: no epoch of the training was better": (
         "원본과 같습니다. 학습에서 원본보다 나은 에폭이 없었습니다"
     ),
+    "both see images of {size}x{size} pixels, as in training; the original's own size is "
+    "{own}x{own}": (
+        "두 모델 모두 학습할 때처럼 {size}x{size} 픽셀로 줄인 이미지를 봅니다. 원본의 본래 크기는 "
+        "{own}x{own}입니다"
+    ),
     "(where there is a test split it is taken; --split val: the others)": (
         "(테스트 세트가 있으면 그것으로 비교합니다. 검증 세트로 비교하려면 --split val)"
     ),

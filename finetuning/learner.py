@@ -139,7 +139,7 @@ def speed_up(
 
 def compiling_pays(predictor: SAM2ImagePredictor, object_count: int) -> bool:
     """Say whether a faster decoder will have won back the time of compiling; measured on CPUs."""
-    is_full_size = predictor.model.image_size >= 1024
+    is_full_size = predictor.model.image_size >= 512
     return predictor.device.type == "cpu" and is_full_size and object_count >= COMPILE_FROM_OBJECTS
 
 

@@ -53,6 +53,8 @@ def load_segmenters(
     segmenters = {"original" if is_original else "fine-tuned": Segmenter(predictor, precision)}
     if with_original and original and not is_original:
         with contextlib.suppress(UserError):  # it may be another model by now
-            predictor, _ = load_predictor(facts["model_name"], original, device)
+            predictor, _ = load_predictor(
+                facts["model_name"], original, device, predictor.model.image_size
+            )
             segmenters["original"] = Segmenter(predictor, precision)
     return segmenters, facts

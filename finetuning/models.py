@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import socket
 import ssl
@@ -17,10 +18,12 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.checkpoints import load_checkpoint
+from finetuning.checkpoints import load_checkpoint, setting
+from finetuning.command_line import number
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 DOWNLOAD_TIMEOUT_SECONDS = 30.0
+SIZE_STEP = 64  # pixels: the encoder halves an image five times
 TRAIN_STATE_KEYS = {"optimizer", "scaler", "log", "settings"}  # of a run's train_state.pt
 NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -47,9 +50,10 @@ class ModelSpec(NamedTuple):
         return CHECKPOINT_URL + self.filename
 
 
+MINI_SIZE = 256
 # SAM 2.1 at small size: the same classes, for tests, demos and machines without a network.
 MINI_OVERRIDES = (
-    "model.image_size=256",
+    f"model.image_size={MINI_SIZE}",
     "model.image_encoder.trunk.embed_dim=32",
     "model.image_encoder.trunk.stages=[1,2,3,1]",
     "model.image_encoder.trunk.global_att_blocks=[4]",
@@ -160,13 +164,35 @@ def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
+def parse_image_size(text: str) -> int:
+    """Parse --image-size, as an argparse type: what the model resizes each image to, in pixels."""
+    size = number(int, at_least=SIZE_STEP)(text)
+    if not is_image_size(size):
+        raise argparse.ArgumentTypeError(f"must be a multiple of 64 up to 2048, not {text}")
+    return size
+
+
+def own_image_size(model_name: str) -> int:
+    """Return what a model resizes images to as it is published, in pixels a side."""
+    return MINI_SIZE if model_name == "mini" else 1024
+
+
+def is_image_size(size: Any) -> bool:
+    """Say whether SAM 2's encoder takes images of so many pixels a side."""
+    return isinstance(size, int) and size in range(SIZE_STEP, 2048 + 1, SIZE_STEP)
+
+
 def load_predictor(
-    model_name: str | None, checkpoint: Path, device: torch.device
+    model_name: str | None,
+    checkpoint: Path,
+    device: torch.device,
+    image_size: int | None = None,
 ) -> tuple[SAM2ImagePredictor, dict[str, Any]]:
     """Build SAM 2.1 `model_name` with the weights of a checkpoint file, in eval mode on `device`.
 
-    Without a name, the weights tell which model it is. Returns the predictor, and the model_name
-    with whatever else save_checkpoint kept beside the weights.
+    Without a name, the weights tell which model it is; without an image_size, it is that of the
+    training, else the model's own. Returns the predictor, and the model_name with whatever else
+    save_checkpoint kept beside the weights.
     Raises UserError when the file is not a checkpoint of that model.
     """
     facts = load_checkpoint(checkpoint)
@@ -181,7 +207,9 @@ def load_predictor(
         raise UserError(
             f"{checkpoint} is a SAM 2 {found} checkpoint, not {model_name}; use --model {found}"
         )
-    predictor = build_predictor(found, device)
+    trained_at = setting(facts, "image_size", int)
+    image_size = image_size or (trained_at if is_image_size(trained_at) else None)
+    predictor = build_predictor(found, device, image_size)
     try:
         predictor.model.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -194,14 +222,18 @@ def load_predictor(
     return predictor, {**facts, "model_name": found}
 
 
-def build_predictor(model_name: str, device: torch.device) -> SAM2ImagePredictor:
-    """Build SAM 2.1 `model_name` with random weights, in eval mode on `device`."""
+def build_predictor(
+    model_name: str, device: torch.device, image_size: int | None = None
+) -> SAM2ImagePredictor:
+    """Build SAM 2.1 `model_name` with random weights, in eval mode on `device`.
+
+    image_size: what it resizes images to, in pixels a side; None: its own.
+    """
     spec = MODELS[model_name]
+    overrides = [*spec.overrides, *([f"model.image_size={image_size}"] if image_size else [])]
     # Where SAM 2 sees CUDA it puts position encodings on the first GPU, whatever `device` is.
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
-        model = build_sam2(
-            spec.config, None, device=device, hydra_overrides_extra=list(spec.overrides)
-        )
+        model = build_sam2(spec.config, None, device=device, hydra_overrides_extra=overrides)
     return make_predictor(model)
 
 

@@ -12,6 +12,7 @@ from finetuning.command_line import quoted
 from finetuning.compared_models import Files
 from finetuning.evaluation import Result, bootstrap_interval, mean_metrics
 from finetuning.language import ENGLISH, Language
+from finetuning.models import own_image_size
 from finetuning.repeats import read_runs
 from finetuning.result_tables import metrics_table, sizes_table
 from finetuning.tables import BOX_WIDTH, Table, display_width, draw_box, format_table, pad
@@ -108,6 +109,13 @@ def format_files(files: Files, images: Path, is_test_by_default: bool, say: Lang
     ]
     if files.facts.get("epoch") == 0:
         note = say("which is the original: no epoch of the training was better")
+        lines.append(f"{'':{width}}{note}")
+    if files.image_size != own_image_size(files.model_name):
+        note = say(
+            "both see images of {size}x{size} pixels, as in training; the original's own size is "
+            "{own}x{own}",
+            size=files.image_size, own=own_image_size(files.model_name),
+        )  # fmt: skip
         lines.append(f"{'':{width}}{note}")
     lines.append(f"{of_images}{images}")
     if is_test_by_default:

@@ -166,7 +166,7 @@ def describe_models(files: Files, setup: Setup, say: Language) -> dict[str, str]
         "single": say("the single mask"),
     }
     return {
-        say("Model"): f"SAM 2.1 {files.model_name}",
+        say("Model"): f"SAM 2.1 {files.model_name}, {files.image_size}x{files.image_size}",
         say("Original"): short(files.original),
         say("Fine-tuned"): finetuned,
         say("Data"): short(setup.data),

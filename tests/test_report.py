@@ -283,7 +283,7 @@ def test_the_language_is_that_of_the_system_where_the_console_can_show_it(monkey
 
 
 def test_what_is_compared_is_said_first():
-    files = Files("mini", Path("a.pt"), [Path("b.pt")], {"epoch": 0})
+    files = Files("mini", Path("a.pt"), [Path("b.pt")], {"epoch": 0}, 256)
     text = format_files(files, Path("images"), True, ENGLISH)
     assert text.splitlines() == [
         "original:   a.pt",
@@ -345,7 +345,7 @@ def make_page(tmp_path, model, random_mini):
         ious = np.array([[of_model["IoU"] for of_model in r.metrics] for r in results])
         for name in ("scatter.png", *(["clicks.png"] if clicks else [])):
             draw_scatter(tmp_path / name, ious, ["medium"] * len(results), "image")
-        files = Files("mini", random_mini, [random_mini], facts or {})
+        files = Files("mini", random_mini, [random_mini], facts or {}, 256)
         command = ["compare_models.py", "--data", data]
         setup = Setup(Path(data), "val", "box", "best", 42, command)
         summary = summarize(results, "val", say=say)
