@@ -60,7 +60,7 @@ class Found(NamedTuple):
 def find_objects(
     predictor: SAM2ImagePredictor, precision: torch.dtype, image: np.ndarray, rule: Rule
 ) -> list[Found]:
-    """Find the objects of an HxWx3 uint8 RGB image, the highest score first."""
+    """Find the objects of an HxWx3 uint8 RGB image, the highest score first; none is empty."""
     height, width = image.shape[:2]
     generator = SAM2AutomaticMaskGenerator(
         predictor.model,
@@ -74,7 +74,8 @@ def find_objects(
     generator.predictor = predictor  # which knows the model's size, whatever it is
     with autocast(predictor.device, precision):
         records = generator.generate(image)
-    large = [record for record in records if record["area"] >= rule.min_area * height * width]
+    smallest = max(1, rule.min_area * height * width)
+    large = [record for record in records if record["area"] >= smallest]
     large.sort(key=lambda record: -record["predicted_iou"])
     return [_found(record) for record in large]
 

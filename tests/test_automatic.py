@@ -178,6 +178,12 @@ def test_masks_are_those_of_sam2s_own_generator(monkeypatch):
         assert one.prompt.point_coords.tolist() == other["point_coords"]
 
 
+def test_masks_without_pixels_are_no_objects(predictor, monkeypatch):
+    empty = {"area": 0, "predicted_iou": 0.9, "point_coords": [[1.0, 1.0]]}
+    monkeypatch.setattr(SAM2AutomaticMaskGenerator, "generate", lambda self, image: [empty])
+    assert find_objects(predictor, torch.float32, draw_pair(0)[0], ANY) == []
+
+
 def test_a_file_may_hold_anything_where_its_rule_should_be():
     good = ANY._asdict()
     assert rule_of({RULE: good}) == ANY
