@@ -219,7 +219,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    device, say = select_device(args.device), args.language
+    device, say = select_device(args.device, args.threads), args.language
     split, pairs_of = choose_pairs(args.data, args.split, args.limit, args.finetuned, args.folds)
     if not args.finetuned.is_file() and not args.folds:
         command = "python train_sam2_proper.py" + " --demo" * args.demo

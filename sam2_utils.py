@@ -21,6 +21,7 @@ if os.environ.get("MPLBACKEND", "").startswith("module://"):
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"
 
+import cv2
 import torch
 
 # SAM 2 scripts its image transform, which newer versions of torch advise against.
@@ -35,11 +36,15 @@ class NotFiniteError(UserError):
     """The model computes NaN or infinity: it has been spoilt, or the precision is too low."""
 
 
-def select_device(name: str = "auto") -> torch.device:
+def select_device(name: str = "auto", threads: int | None = None) -> torch.device:
     """Return the device called `name`: auto (MPS, else CUDA, else CPU), mps, cuda, cuda:N, cpu.
 
+    threads: of the CPU, for all that torch and OpenCV compute there from now on; None: as they are.
     Raises UserError when that device is unknown or absent.
     """
+    if threads:
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(threads)
     available = {
         "mps": torch.backends.mps.is_available(),
         "cuda": torch.cuda.is_available(),

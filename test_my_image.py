@@ -227,7 +227,7 @@ def choose_rule(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device, is_folder = select_device(args.device), args.image.is_dir()
+    device, is_folder = select_device(args.device, args.threads), args.image.is_dir()
     is_demo_image = args.demo and args.image == DEMO_IMAGE
     if is_demo_image and not args.image.is_file():
         raise UserError(f"no {DEMO_IMAGE} yet; run: python train_sam2_proper.py --demo")

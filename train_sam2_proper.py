@@ -259,7 +259,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = distributed.local_device(select_device(args.device))
+    device = distributed.local_device(select_device(args.device, args.threads))
     precision = select_precision(args.precision, device)
     machine = Machine(precision, args.gradient_checkpointing, args.compile)
     with distributed.process_group(device), contextlib.ExitStack() as locks:

@@ -336,7 +336,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def prepare(args: Namespace) -> Bench:
     """Return what the options say of the model and the images."""
-    device, checkpoint = select_device(args.device), args.checkpoint
+    device, checkpoint = select_device(args.device, args.threads), args.checkpoint
     if args.random_weights:
         checkpoint = args.output / f"random_{args.model}.pt"
         torch.manual_seed(args.seed)

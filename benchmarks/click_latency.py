@@ -77,16 +77,16 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--model", choices=MODELS, default="small", help="its size")
     parser.add_argument("--size", type=parse_size, default=(1280, 1024), help="of the image")
     parser.add_argument("--clicks", type=at_least_1, default=20, help="how many to measure")
-    parser.add_argument("--threads", type=at_least_1, default=2, help="of the CPU")
     add_device_option(parser)
+    parser.set_defaults(threads=2)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    rng, device, (width, height) = np.random.default_rng(0), select_device(args.device), args.size
+    device = select_device(args.device, args.threads)
+    rng, (width, height) = np.random.default_rng(0), args.size
     image = rng.integers(0, 256, (height, width, 3), np.uint8)
     predictor, precision = build_predictor(args.model, device), select_precision("auto", device)
     segmenter = TimedSegmenter(predictor, precision)

@@ -101,6 +101,7 @@ class Bench(NamedTuple):
     limit: int | None  # of the images of a split
     output: Path
     jobs: int  # runs at the same time
+    threads: int  # of each
 
 
 class Run(NamedTuple):
@@ -143,7 +144,7 @@ def split_images(planned: Run, bench: Bench) -> tuple[list[Pair], dict[int, int]
 def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
     """Do a run, in a process of its own, and return its row."""
     start = time.perf_counter()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // bench.jobs))
+    torch.set_num_threads(bench.threads)
     recipe = planned.recipe
     torch.manual_seed(recipe.seed)
     predictor, _ = load_predictor(bench.model, bench.checkpoint, bench.device)
@@ -296,10 +297,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = select_device(args.device)
+    threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     precision = select_precision("auto", device)
     checkpoint = args.checkpoint or ensure_checkpoint(args.model)
     bench = Bench(
-        *(args.model, checkpoint, device, precision, args.data, args.limit, args.output, args.jobs)
+        *(args.model, checkpoint, device, precision, args.data, args.limit, args.output),
+        *(args.jobs, threads),
     )
     predictor, _ = load_predictor(args.model, checkpoint, device)
     pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}

@@ -154,8 +154,14 @@ def _fail(message: str) -> NoReturn:
 
 
 def add_device_option(parser: argparse._ActionsContainer) -> None:
-    """Add --device, for select_device."""
+    """Add --device and --threads, for select_device."""
     parser.add_argument("--device", default="auto", help="auto, mps, cuda, cuda:N or cpu")
+    parser.add_argument(
+        "--threads",
+        type=number(int, at_least=1),
+        metavar="N",
+        help="of the CPU (default: one a core); runs at the same time are faster with a share each",
+    )
 
 
 def add_precision_option(parser: argparse._ActionsContainer, auto: str) -> None:

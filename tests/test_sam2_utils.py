@@ -7,11 +7,13 @@ from pathlib import Path
 import sam2_utils
 from sam2_utils import UserError, calculate_dice, calculate_iou, select_device, select_precision
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, draw_pair
 
+import compare_models
 from finetuning import drawing, models
 from finetuning.drawing import draw_overlay
 from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
@@ -63,6 +65,20 @@ def test_an_absent_or_unknown_device_is_a_clear_error(monkeypatch):
     for name in ("gpu", "xpu", ""):
         with pytest.raises(UserError, match="unknown"):
             select_device(name)
+
+
+def test_threads_are_as_many_as_asked_for(run_script):
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    try:
+        select_device("cpu", 3)
+        assert (torch.get_num_threads(), cv2.getNumThreads()) == (3, 3)
+        select_device("cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
+    outcome = run_script(compare_models.main, "--threads", "0")
+    assert outcome.status == 2 and "--threads" in outcome.err
 
 
 def test_precision_follows_the_device(monkeypatch):
