@@ -71,6 +71,7 @@ from finetuning.repeats import (
     plan_trainings,
     which_resume,
 )
+from finetuning.resuming import load_state
 from finetuning.run_state import Start
 from finetuning.segmentation import encode_images, predict_masks
 
@@ -219,7 +220,7 @@ def train(
     """
     _, recipe, pairs, output = training
     torch.manual_seed(recipe.seed)
-    state = run_state.load_state(output, settings) if resume else None
+    state = load_state(output, settings) if resume else None
 
     # What the frozen encoder says of the images, once
     cache = None

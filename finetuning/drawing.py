@@ -83,8 +83,11 @@ def draw_learning_curve(path: Path, log: list[dict[str, float]]) -> None:
         (loss_axes, "loss", "training loss"),
         (iou_axes, "train_iou", "train (its own prompts)"),
         (iou_axes, "val_iou", "val (center point)"),
+        (iou_axes, "val_iou_no_prompt", "val (no prompt)"),
     ):
         rows = [row for row in log if column in row]
+        if not rows:
+            continue
         axes.plot([row["epoch"] for row in rows], [row[column] for row in rows], "o-", label=label)
     iou_axes.axhline(log[0]["val_iou"], color="gray", linestyle="--", label="val before training")
     for axes, name in ((loss_axes, "loss"), (iou_axes, "mean IoU")):

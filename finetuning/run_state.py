@@ -8,13 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sam2_utils import UserError
-
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning import distributed
-from finetuning.checkpoints import file_sha256, load_checkpoint, save_checkpoint
+from finetuning.checkpoints import file_sha256, save_checkpoint
 from finetuning.command_line import ArgumentParser, number
 from finetuning.data_folder import draw_demo, is_filled
 from finetuning.drawing import draw_learning_curve
@@ -22,20 +20,15 @@ from finetuning.encoder_training import merged_state_dict
 from finetuning.files import write_csv
 from finetuning.learner import Learner
 from finetuning.models import MODELS as MODEL_SIZES
-from finetuning.models import ensure_checkpoint, own_image_size, parse_image_size
+from finetuning.models import ensure_checkpoint, parse_image_size
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts, split_pairs
-from finetuning.recipe import GUIDE, Recipe
+from finetuning.recipe import Recipe
+from finetuning.resuming import BEST_FILE, STATE_FILE, Log, restore
 
-STATE_FILE, BEST_FILE, FINAL_FILE = "train_state.pt", "sam2_best.pt", "sam2_final.pt"
+FINAL_FILE = "sam2_final.pt"
 LOG_FILES = ("train_log.csv", "learning_curve.png")
 MODELS = (BEST_FILE, FINAL_FILE)
 RESULTS = (*MODELS, *LOG_FILES)  # what a run is for
-# What a resumed run may have otherwise than the run that it goes on with.
-FREE_SETTINGS = (
-    "epochs", "checkpoint", "checkpoint_sha256", "data", "data_hash", "cache", "value_range",
-)  # fmt: skip
-
-Log = list[dict[str, float]]  # a row an epoch; epoch 0 is the original, with its val metrics only
 
 
 def add_file_options(parser: ArgumentParser) -> argparse._ActionsContainer:
@@ -126,66 +119,6 @@ def save_state(output: Path, learner: Learner, log: Log, settings: dict[str, Any
     )
 
 
-def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read what save_state saved; its settings must be these, but an lr that is auto may be any.
-
-    Raises UserError if there is no such run, or its settings, its data or its model differ.
-    """
-    path = output / STATE_FILE
-    if not path.is_file():
-        raise UserError(f"nothing to resume in {output}; run without --resume")
-    state = load_checkpoint(path)
-    # Files from before there were recipes, --train-encoder or --image-size do not say these.
-    before = {**asdict(GUIDE), "image_size": own_image_size(settings["model"])}
-    before |= state.get("settings", {})
-    if before["prompts"] == "point":  # as it was called
-        before["prompts"] = "random"
-    for name in [name for name in settings if name not in FREE_SETTINGS]:
-        is_found = name == "lr" and settings["lr"] == "auto"
-        if before.get(name) != settings[name] and not is_found:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"the run in {output} had {option} {before.get(name)}, not {settings[name]}; "
-                "resume with the same, or use another --output"
-            )
-    if "data_hash" not in before:
-        print(f"warning: whether {settings['data']} is still as it was, an earlier version's run "
-              "does not say")  # fmt: skip
-        before["data_hash"] = settings["data_hash"]
-    for name, what in (
-        ("checkpoint_sha256", f"started from another --checkpoint than {settings['checkpoint']}"),
-        ("data_hash", f"had other images or masks than {settings['data']} has now"),
-    ):
-        if before.get(name) != settings[name]:
-            raise UserError(f"the run in {output} {what}; resume with the same, or start anew")
-    require_best(output, state.get("log", []))
-    if "original_iou" in state:  # a file from before epoch 0 had a row
-        state["log"].insert(0, {"epoch": 0, "val_iou": state["original_iou"]})
-    return {**state, "settings": before}
-
-
-def require_best(output: Path, log: Log) -> None:
-    """Raise UserError where the best model of a run, as its log has it, is missing or damaged."""
-    best = output / BEST_FILE
-    if any("loss" in row for row in log) and not best.is_file():
-        raise UserError(
-            f"{best} is missing, the best model of the run so far; put it back, or start anew "
-            "without --resume"
-        )
-    if best.is_file():
-        load_checkpoint(best)
-
-
-def restore(learner: Learner, state: dict[str, Any]) -> None:
-    """Put the learner back to where an interrupted run was."""
-    rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
-    learner.weights.load_state_dict(state["model"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    learner.scaler.load_state_dict(state["scaler"])
-    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
-        group["initial_lr"] = rate  # files of earlier versions do not have it
-
-
 def start(
     output: Path,
     predictor: SAM2ImagePredictor,
@@ -203,7 +136,7 @@ def start(
         if best_of(log)["epoch"] == 0:  # and the model is still the original
             save_model(output / BEST_FILE, predictor, log[0], settings)
     if state:
-        restore(learner, state)
+        restore(learner, state, output / STATE_FILE)
         print(f"going on after epoch {done}")
     if done >= recipe.epochs:
         print(f"all {done} epochs are done; for more, raise --epochs")

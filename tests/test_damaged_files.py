@@ -143,3 +143,43 @@ def test_settings_that_somebody_made_up_end_in_no_traceback(
     options = ("--checkpoint", "c.pt", "--image", image, "--point", "60,40")
     outcome = run_script(test_my_image.main, *options)
     assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"log": "none"},
+        {"log": []},
+        {"log": [{"epoch": 0}]},
+        {"log": [{"epoch": 1, "val_iou": 0.5}]},
+        {"log": [{"epoch": 0, "val_iou": "high"}]},
+        {"log": [{"epoch": 0, "val_iou": float("nan")}]},
+        {"log": [0.5]},
+        {"original_iou": [0.5]},
+        {"optimizer": None},
+        {"optimizer": {}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"settings": ["lr"]},
+        {"settings": {"prompts": torch.ones(2)}},
+        {"settings": {"lr": "high"}},
+    ],
+    ids=str,
+)
+def test_a_state_that_holds_something_else_is_refused_in_one_line(run, odd):
+    state = load_checkpoint(Path("output/train_state.pt"))
+    torch.save({**state, **odd}, "output/train_state.pt")
+    before = snapshot(Path("output"))
+    outcome = run()
+    assert outcome.status == 2 and outcome.err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in outcome.err
+    after = snapshot(Path("output"))
+    assert all(after[file] == content for file, content in before.items())
+
+
+def test_an_optimizer_of_other_weights_is_refused(run):
+    state = load_checkpoint(Path("output/train_state.pt"))
+    moments = state["optimizer"]["state"]
+    moments[0] = {name: value.flatten()[:1] for name, value in moments[0].items()}
+    torch.save(state, "output/train_state.pt")
+    outcome = run()
+    assert outcome.status == 2 and "train_state.pt is damaged, or not the state" in outcome.err

@@ -14,7 +14,7 @@ from sam2.build_sam import build_sam2
 
 import compare_models
 import train_sam2_proper
-from finetuning import run_state
+from finetuning import resuming
 from finetuning.checkpoints import save_checkpoint
 from finetuning.encoder_training import encode_with_gradients, let_encoder_learn, merged_state_dict
 from finetuning.models import MODELS, load_predictor, make_predictor
@@ -183,10 +183,10 @@ def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
     settings = {**asdict(GUIDE), **hashes, "model": "mini"}
     older = {"model": "mini"}  # and nothing of the recipe or the encoder
     state = {"model": {"weight": torch.zeros(1)}, "settings": older}
-    torch.save(state, tmp_path / run_state.STATE_FILE)
-    run_state.load_state(tmp_path, settings)
+    torch.save(state, tmp_path / resuming.STATE_FILE)
+    resuming.load_state(tmp_path, settings)
     with pytest.raises(UserError, match="had --train-encoder none, not lora"):
-        run_state.load_state(tmp_path, {**settings, "train_encoder": "lora"})
+        resuming.load_state(tmp_path, {**settings, "train_encoder": "lora"})
 
 
 def gradients(predictor) -> dict[str, torch.Tensor]:
