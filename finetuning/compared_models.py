@@ -10,11 +10,11 @@ from sam2_utils import UserError, select_precision
 
 import torch
 
-from finetuning.checkpoints import setting
+from finetuning.checkpoints import file_sha256, setting
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model
 from finetuning.feature_cache import FeatureCache, FeatureSource, hash_encoder
-from finetuning.models import ensure_checkpoint, load_predictor
+from finetuning.models import MODELS, ensure_checkpoint, load_predictor
 
 
 class Files(NamedTuple):
@@ -25,6 +25,7 @@ class Files(NamedTuple):
     finetuned: list[Path]  # several: of folds
     facts: dict[str, Any]  # what the (first) fine-tuned file holds beside its weights
     image_size: int  # what both resize images to, in pixels a side
+    is_published: bool | None = None  # the original, by its SHA-256; None: no such model is
 
     @property
     def finetuned_name(self) -> str:
@@ -70,7 +71,15 @@ def load_models(
         models.append(Model(predictor, source))
     is_shared = any(model.source is cached for model in models)
     models.insert(0, Model(original, cached if is_shared else own))
-    return models, Files(name, checkpoint, finetuned_files, facts, size)
+    return models, Files(
+        name, checkpoint, finetuned_files, facts, size, is_published(checkpoint, name)
+    )
+
+
+def is_published(checkpoint: Path, model_name: str) -> bool | None:
+    """Say whether a file is SAM 2.1's own of that size; None where there is none to download."""
+    sha256 = MODELS[model_name].sha256
+    return None if sha256 is None else file_sha256(checkpoint) == sha256
 
 
 def choose_precision(name: str, trained_in: str | None, device: torch.device) -> torch.dtype:

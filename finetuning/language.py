@@ -16,6 +16,8 @@ KOREAN = {
     "original:": "원본:",
     "fine-tuned:": "파인튜닝:",
     "images:": "이미지:",
+    "(SAM 2.1 {name}, as published)": "(공개된 SAM 2.1 {name} 그대로)",
+    "(not the published file of SAM 2.1 {name})": "(공개된 SAM 2.1 {name} 파일이 아님)",
     "which is the original: no epoch of the training was better": (
         "원본과 같습니다. 학습에서 원본보다 나은 에폭이 없었습니다"
     ),

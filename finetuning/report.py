@@ -103,8 +103,13 @@ def format_files(files: Files, images: Path, is_test_by_default: bool, say: Lang
     labels = say("original:"), say("fine-tuned:"), say("images:")
     width = max(map(display_width, labels)) + 1
     original, finetuned, of_images = (pad(label, width) for label in labels)
+    about = {
+        None: "",
+        True: " " + say("(SAM 2.1 {name}, as published)", name=files.model_name),
+        False: " " + say("(not the published file of SAM 2.1 {name})", name=files.model_name),
+    }[files.is_published]
     lines = [
-        f"{original}{files.original}",
+        f"{original}{files.original}{about}",
         f"{finetuned}{files.finetuned_name} (SAM 2.1 {files.model_name})",
     ]
     if files.facts.get("epoch") == 0:

@@ -1,6 +1,7 @@
 """The report says the same on the console and on its page, in English and in Korean, to anybody."""
 
 import ast
+import hashlib
 import io
 import locale
 import re
@@ -20,14 +21,14 @@ import compare_models
 from compare_models import main
 from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import clicks_table
-from finetuning.compared_models import Files
+from finetuning.compared_models import Files, is_published
 from finetuning.evaluation import Model, Result
 from finetuning.feature_cache import FeatureSource
 from finetuning.figures import Picture
 from finetuning.image_files import write_image
 from finetuning.language import ENGLISH, KOREAN, Language, parse_language
 from finetuning.metrics import METRICS
-from finetuning.models import load_predictor
+from finetuning.models import MODELS, load_predictor
 from finetuning.pairs import Pair
 from finetuning.prompts import make_prompt
 from finetuning.repeats import RUNS_FILE
@@ -293,6 +294,20 @@ def test_what_is_compared_is_said_first():
     ]
     korean = format_files(files._replace(facts={}), Path("images"), False, SAY_KOREAN).splitlines()
     assert korean == ["원본:     a.pt", "파인튜닝: b.pt (SAM 2.1 mini)", "이미지:   images"]
+
+
+def test_it_is_said_whether_the_original_is_the_published_one(tmp_path, monkeypatch):
+    file = tmp_path / "small.pt"
+    file.write_bytes(b"weights")
+    assert is_published(file, "small") is False and is_published(file, "mini") is None
+    own = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setitem(MODELS, "small", MODELS["small"]._replace(sha256=own))
+    assert is_published(file, "small") is True
+    files = Files("small", Path("a.pt"), [Path("b.pt")], {}, 1024, is_published=True)
+    first = format_files(files, Path("images"), False, ENGLISH).splitlines()[0]
+    assert first == "original:   a.pt (SAM 2.1 small, as published)"
+    foreign = format_files(files._replace(is_published=False), Path("images"), False, ENGLISH)
+    assert foreign.startswith("original:   a.pt (not the published file of SAM 2.1 small)")
 
 
 # The page
