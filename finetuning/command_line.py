@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import PurePath
-from typing import Any, NoReturn
+from pathlib import Path, PurePath
+from typing import Any, NoReturn, TextIO
 
 from sam2_utils import UserError
 
@@ -122,11 +126,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 
     Exit status: 2 for a user's mistake, 130 for Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a cp949 or ASCII console must not crash a script
-            stream.reconfigure(errors="backslashreplace")
+    _outlive_readers()
     try:
         main(argv)
+        sys.stdout.flush()  # while an error, as of a full disk, still has its one line
     except UserError as error:
         _fail(str(error))
     except OSError as error:
@@ -139,6 +142,39 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _outlive_readers() -> None:
+    """Let a run go on to its end when its terminal or pipe is closed, before it or in the middle.
+
+    What is printed is then lost; hours of training are not.
+    """
+    if hasattr(signal, "SIGHUP"):  # which a closed terminal sends; Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # and no file of the user is to get its number
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # a cp949 or ASCII console must not crash a script
+            stream.reconfigure(errors="backslashreplace")
+        if "write" not in vars(stream):  # else it is run again
+            stream.write = functools.partial(_unless_gone, stream, stream.write)
+            stream.flush = functools.partial(_unless_gone, stream, stream.flush)
+
+
+def _unless_gone(stream: TextIO, method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method of a stream; once it fails, what is written is lost.
+
+    That its reader has gone is no error.
+    """
+    try:
+        return method(*arguments)
+    except OSError as error:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())  # what is still in buffers, too
+        # Of a pipe: EPIPE, on Windows EINVAL; of a terminal: EIO
+        if not isinstance(error, ConnectionError) and error.errno not in (errno.EINVAL, errno.EIO):
+            raise
 
 
 def is_memory_error(error: Exception) -> bool:
