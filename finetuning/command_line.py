@@ -59,7 +59,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        _fail(f"{message}; see --help")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -119,6 +119,16 @@ def quoted(name: object, limit: int = 100) -> str:
     text = str(name) if isinstance(name, str | PurePath) else repr(name)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def one_line(text: object) -> str:
+    """Return a text fit for one line: names of files in it may hold anything, which is escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
+def tell(text: str) -> None:
+    """Print a line in which names may hold escape sequences and ends of lines."""
+    print(one_line(text))
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
@@ -183,9 +193,7 @@ def is_memory_error(error: Exception) -> bool:
 
 
 def _fail(message: str) -> NoReturn:
-    # Names of files may hold anything; no escape sequence or second line of theirs is printed
-    safe = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-    print(f"error: {safe}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -15,7 +15,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning import distributed
 from finetuning.checkpoints import file_sha256, load_checkpoint, save_checkpoint
-from finetuning.command_line import ArgumentParser, number
+from finetuning.command_line import ArgumentParser, number, tell
 from finetuning.data_folder import draw_demo, is_filled
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
@@ -139,8 +139,8 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 "resume with the same, or use another --output"
             )
     if "data_hash" not in before:
-        print(f"warning: whether {settings['data']} is still as it was, an earlier version's run "
-              "does not say")  # fmt: skip
+        tell(f"warning: whether {settings['data']} is still as it was, an earlier version's run "
+             "does not say")  # fmt: skip
         before["data_hash"] = settings["data_hash"]
     for name, what in (
         ("checkpoint_sha256", f"started from another --checkpoint than {settings['checkpoint']}"),
@@ -281,4 +281,4 @@ def write_log(output: Path, log: Log) -> None:
         write_csv(table, columns, [[row.get(column, "") for column in columns] for row in log])
         draw_learning_curve(curve, log)
     except PermissionError as error:
-        print(f"warning: {error.filename} cannot be written; is it open in another program?")
+        tell(f"warning: {error.filename} cannot be written; is it open in another program?")
