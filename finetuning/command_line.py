@@ -68,6 +68,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action) if action.default else action.help
 
 
+def plain_number(text: str, kind: type = float) -> Any:
+    """Return the float or int in a text; underscores, which Python allows, raise ValueError."""
+    if "_" in text:
+        raise ValueError(text)
+    return kind(text)
+
+
 def number(
     kind: type, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], Any]:
@@ -78,7 +85,7 @@ def number(
 
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
+            value = plain_number(text, kind)
             is_finite = math.isfinite(value)  # an OverflowError where it is beyond all floats
         except (ValueError, OverflowError):
             is_finite = False
@@ -95,7 +102,7 @@ seed = number(int, at_least=0, below=2**63)
 def parse_numbers(text: str, count: int, example: str, what: str = "pixels") -> tuple[float, ...]:
     """Parse `count` numbers, separated by commas, that a picture's pixels may have."""
     try:
-        numbers = tuple(float(part) for part in text.split(","))
+        numbers = tuple(plain_number(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):  # nor NaN
