@@ -39,6 +39,7 @@ from finetuning.command_line import (
     add_device_option,
     add_precision_option,
     number,
+    one_line,
     run,
     seed,
 )
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         say(
             "\nwrote {names} and {count} picture(s) to {output}",
-            names=names, count=len(pictures), output=args.output,
+            names=names, count=len(pictures), output=one_line(args.output),
         )
     )  # fmt: skip
 

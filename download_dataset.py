@@ -21,7 +21,7 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.command_line import ArgumentParser, number, run, seed
+from finetuning.command_line import ArgumentParser, number, run, seed, tell
 from finetuning.data_folder import (
     count_pairs,
     draw_demo,
@@ -57,11 +57,11 @@ def fill(
             raise UserError(f"{folder} lies inside {data}; use another --data folder")
     with source.find(data) as (examples, notes):
         for note in notes:
-            print(note)
+            tell(note)
         filled = fill_folder(data, examples, rule, value_range, grouping, facts)
     for line in describe(filled, split_pairs(data, "train")[0].of_objects):
         print(line)
-    print(f"look at: {data / OVERVIEW_FILE}")
+    tell(f"look at: {data / OVERVIEW_FILE}")
 
 
 def add_split_options(parser: ArgumentParser) -> None:
@@ -154,15 +154,15 @@ def main(argv: list[str] | None = None) -> None:
         options["test_fraction"] = args.test_fraction
     options = json.loads(json.dumps(options))  # as they are read from a file
     if is_kept(args.data, source.name, options, args.force):
-        print(f"{args.data} already holds this data set: nothing to do (--force makes it anew).")
+        tell(f"{args.data} already holds this data set: nothing to do (--force makes it anew).")
     else:
         facts = {"source": source.name or DATASET_URL, "options": options}
         facts |= {name: getattr(args, name) for name in ("seed", "val_fraction", "test_fraction")}
         fill(args.data, source, rule, args.value_range, grouping, facts)
     for split, count in count_pairs(args.data).items():
-        print(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
+        tell(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
     if not args.skip_checkpoint:
-        print(f"checkpoint: {ensure_checkpoint(args.model, args.checkpoints)}")
+        tell(f"checkpoint: {ensure_checkpoint(args.model, args.checkpoints)}")
 
 
 if __name__ == "__main__":

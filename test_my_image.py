@@ -36,9 +36,11 @@ from finetuning.command_line import (
     ArgumentParser,
     add_device_option,
     add_precision_option,
+    one_line,
     parse_range,
     quoted,
     run,
+    tell,
 )
 from finetuning.files import only_run_in
 from finetuning.folder_run import (
@@ -111,7 +113,7 @@ def save_one(
         file.write()
         paths["coco", file.path.name] = None
     for what, file in paths:
-        print(f"{what + ':':<8} {output / file}")
+        tell(f"{what + ':':<8} {output / file}")
 
 
 def print_tally(tally: Tally, table: Path) -> None:
@@ -124,10 +126,10 @@ def print_tally(tally: Tally, table: Path) -> None:
     ]
     print(f"images:  {', '.join(filter(None, parts))}")
     if table.is_file():
-        print(f"results: {table}, and files beside it")
+        tell(f"results: {table}, and files beside it")
     if tally.failed:
         names = ", ".join(map(quoted, tally.failed[:3])) + ", ..." * (len(tally.failed) > 3)
-        message = f"{len(tally.failed)} image(s) failed: {names}; {table} says why"
+        message = f"{len(tally.failed)} image(s) failed: {names}; {one_line(table)} says why"
         print(f"error: {message}; mend them and run this again", file=sys.stderr)
         raise SystemExit(1)
 
@@ -211,7 +213,7 @@ def choose_rule(
     """Return which masks --auto objects keeps: as asked for, as the model's file says, or SAM 2."""
     known = rule_of(facts)
     if not known and min_score is None:
-        print(
+        tell(
             f"warning: {checkpoint} does not say which masks are objects, so SAM 2's own rule for "
             "the original is taken; train with --background-share 0.1, or give a --min-score"
         )
@@ -251,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     segmenters, facts = load_segmenters(
         checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
     )
-    print(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
+    tell(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
     ranges = args.value_range, value_range_of(facts)
     rule = None
     if args.auto == "objects":

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from finetuning import distributed, encoder_training, run_state
 from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_objects
 from finetuning.clicks import add_clicks
-from finetuning.command_line import ArgumentParser, run
+from finetuning.command_line import ArgumentParser, run, tell
 from finetuning.detection import keep_rule
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model, mean_metrics, measure
@@ -282,16 +282,16 @@ def main(argv: list[str] | None = None) -> None:
             if logs:  # as it was, for another training
                 predictor, _ = load_predictor(args.model, checkpoint, device, size)
             settings = run_state.run_settings(training.recipe, start, training.pairs)
-            print(describe_training(training, args.data))
+            tell(describe_training(training, args.data))
             at = f" at {size}x{size} pixels" * (size != own_image_size(args.model))
             print(f"SAM 2.1 {args.model}{at} on {device} in {settings['precision']}")
             logs.append(train(predictor, training, machine, settings, resume))
-            print(f"wrote {', '.join(run_state.RESULTS)} to {training.output}")
+            tell(f"wrote {', '.join(run_state.RESULTS)} to {training.output}")
         if distributed.rank() == 0 and len(logs) > 1:
             print(conclude_repeats(args.output, trainings, logs, args.folds))
         if args.cache:
-            print(f"the features in {args.cache} may be deleted; another run would need them again")
-        print(f"next: {run_state.next_command(args.output, args.data, args.folds)}")
+            tell(f"the features in {args.cache} may be deleted; another run would need them again")
+        tell(f"next: {run_state.next_command(args.output, args.data, args.folds)}")
 
 
 if __name__ == "__main__":

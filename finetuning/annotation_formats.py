@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import yaml
 
-from finetuning.command_line import quoted
+from finetuning.command_line import plain_number, quoted
 from finetuning.outlines import PATH_LIMIT, Outline, parse_polygon, parse_rle
 
 # Why an object has no outline
@@ -212,7 +212,7 @@ def _yolo_object(line: str, names: dict[str, str], where: str) -> tuple[str, Out
     Four numbers are a box: its centre and its size.
     """
     try:
-        class_number, *numbers = map(float, line.split())
+        class_number, *numbers = map(plain_number, line.split())
         label = str(int(class_number))
         if class_number < 0 or class_number % 1:
             raise ValueError(line)

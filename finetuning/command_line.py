@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import PurePath
-from typing import Any, NoReturn
+from pathlib import Path, PurePath
+from typing import Any, NoReturn, TextIO
 
 from sam2_utils import UserError
 
@@ -55,13 +59,20 @@ class ArgumentParser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        _fail(f"{message}; see --help")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """Show a default only where there is one to show."""
         return super()._get_help_string(action) if action.default else action.help
+
+
+def plain_number(text: str, kind: type = float) -> Any:
+    """Return the float or int in a text; underscores, which Python allows, raise ValueError."""
+    if "_" in text:
+        raise ValueError(text)
+    return kind(text)
 
 
 def number(
@@ -74,7 +85,7 @@ def number(
 
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
+            value = plain_number(text, kind)
             is_finite = math.isfinite(value)  # an OverflowError where it is beyond all floats
         except (ValueError, OverflowError):
             is_finite = False
@@ -91,7 +102,7 @@ seed = number(int, at_least=0, below=2**63)
 def parse_numbers(text: str, count: int, example: str, what: str = "pixels") -> tuple[float, ...]:
     """Parse `count` numbers, separated by commas, that a picture's pixels may have."""
     try:
-        numbers = tuple(float(part) for part in text.split(","))
+        numbers = tuple(plain_number(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):  # nor NaN
@@ -117,16 +128,25 @@ def quoted(name: object, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def one_line(text: object) -> str:
+    """Return a text fit for one line: names of files in it may hold anything, which is escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
+def tell(text: str) -> None:
+    """Print a line in which names may hold escape sequences and ends of lines."""
+    print(one_line(text))
+
+
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script's main(argv); end with one line instead of a traceback where it fails.
 
     Exit status: 2 for a user's mistake, 130 for Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a cp949 or ASCII console must not crash a script
-            stream.reconfigure(errors="backslashreplace")
+    _outlive_readers()
     try:
         main(argv)
+        sys.stdout.flush()  # while an error, as of a full disk, still has its one line
     except UserError as error:
         _fail(str(error))
     except OSError as error:
@@ -141,15 +161,46 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         sys.exit(130)
 
 
+def _outlive_readers() -> None:
+    """Let a run go on to its end when its terminal or pipe is closed, before it or in the middle.
+
+    What is printed is then lost; hours of training are not.
+    """
+    if hasattr(signal, "SIGHUP"):  # which a closed terminal sends; Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # and no file of the user is to get its number
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # a cp949 or ASCII console must not crash a script
+            stream.reconfigure(errors="backslashreplace")
+        if "write" not in vars(stream):  # else it is run again
+            stream.write = functools.partial(_unless_gone, stream, stream.write)
+            stream.flush = functools.partial(_unless_gone, stream, stream.flush)
+
+
+def _unless_gone(stream: TextIO, method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method of a stream; once it fails, what is written is lost.
+
+    That its reader has gone is no error.
+    """
+    try:
+        return method(*arguments)
+    except OSError as error:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())  # what is still in buffers, too
+        # Of a pipe: EPIPE, on Windows EINVAL; of a terminal: EIO
+        if not isinstance(error, ConnectionError) and error.errno not in (errno.EINVAL, errno.EIO):
+            raise
+
+
 def is_memory_error(error: Exception) -> bool:
     """Say whether memory ran out, on the GPU or on the CPU; torch raises RuntimeError for it."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY_ERRORS)
 
 
 def _fail(message: str) -> NoReturn:
-    # Names of files may hold anything; no escape sequence or second line of theirs is printed
-    safe = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-    print(f"error: {safe}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 

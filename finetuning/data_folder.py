@@ -13,6 +13,7 @@ from typing import Any
 
 from sam2_utils import UserError
 
+from finetuning.command_line import tell
 from finetuning.copies import COPIES_FILE, describe_copies, find_copies, write_copies
 from finetuning.demo_images import write_demo_dataset
 from finetuning.files import only_run_in
@@ -114,7 +115,7 @@ def recover(data: Path) -> None:
     """Undo what killed runs have left half done in `data`, where no other run is writing."""
     for folder in list(data.glob(PARTIAL + "*")):
         if not is_ours(folder):
-            print(
+            tell(
                 f"warning: {folder} was not made here by this program; it is left alone. If images "
                 f"of yours are missing, look into {folder / 'old'}"
             )
@@ -122,7 +123,7 @@ def recover(data: Path) -> None:
         was_moving = (folder / "new" / SPLIT_FILE).exists()
         settle(folder)
         if was_moving:
-            print(f"an earlier run was killed while it filled {data}: all is back as it was before")
+            tell(f"an earlier run was killed while it filled {data}: all is back as it was before")
 
 
 def recover_if_killed(data: Path) -> None:
@@ -220,7 +221,7 @@ def fill_folder(
             "pixels (--smallest-part)"
         )
     if copies:
-        print(describe_copies(data / COPIES_FILE, names, copies))
+        tell(describe_copies(data / COPIES_FILE, names, copies))
     if torn := torn_groups(given, [of_image.split for of_image in filled]):
         print(
             f"warning: {len(torn)} groups are on several sides of the ready split: {listed(torn)}"
@@ -281,6 +282,6 @@ def holds_files(data: Path) -> bool:
 
 def draw_demo(data: Path) -> None:
     """Draw the demo's images and masks into `data`."""
-    print(f"drawing the demo's images into {data}")
+    tell(f"drawing the demo's images into {data}")
     with new_dataset(data, {"source": "demo"}) as folder:
         write_demo_dataset(folder)

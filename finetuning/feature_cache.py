@@ -23,7 +23,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning import distributed
-from finetuning.command_line import is_memory_error
+from finetuning.command_line import is_memory_error, tell
 from finetuning.files import atomic_write
 from finetuning.image_files import read_image
 from finetuning.pairs import Pair, require_equal_sizes
@@ -210,7 +210,7 @@ def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = cache.bytes_to_come(images), shutil.disk_usage(folder).free
     if needed:
-        print(f"features: {needed / 1e9:.2f} GB to write to {folder} ({free / 1e9:.1f} GB free)")
+        tell(f"features: {needed / 1e9:.2f} GB to write to {folder} ({free / 1e9:.1f} GB free)")
     if needed > 0.98 * free:
         raise UserError(
             f"{folder} has room for {free / 1e9:.2f} GB of features, not for "

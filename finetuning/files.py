@@ -13,7 +13,12 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from filelock import FileLock, Timeout
+from finetuning.command_line import tell
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 
 @contextlib.contextmanager
@@ -41,24 +46,44 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """Keep other runs from writing to a folder; what a killed one left half-written is removed.
 
     The system takes the lock from a process that ends, however it ends. Raises UserError where
-    another run holds it.
+    another run holds it; some network drives have no locks, of which a warning is printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another run is writing to {folder}; wait for it to end, or use another folder"
-        ) from error
-    except NotImplementedError:  # some network drives have no locks
-        pass
-    try:
-        for leftover in folder.glob(".*.partial"):
-            leftover.unlink()
-        yield
-    finally:
-        lock.release()
+    with (folder / ".lock").open("a", encoding="utf-8") as file:
+        try:
+            _lock(file.fileno())
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"another run is writing to {folder}; wait for it to end, or use another folder"
+            ) from error
+        except OSError as error:
+            tell(
+                f"warning: {folder} cannot be locked ({error.strerror}); see to it that no other "
+                "run writes there"
+            )
+        try:
+            for leftover in folder.glob(".*.partial"):
+                leftover.unlink()
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it has no lock
+                _unlock(file.fileno())
+
+
+def _lock(file: int) -> None:
+    """Lock an open file, by its number, or raise an OSError, of two kinds where another has it."""
+    if os.name == "nt":
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(file: int) -> None:
+    """Unlock a file at once: closed, it would stay locked until forked processes close it, too."""
+    if os.name == "nt":
+        msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:

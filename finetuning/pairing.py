@@ -32,7 +32,10 @@ from finetuning.matching import affixes_in, core_of, marked_masks, match_names
 from finetuning.pairs import IMAGE_SUFFIXES
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
-UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
+# What Windows refuses, control characters, and those that turn the direction of writing
+UNSAFE = re.compile(
+    r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
+)
 
 
 class Example(NamedTuple):

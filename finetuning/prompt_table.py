@@ -12,7 +12,7 @@ from typing import Any
 from sam2_utils import UserError
 
 from finetuning.annotation_formats import normal
-from finetuning.command_line import quoted
+from finetuning.command_line import plain_number, quoted
 from finetuning.csv_files import read_table
 from finetuning.prompts import Prompt, make_prompt
 
@@ -72,7 +72,7 @@ def _numbers(cells: dict[str, str], columns: tuple[str, ...], where: str) -> tup
     if not any(texts):
         return ()
     try:
-        numbers = tuple(float(text) for text in texts)
+        numbers = tuple(map(plain_number, texts))
     except ValueError:
         numbers = (math.nan,)
     if not all(abs(number) < LARGEST for number in numbers):

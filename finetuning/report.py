@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetuning.command_line import quoted
+from finetuning.command_line import one_line, quoted
 from finetuning.compared_models import Files
 from finetuning.evaluation import Result, bootstrap_interval, mean_metrics
 from finetuning.language import ENGLISH, Language
@@ -125,7 +125,7 @@ def format_files(files: Files, images: Path, is_test_by_default: bool, say: Lang
     lines.append(f"{of_images}{images}")
     if is_test_by_default:
         lines[-1] += " " + say("(where there is a test split it is taken; --split val: the others)")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def count_sentence(results: list[Result], say: Language = ENGLISH) -> str:

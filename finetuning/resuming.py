@@ -10,6 +10,7 @@ from typing import Any
 from sam2_utils import UserError
 
 from finetuning.checkpoints import load_checkpoint
+from finetuning.command_line import tell
 from finetuning.learner import Learner
 from finetuning.models import own_image_size
 from finetuning.recipe import GUIDE
@@ -50,7 +51,7 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 "resume with the same, or use another --output"
             )
     if "data_hash" not in before:
-        print(f"warning: whether {settings['data']} is still as it was, an earlier version's run "
+        tell(f"warning: whether {settings['data']} is still as it was, an earlier version's run "
               "does not say")  # fmt: skip
         before["data_hash"] = settings["data_hash"]
     for name, what in (

@@ -13,7 +13,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning import distributed
 from finetuning.checkpoints import file_sha256, save_checkpoint
-from finetuning.command_line import ArgumentParser, number
+from finetuning.command_line import ArgumentParser, number, tell
 from finetuning.data_folder import draw_demo, is_filled
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
@@ -224,4 +224,4 @@ def write_log(output: Path, log: Log) -> None:
         write_csv(table, columns, [[row.get(column, "") for column in columns] for row in log])
         draw_learning_curve(curve, log)
     except PermissionError as error:
-        print(f"warning: {error.filename} cannot be written; is it open in another program?")
+        tell(f"warning: {error.filename} cannot be written; is it open in another program?")

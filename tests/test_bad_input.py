@@ -96,6 +96,8 @@ def scripts_and_cases(cases: list[tuple]) -> pytest.MarkDecorator:
         (TRAIN, ("--lr", 0), "--lr: must be a number above 0, not 0"),
         (TRAIN, ("--lr", "inf"), "--lr"),
         (TRAIN, ("--lr", "1e-5x"), "--lr"),
+        (TRAIN, ("--lr", "1_0"), "--lr: must be a number above 0, not 1_0"),
+        (TRAIN, ("--epochs", "1_0"), "--epochs: must be a whole number of at least 1, not 1_0"),
         (TRAIN, ("--weight-decay", "nan"), "--weight-decay"),
         (TRAIN, ("--score-weight", -1), "--score-weight"),
         (TRAIN, ("--precision", "int8"), "--precision"),
@@ -128,7 +130,7 @@ def test_a_number_beyond_all_floats_is_out_of_range(refuse):
 
 BAD_POINTS = [
     "inf,5", "-inf,5", "1e400,5", "5,-1e300", "5;6", "(5,6)", "", ",", "5,", "5,6,", "삼,이",
-    "0x10,5", "5 6", "５，６", "5,6.5.4",
+    "0x10,5", "5 6", "５，６", "5,6.5.4", "1_0,5",
 ]  # fmt: skip
 BAD_BOXES = ["nan,0,5,5", "0,0,inf,9", "0,0,5", "0,0,5,5,5", "0;0;5;5", "0,0,오,5", ""]
 

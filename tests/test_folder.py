@@ -286,6 +286,7 @@ def test_sixteen_bits_are_read_as_in_training(run_script, folder, random_mini):
         ("image,x,y\na.png,5,5\nabsent.png,5,5\n", 'row 3: there is no image "absent.png"'),
         ("image,x,y\na.png,5,\n", 'row 2: x "5", y "": give a number of pixels'),
         ("image,x,y\na.png,5,nan\n", "row 2: "),
+        ("image,x,y\na.png,1_0,5\n", 'row 2: x "1_0", y "5": give a number of pixels'),
         ("image,x,y,label\na.png,5,5,2\n", 'row 2: label "2"'),
         ("image,x,y\na.png,5,5\n\nb.jpg,,\n", "row 4: neither a point nor a box"),
         ("image,x1,y1,x2,y2\na.png,50,50,20,80\n", "row 2: the box is empty or turned round"),

@@ -1,6 +1,7 @@
 """A run that is killed, at any moment, loses at most the epoch in progress."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from conftest import write_data
 
 import train_sam2_proper
-from finetuning import feature_cache
+from finetuning import feature_cache, files
 from finetuning.files import only_run_in
 from train_sam2_proper import main
 
@@ -119,6 +120,19 @@ def test_a_second_run_in_the_same_output_is_refused_and_harms_nothing(
     with only_run_in(Path("shared")):  # features may be shared: each file is written whole
         assert run_script(main, *options, "--cache", "shared").status == 0
     assert run_script(main, *options).status == 0  # the lock ended with its holder
+
+
+def test_a_folder_that_cannot_be_locked_is_no_other_run(tmp_path, monkeypatch, capsys):
+    def refuse(number):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_lock", refuse)
+        with only_run_in(tmp_path):  # some network drives have none
+            assert "cannot be locked (No locks available)" in capsys.readouterr().out
+    (tmp_path / "not to write in/.lock").mkdir(parents=True)
+    with pytest.raises(OSError, match="lock"), only_run_in(tmp_path / "not to write in"):
+        pass
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
