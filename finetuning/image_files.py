@@ -48,8 +48,13 @@ def to_8_bits(
 
     # Each level of 16 bits once, which is quicker than each pixel
     is_table = values.dtype == np.uint16
-    levels = np.arange(1 << 16, dtype=np.float64) if is_table else values.astype(np.float64)
-    low, high = value_range or np.percentile(values if is_table else levels, (0.5, 99.5)).tolist()
+    kind = np.uint16 if is_table else np.float64
+    # In place where an array of all pixels is new: each takes 2 GB for 100 megapixels
+    low, high = (
+        value_range
+        or np.percentile(values.astype(kind), (0.5, 99.5), overwrite_input=True).tolist()
+    )
+    levels = np.arange(1 << 16, dtype=np.float64) if is_table else values.astype(kind)
     if value_range is None and low == high:  # but for a few spots
         low, high = least, most
     if low < high:
@@ -57,7 +62,8 @@ def to_8_bits(
         levels -= low
         levels /= high - low
         levels *= 255
-    levels = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
+    np.clip(levels, 0, 255, out=levels)
+    levels = np.rint(levels, out=levels).astype(np.uint8)
     return levels[values] if is_table else levels
 
 
