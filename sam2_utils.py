@@ -11,8 +11,8 @@ import warnings
 
 # Operators that MPS lacks run on the CPU.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-# A file of a few bytes may claim any size, so OpenCV refuses what has more pixels by its header.
-# It reads an empty image where it is given none, and crashes at what is no number of 64 bits.
+# A file of a few bytes may claim any size: OpenCV refuses what has more pixels, by its header. It
+# crashes at a limit that is no number of 64 bits.
 if not os.environ.get("SAM2_MAX_MEGAPIXELS", "").isdecimal():
     os.environ["SAM2_MAX_MEGAPIXELS"] = "100"  # 4 GB in all, which a computer of 8 GB has
 os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(
