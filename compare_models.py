@@ -49,7 +49,7 @@ from finetuning.evaluation import Model, Result, measure, unit_of
 from finetuning.figures import draw_comparisons, remove_earlier
 from finetuning.language import Language, add_language_option
 from finetuning.models import MODELS
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, SPLITS, Pair, split_pairs
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, SPLITS, Pair, keep_out, split_pairs
 from finetuning.repeats import RUNS_FILE, read_folds
 from finetuning.report import format_files, format_summary, summarize
 from finetuning.report_page import Setup, write_page
@@ -220,6 +220,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    keep_out(args.data, args.output)
     device, say = select_device(args.device, args.threads), args.language
     split, pairs_of = choose_pairs(args.data, args.split, args.limit, args.finetuned, args.folds)
     if not args.finetuned.is_file() and not args.folds:

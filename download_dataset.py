@@ -19,8 +19,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from sam2_utils import UserError
-
 from finetuning.command_line import ArgumentParser, number, run, seed, tell
 from finetuning.data_folder import (
     count_pairs,
@@ -52,9 +50,7 @@ def fill(
     if source.demo:
         draw_demo(data)
         return
-    for folder in filter(None, (source.images, source.masks, source.annotations)):
-        if data.resolve() in folder.resolve().parents:
-            raise UserError(f"{folder} lies inside {data}; use another --data folder")
+    source.check_apart(data)
     with source.find(data) as (examples, notes):
         for note in notes:
             tell(note)

@@ -11,8 +11,14 @@ import warnings
 
 # Operators that MPS lacks run on the CPU.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-# A file of a few bytes may claim any size; and these scripts say themselves what is wrong with one.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "250000000")
+# A file of a few bytes may claim any size: OpenCV refuses what has more pixels, by its header. It
+# crashes at a limit that is no number of 64 bits.
+if not os.environ.get("SAM2_MAX_MEGAPIXELS", "").isdecimal():
+    os.environ["SAM2_MAX_MEGAPIXELS"] = "100"  # 4 GB in all, which a computer of 8 GB has
+os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(
+    min(int(os.environ["SAM2_MAX_MEGAPIXELS"]), 10**6) * 10**6
+)
+# These scripts say themselves what is wrong with a file.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 # Notebooks name a drawing backend of their own, which matplotlib may not find from here.
 if os.environ.get("MPLBACKEND", "").startswith("module://"):
@@ -26,6 +32,8 @@ import torch
 
 # SAM 2 scripts its image transform, which newer versions of torch advise against.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+
+MAX_MEGAPIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]) // 10**6  # of an image
 
 
 class UserError(Exception):

@@ -59,7 +59,7 @@ from finetuning.losses import batch_loss
 from finetuning.metrics import LOGGED
 from finetuning.models import load_predictor, own_image_size
 from finetuning.objects import limit_objects
-from finetuning.pairs import Pair, split_pairs
+from finetuning.pairs import Pair, keep_out, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.repeats import (
     Training,
@@ -260,6 +260,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    keep_out(args.data, args.output, args.cache)
     device = distributed.local_device(select_device(args.device, args.threads))
     precision = select_precision(args.precision, device)
     machine = Machine(precision, args.gradient_checkpointing, args.compile)

@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from finetuning.command_line import plain_number, quoted
+from finetuning.files import read_file
 from finetuning.outlines import PATH_LIMIT, Outline, parse_polygon, parse_rle
 
 # Why an object has no outline
@@ -57,7 +58,7 @@ def normal(name: str) -> str:
 def read_text(path: Path) -> str:
     """Return the text of a file. Raises UserError unless it is in UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"{quoted(path, PATH_LIMIT)} is not text in UTF-8; save it as UTF-8"
         raise UserError(message) from error

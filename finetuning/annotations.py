@@ -24,6 +24,7 @@ from finetuning.annotation_formats import (
     read_yolo,
 )
 from finetuning.command_line import quoted
+from finetuning.files import require_file
 from finetuning.outlines import PATH_LIMIT, Outline, draw_outline, refuse_size
 from finetuning.pairs import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 
@@ -105,8 +106,8 @@ def read_annotations(
 
 def _annotation_files(path: Path) -> list[Path]:
     """Return the JSON files, or else the text files, that a path stands for."""
-    if not path.exists():
-        raise UserError(f"no such file or folder: {quoted(path, PATH_LIMIT)}; check the path")
+    if not path.is_dir():
+        require_file(path, what="file or folder")
     if path.is_file() and path.suffix.lower() == ".json":
         return [path]
     for folder in (path / "labels", path, path / "annotations"):

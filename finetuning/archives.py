@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from sam2_utils import UserError
 
+from finetuning.files import require_file
+
 # What an archive may hold. Images are checked one at a time, each as a whole in memory.
 MAX_UNPACKED_BYTES = 50 * 10**9
 MAX_MEMBER_BYTES = 2 * 10**9
@@ -35,8 +37,7 @@ def open_archive(path: Path) -> Iterator[zipfile.Path]:
     Raises UserError, before anything is written, when the archive is damaged, or has a member that
     check_member refuses.
     """
-    if not path.is_file():
-        raise UserError(f"no such archive: {path}; check the path")
+    require_file(path, what="archive")
     try:
         with zipfile.ZipFile(path) as archive:
             check_archive(path, archive)

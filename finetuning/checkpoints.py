@@ -18,7 +18,7 @@ from sam2_utils import UserError
 import torch
 from safetensors.torch import load_file
 
-from finetuning.files import atomic_write
+from finetuning.files import atomic_write, require_file
 
 A_SAM2_NAME = "image_encoder.trunk.patch_embed.proj.weight"  # every SAM 2 has it, once
 MODEL_CODE = ("torch.nn.modules.", "__torch__.")  # how names of a model's classes start
@@ -27,6 +27,7 @@ MAX_OPCODES = 100_000  # to look for them in
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, as hexadecimal digits."""
+    require_file(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(functools.partial(file.read, 1 << 20), b""):
@@ -41,8 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     in a .safetensors file. What comes before all of SAM 2's own names, as DDP's "module.", is
     taken off. Raises UserError when the file is missing or is not a checkpoint with finite weights.
     """
-    if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}; check the path")
+    require_file(path, what="checkpoint")
     checkpoint = _unwrap(_read(path))
     if checkpoint is None:
         raise UserError(f'{path} holds no "model" weights; use a SAM 2.1 checkpoint')

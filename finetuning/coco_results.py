@@ -15,7 +15,7 @@ from sam2_utils import UserError
 import cv2
 import numpy as np
 
-from finetuning.files import atomic_write
+from finetuning.files import atomic_write, read_file
 from finetuning.prompts import mask_box
 from finetuning.result_files import Segmented
 
@@ -76,7 +76,7 @@ class CocoFile:
         if not path.is_file():
             return
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(read_file(path))
             if document["info"]["description"] != MAKER:
                 raise ValueError(path)
             by_id = {image["id"]: (image, []) for image in document["images"]}

@@ -153,6 +153,8 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; check the path, its permissions and the disk")
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith("Symlink loop"):  # of Path.resolve, until Python 3.12
+            _fail(f"{error}; remove that link, or name another folder")
         if not is_memory_error(error):
             raise
         _fail("the memory is full; use a smaller --batch-size or --model, or --device cpu")

@@ -11,6 +11,7 @@ from pathlib import Path
 from sam2_utils import UserError
 
 from finetuning.command_line import quoted
+from finetuning.files import LARGEST_TABLE, read_file
 
 
 def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -18,9 +19,7 @@ def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
 
     Raises UserError where a column that is needed is missing, or the file is no table.
     """
-    if not file.is_file():
-        raise UserError(f"no such file: {quoted(file)}; check the path")
-    content, text = file.read_bytes(), ""
+    content, text = read_file(file, LARGEST_TABLE), ""
     for encoding in ("cp949", "utf-8-sig"):  # the former is that of Excel in Korea
         with contextlib.suppress(UnicodeDecodeError):
             text = content.decode(encoding)

@@ -16,7 +16,7 @@ from sam2_utils import UserError
 from finetuning.command_line import tell
 from finetuning.copies import COPIES_FILE, describe_copies, find_copies, write_copies
 from finetuning.demo_images import write_demo_dataset
-from finetuning.files import only_run_in
+from finetuning.files import LARGEST, only_run_in, require_file
 from finetuning.filling import UNSPLIT, Filled, Filler, move_to_splits
 from finetuning.groups import Grouping, find_groups, join_groups, torn_groups
 from finetuning.layouts import listed
@@ -168,6 +168,14 @@ def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool
     return True
 
 
+def check_files(examples: list[Example]) -> None:
+    """Raise UserError for what is no file, or one too large, before any is copied."""
+    for example in examples:
+        for source in (example.image, *example.masks):
+            if isinstance(source, Path):  # not in an archive, which has been checked
+                require_file(source, LARGEST)
+
+
 def check_cases(examples: list[Example]) -> None:
     """Raise UserError for names that Windows and macOS take for one and the same."""
     seen: dict[tuple[str | None, str], Example] = {}
@@ -194,6 +202,7 @@ def fill_folder(
     Those that are in no split yet are split by the seed and the fractions in `facts`, what belongs
     together or is alike on one side. Returns what became of each.
     """
+    check_files(examples)
     check_cases(examples)
     of_objects = rule.gives_objects or any(len(example.masks) != 1 for example in examples)
     facts = dict(facts)

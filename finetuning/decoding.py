@@ -7,32 +7,37 @@ file's own headers here, so that it does not depend on OpenCV's version.
 from __future__ import annotations
 
 import contextlib
+import io
 import re
-import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from sam2_utils import UserError
+from sam2_utils import MAX_MEGAPIXELS, UserError
 
 import cv2
 import numpy as np
+from PIL import Image
+
+from finetuning.files import MAKE_SMALLER
+from finetuning.tiff import (
+    BITS,
+    COMPRESSION,
+    EXTRA_SAMPLES,
+    FORMAT,
+    ORIENTATION,
+    PLANES,
+    SAMPLES,
+    Directory,
+    tiff_directories,
+    tiff_pages,
+    with_one_upright_page,
+)
 
 # Two bytes that begin a segment of a JPEG, or end it; pixels and padding hold none such.
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 JPEG_START, JPEG_END, JPEG_SCAN, JPEG_EXIF = b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xe1"
 PNG_START = b"\x89PNG\r\n\x1a\n"
-
-# Tags of TIFF and EXIF: https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf
-TAGS = SUBFILE_TYPE, BITS, COMPRESSION, ORIENTATION, SAMPLES, PLANES, EXTRA_SAMPLES, FORMAT = (
-    254, 258, 259, 274, 277, 284, 338, 339,
-)  # fmt: skip
-# The byte order, for struct, and whether it is a BigTIFF
-TIFF_STARTS = {
-    b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True),
-}  # fmt: skip
-INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # codes of TIFF, and of struct
-NO_PAGE = 0b101  # the bits of SUBFILE_TYPE for a thumbnail and for a transparency mask
 
 # EXIF orientation of an AVIF by its mirror (none, top to bottom, left to right) and quarter turns
 AVIF_ORIENTATIONS = {None: (1, 8, 3, 6), 0: (4, 5, 2, 7), 1: (2, 7, 4, 5)}
@@ -53,17 +58,6 @@ OTHER_KINDS = {
 }
 
 
-class Directory(NamedTuple):
-    """One page of a TIFF, or the head of EXIF data: where it lies, and what its TAGS say."""
-
-    start: int
-    tags: dict[int, tuple[int, ...]]
-    places: dict[int, tuple[str, int]]  # of the values: their format for struct, and offset
-
-    def first(self, tag: int, default: int = 1) -> int:
-        return self.tags.get(tag, (default,))[0]
-
-
 def decode(path: Path, content: bytes, color: bool = False) -> np.ndarray:
     """Decode the content of an image file, turned upright by its EXIF orientation.
 
@@ -76,7 +70,7 @@ def decode(path: Path, content: bytes, color: bool = False) -> np.ndarray:
         raise UserError(f"{path} holds {count} pages; save the one that you want as its own file")
     if pages:
         _require_known_channels(path, pages[0])
-        content = _with_one_upright_page(content, pages[0])
+        content = with_one_upright_page(content, pages[0])
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH if color else cv2.IMREAD_UNCHANGED
     values = _imdecode(path, content, flags)
     if values is None and pages and color:
@@ -117,8 +111,21 @@ def _imdecode(path: Path, content: bytes, flags: int) -> np.ndarray | None:
         return None if _is_cut_off(content) else cv2.imdecode(buffer, flags)
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
-            raise UserError(f"{path} has more than 250 megapixels; make it smaller") from error
+            raise UserError(
+                f"{path} has {_size_in_words(content)}more than {MAX_MEGAPIXELS} megapixels, or a "
+                f"million a side; {MAKE_SMALLER}"
+            ) from error
         return None
+
+
+def _size_in_words(content: bytes) -> str:
+    """Say of an image how large it is, where Pillow finds that in its header."""
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Image.MAX_IMAGE_PIXELS = None
+        width, height = Image.open(io.BytesIO(content)).size
+        return f"{width}x{height} pixels, "
+    return ""
 
 
 def _in_rgb(values: np.ndarray) -> np.ndarray:
@@ -242,56 +249,3 @@ def _count_gif_frames(content: bytes) -> int:
 
 def _gif_table_length(flags: int) -> int:
     return 6 << (flags & 7) if flags & 0x80 else 0
-
-
-def tiff_pages(content: bytes) -> list[Directory]:
-    """Return the pages of a TIFF, without thumbnails and the like; none of any other file."""
-    directories = tiff_directories(content)
-    pages = [page for page in directories if not page.first(SUBFILE_TYPE, 0) & NO_PAGE]
-    return pages or directories[:1]
-
-
-def tiff_directories(content: bytes) -> list[Directory]:
-    """Return the directories of a TIFF, a BigTIFF or EXIF data as far as they can be read.
-
-    No pixels are decoded. What is broken ends the list, and so does a directory met before.
-    """
-    order, is_big = TIFF_STARTS.get(content[:4], ("<", False))
-    directories: dict[int, Directory] = {}
-    with contextlib.suppress(struct.error, OverflowError):
-        (start,) = struct.unpack_from(order + ("8xQ" if is_big else "4xI"), content)
-        while content[:4] in TIFF_STARTS and start and start not in directories:
-            directories[start], start = _read_directory(content, start, order, is_big)
-    return list(directories.values())
-
-
-def _read_directory(content: bytes, start: int, order: str, is_big: bool) -> tuple[Directory, int]:
-    """Return the directory at an offset, and the offset of the next one, 0 for none."""
-    count_code, offset_code, room = ("Q", "Q", 8) if is_big else ("H", "I", 4)
-    entry_format, entry_size = f"{order}HH{offset_code}{room}s", 4 + 2 * room
-    (count,) = struct.unpack_from(order + count_code, content, start)
-    position = start + struct.calcsize(count_code)
-    end = position + count * entry_size
-
-    directory = Directory(start, {}, {})
-    for tag, kind, length, value in struct.iter_unpack(entry_format, content[position:end]):
-        position += entry_size
-        if tag not in TAGS or kind not in INTEGER_TYPES or not length:
-            continue
-        layout, place = f"{order}{min(length, 4)}{INTEGER_TYPES[kind]}", position - room
-        if length * struct.calcsize(order + INTEGER_TYPES[kind]) > room:
-            (place,) = struct.unpack(order + offset_code, value)
-        directory.tags[tag] = struct.unpack_from(layout, content, place)
-        directory.places[tag] = layout, place
-    return directory, *struct.unpack_from(order + offset_code, content, end)
-
-
-def _with_one_upright_page(content: bytes, page: Directory) -> bytes:
-    """Return a TIFF that begins with `page` and has no orientation: OpenCV obeys both."""
-    order, is_big = TIFF_STARTS[content[:4]]
-    changed = bytearray(content)
-    struct.pack_into(order + ("Q" if is_big else "I"), changed, 8 if is_big else 4, page.start)
-    if ORIENTATION in page.places:
-        layout, place = page.places[ORIENTATION]
-        struct.pack_into(layout, changed, place, *[1] * len(page.tags[ORIENTATION]))
-    return bytes(changed)

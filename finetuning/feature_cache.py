@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from finetuning import distributed
 from finetuning.command_line import is_memory_error, tell
-from finetuning.files import atomic_write
+from finetuning.files import atomic_write, read_file
 from finetuning.image_files import read_image
 from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.segmentation import Features, encode_images, feature_shapes
@@ -124,7 +124,7 @@ class FeatureCache:
     def _path(self, image: Path) -> Path:
         """Return where an image's features are, or will be."""
         if image not in self._paths:
-            content = hashlib.sha256(image.read_bytes()).hexdigest()
+            content = hashlib.sha256(read_file(image)).hexdigest()
             key = hashlib.sha256(repr([*self._source, content]).encode()).hexdigest()
             self._paths[image] = self.folder / f"{key}.safetensors"
         return self._paths[image]

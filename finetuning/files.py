@@ -1,9 +1,10 @@
-"""Writing files that are never left half done."""
+"""Reading files that are files, and writing such as are never left half done."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import math
 import os
 import re
 import uuid
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sam2_utils import UserError
+from sam2_utils import MAX_MEGAPIXELS, UserError
 
 from finetuning.command_line import tell
 
@@ -19,6 +20,42 @@ if os.name == "nt":
     import msvcrt
 else:
     import fcntl
+
+# Bytes of a file that is read whole: more than the pixels allowed of three channels of 16 bits have
+LARGEST = MAX_MEGAPIXELS * 10**7
+LARGEST_TABLE = LARGEST // 4  # its text takes many times that
+MAKE_SMALLER = (
+    "make it smaller or, with much more than 8 GB of memory, set the environment variable "
+    f"SAM2_MAX_MEGAPIXELS to more than {MAX_MEGAPIXELS}"
+)
+
+
+def require_file(path: Path, largest: float = math.inf, what: str = "file") -> None:
+    """Raise UserError unless a path is a file, or a link to one, of at most so many bytes.
+
+    A device could be read without end, and a pipe would be waited for.
+    """
+    if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a device or a pipe, not a file; remove it, or name another")
+        raise UserError(f"no such {what}: {path}; check the path")
+    size = path.stat().st_size
+    if size > largest:
+        raise UserError(
+            f"{path} has {size / 1e9:.3g} GB, more than {largest / 1e9:.3g} GB; {MAKE_SMALLER}"
+        )
+
+
+def read_file(path: Path, largest: float = LARGEST) -> bytes:
+    """Return the content of a file; raise UserError as require_file does."""
+    require_file(path, largest)
+    return path.read_bytes()
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Say whether a path is a folder or lies in it; through links, and in upper or lower case."""
+    path, folder = (Path(str(each.resolve()).casefold()) for each in (path, folder))
+    return path.is_relative_to(folder)
 
 
 @contextlib.contextmanager

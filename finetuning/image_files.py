@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from finetuning.decoding import decode, is_lossy_format
-from finetuning.files import atomic_write
+from finetuning.files import atomic_write, read_file
 
 HUGE = 1e300  # differences of larger values are infinite
 
@@ -21,7 +21,7 @@ def read_image(path: Path, value_range: tuple[float, float] | None = None) -> np
     Returns an HxWx3 uint8 array in RGB. Values beyond 8 bits are stretched to 0..255, as
     to_8_bits says. Raises UserError when it cannot be read or holds several pages.
     """
-    image = decode(path, _read_bytes(path), color=True)
+    image = decode(path, read_file(path), color=True)
     if image.ndim == 3:
         image = image[..., :3]
     image = to_8_bits(path, image, value_range)
@@ -48,8 +48,13 @@ def to_8_bits(
 
     # Each level of 16 bits once, which is quicker than each pixel
     is_table = values.dtype == np.uint16
-    levels = np.arange(1 << 16, dtype=np.float64) if is_table else values.astype(np.float64)
-    low, high = value_range or np.percentile(values if is_table else levels, (0.5, 99.5)).tolist()
+    kind = np.uint16 if is_table else np.float64
+    # In place where an array of all pixels is new: each takes 2 GB for 100 megapixels
+    low, high = (
+        value_range
+        or np.percentile(values.astype(kind), (0.5, 99.5), overwrite_input=True).tolist()
+    )
+    levels = np.arange(1 << 16, dtype=np.float64) if is_table else values.astype(kind)
     if value_range is None and low == high:  # but for a few spots
         low, high = least, most
     if low < high:
@@ -57,7 +62,8 @@ def to_8_bits(
         levels -= low
         levels /= high - low
         levels *= 255
-    levels = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
+    np.clip(levels, 0, 255, out=levels)
+    levels = np.rint(levels, out=levels).astype(np.uint8)
     return levels[values] if is_table else levels
 
 
@@ -67,7 +73,7 @@ def read_values(path: Path) -> tuple[np.ndarray, bool]:
     Returns an HxW, HxWx3 (RGB) or HxWx4 (RGBA) array, a palette's colours for its indices, and
     whether the format is lossy. Raises UserError when it cannot be read or holds several pages.
     """
-    content = _read_bytes(path)
+    content = read_file(path)
     return decode(path, content), is_lossy_format(content)
 
 
@@ -105,7 +111,7 @@ def _single_channel(path: Path, mask: np.ndarray, is_lossy: bool) -> np.ndarray:
         return mask
     if mask.shape[2] == 4 and mask[..., 3].min() < mask[..., 3].max():
         raise UserError(f"{path} has a transparent part; save the mask in black and white")
-    colors = mask[..., :3].astype(np.float64)
+    colors = mask[..., :3]
     if (colors.max(axis=2) - colors.min(axis=2)).max() > (64 if is_lossy else 8):
         raise UserError(f"{path} is a mask in colour; save it in black and white (0 and 255)")
     return mask[..., 1]
@@ -131,9 +137,3 @@ def write_image(path: Path, image: np.ndarray) -> None:
     encoded = cv2.imencode(path.suffix, image)[1]
     with atomic_write(path) as temporary:  # cv2.imwrite fails on non-ASCII paths on Windows
         temporary.write_bytes(encoded.tobytes())
-
-
-def _read_bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise UserError(f"no such file: {path}; check the path")
-    return path.read_bytes()

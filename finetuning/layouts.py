@@ -49,25 +49,29 @@ def read_folder(root: Path) -> Folder:
     """Read what is in a folder, on disk or in an archive, down to MAX_DEPTH."""
     if not root.is_dir():
         raise UserError(f"no such folder: {shown(root)}; check the path")
-    members = defaultdict(list)
-    if isinstance(root, zipfile.Path):  # its iterdir goes through the whole archive each time
+    on_disk, members = isinstance(root, Path), defaultdict(list)
+    if not on_disk:  # its iterdir goes through the whole archive each time
         for name in root.root.namelist():
             members[posixpath.dirname(name.rstrip("/"))].append(zipfile.Path(root.root, name))
 
-    def read(path: Path, depth: int) -> Folder:
+    def read(path: Path, depth: int, above: tuple[Path, ...]) -> Folder:
         folder = Folder(path, [], [], [])
-        children = members[path.at.rstrip("/")] if members else path.iterdir()
+        children = path.iterdir() if on_disk else members[path.at.rstrip("/")]
         for child in sorted(children, key=lambda child: child.name):
             if child.name.startswith(".") or child.name.lower() in IGNORED:
                 continue
             if child.is_dir():
-                folder.folders.extend([read(child, depth + 1)] if depth < MAX_DEPTH else [])
+                real = child.resolve() if on_disk else child
+                if real in above:
+                    raise UserError(f"{shown(child)} is a link to a folder around it; remove it")
+                if depth < MAX_DEPTH:
+                    folder.folders.append(read(child, depth + 1, (*above, real)))
             else:
                 is_image = suffix_of(child) in IMAGE_SUFFIXES
                 (folder.files if is_image else folder.others).append(child)
         return folder
 
-    return read(root, 0)
+    return read(root, 0, (root.resolve(), *root.resolve().parents) if on_disk else ())
 
 
 def find_places(folder: Folder) -> Iterator[tuple[Path, list[Level]]]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
+from finetuning.files import LARGEST, lies_in, read_file, require_file
+
 DEMO_DATA, DEMO_OUTPUT = Path("data/demo"), Path("output/demo")
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
@@ -79,6 +81,8 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
                 f"{files[stem].name} and {path.name} in {folder} have the same name but for the "
                 "suffix; rename one of them, or move it to another folder"
             )
+        if not is_folder:
+            require_file(path, LARGEST)
         files[stem] = path
     return files
 
@@ -102,13 +106,29 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
     return [pair._replace(group=of_split.get(pair.name)) for pair in pairs]
 
 
+def keep_out(data: Path, output: Path, cache: Path | None = None) -> None:
+    """Raise UserError where a folder to write to is a data folder, or in its images or masks.
+
+    cache: another such folder, which may be deleted: the output must not be in it, either.
+    """
+    for name, folder in (("output", output), ("cache", cache or output)):
+        is_data = lies_in(folder, data) and lies_in(data, folder)
+        if is_data or any(lies_in(folder, data / kind) for kind in ("images", "masks")):
+            raise UserError(
+                f"--{name} {folder} is where the images and masks of --data {data} are; "
+                "choose another folder"
+            )
+    if cache and lies_in(output, cache):
+        raise UserError(f"--output {output} is in --cache {cache}, which may be deleted; part them")
+
+
 def read_facts(data: Path) -> dict[str, Any]:
     """Return what a data folder's split.json says of it; nothing where it has none."""
     path = data / SPLIT_FILE
     if not path.is_file():
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(read_file(path))
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):

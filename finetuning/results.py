@@ -16,7 +16,7 @@ from finetuning.automatic import Rule
 from finetuning.checkpoints import file_sha256
 from finetuning.coco_results import coco_files
 from finetuning.csv_files import read_table
-from finetuning.files import atomic_write, write_csv
+from finetuning.files import atomic_write, read_file, write_csv
 from finetuning.pairs import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 from finetuning.prompts import Prompt, mask_box, prompt_text
 from finetuning.result_files import Segmented, file_names, remove_others, write_files
@@ -45,7 +45,7 @@ def list_images(folder: Path) -> list[FolderImage]:
     paths = sorted(
         path
         for path in folder.iterdir()
-        if not path.name.startswith(".") and path.suffix.lower() in suffixes and path.is_file()
+        if not (path.name.startswith(".") or path.is_dir()) and path.suffix.lower() in suffixes
     )
     if not paths:
         raise UserError(f"no images in {folder}; expected files like name.jpg or name.png")
@@ -110,10 +110,10 @@ class Results:
     def _other_setting(self) -> str | None:
         """Return the name of a setting that is not that of the results, if these are known."""
         try:
-            earlier = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            earlier = json.loads(read_file(self.folder / SETTINGS))
             earlier.setdefault("way of finding objects", [])  # of an earlier version
             return next((key for key in self.settings if earlier[key] != self.settings[key]), None)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        except (UserError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def is_done(self, image: FolderImage, prompts: dict[str, Prompt] | None) -> bool:

@@ -15,6 +15,7 @@ from finetuning.annotations import read_annotations
 from finetuning.archives import open_archive
 from finetuning.checkpoints import file_sha256
 from finetuning.command_line import ArgumentParser, quoted
+from finetuning.files import lies_in
 from finetuning.layouts import SPLITS, listed
 from finetuning.models import download_file
 from finetuning.pairing import (
@@ -61,6 +62,18 @@ class Source:
         if self.skip_unlabelled:
             chosen["skip_unlabelled"] = True
         return chosen
+
+    def check_apart(self, data: Path) -> None:
+        """Raise UserError where the folder to fill is in one that it is filled from, or around it.
+
+        An archive may lie there, as Kvasir-SEG's does.
+        """
+        for folder in filter(None, (self.images, self.masks, self.annotations)):
+            if lies_in(folder, data):
+                raise UserError(f"{folder} is or lies inside {data}; use another --data folder")
+        for folder in filter(None, (self.images, self.masks, self.archive)):
+            if lies_in(data, folder) and (folder != self.archive or lies_in(folder, data)):
+                raise UserError(f"{data} is or lies inside {folder}; use another --data folder")
 
     @contextlib.contextmanager
     def find(self, data: Path) -> Iterator[Found]:

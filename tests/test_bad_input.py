@@ -240,6 +240,7 @@ TOO_LARGE = {
     "bomb.png": png_that_claims(20_000, 20_000),
     "bomb.jpg": jpeg_that_claims(65_000, 65_000),
 }
+SIZES = {"bomb.png": "20000x20000", "bomb.jpg": "65000x65000"}
 NOT_8_BIT = {
     "12 of 16 bits.png": encode(".png", IMAGE.astype(np.uint16) << 4),
     "float.tif": encode(".tif", np.float32(IMAGE) / 255, cv2.IMWRITE_TIFF_COMPRESSION, 1),
@@ -248,7 +249,10 @@ NOT_8_BIT = {
 }
 REFUSED = {
     **{name: (content, "is not a readable image") for name, content in UNREADABLE.items()},
-    **{name: (content, "has more than 250 megapixels") for name, content in TOO_LARGE.items()},
+    **{
+        name: (content, f"has {SIZES[name]} pixels, more than 100 megapixels")
+        for name, content in TOO_LARGE.items()
+    },
 }
 
 
@@ -345,7 +349,7 @@ BAD_PAIRS = {
     "mask is the image": ("masks", ".png", PNG, "pair_000.png is a mask in colour"),
     "mask turned": ("masks", ".png", encode(".png", MASK.T * 255), "is 96x128; a mask must"),
     "label map": ("masks", ".png", encode(".png", LABELS), "pair_000.png is not black and white"),
-    "mask is huge": ("masks", ".png", TOO_LARGE["bomb.png"], "more than 250 megapixels"),
+    "mask is huge": ("masks", ".png", TOO_LARGE["bomb.png"], "more than 100 megapixels"),
     "mask is a folder": ("masks", ".png", None, "pair_000.png"),
 }  # fmt: skip
 

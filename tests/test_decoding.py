@@ -370,7 +370,7 @@ def test_a_bomb_is_refused_by_its_header_without_a_warning(tmp_path):
         warnings.simplefilter("error")
         for content in bombs:
             for read in (read_image, read_mask):
-                with pytest.raises(UserError, match="more than 250 megapixels"):
+                with pytest.raises(UserError, match="more than 100 megapixels"):
                     read(write(tmp_path / "a", content))
 
 
