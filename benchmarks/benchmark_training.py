@@ -43,7 +43,13 @@ from finetuning.evaluation import Model, measure
 from finetuning.feature_cache import FeatureCache, FeatureSource
 from finetuning.files import atomic_write, write_csv
 from finetuning.learner import make_learner, speed_up
-from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
+from finetuning.models import (
+    MODELS,
+    build_predictor,
+    ensure_checkpoint,
+    load_predictor,
+    parse_image_size,
+)
 from finetuning.objects import count_objects, read_pair
 from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import prompt_from_mask, random_point
@@ -70,11 +76,12 @@ class Bench(NamedTuple):
     pairs: list[Pair]  # to train on, all with an object
     val_pairs: list[Pair]
     cache: Path
+    image_size: int | None  # that the models resize images to; None: their own
 
     def load(self, seed: int = 0) -> SAM2ImagePredictor:
         """Return the model as it is before training."""
         torch.manual_seed(seed)
-        return load_predictor(self.model, self.checkpoint, self.device)[0]
+        return load_predictor(self.model, self.checkpoint, self.device, self.image_size)[0]
 
     def val_iou(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> float:
         """Return the mean val IoU, in the precision of the variant and without a cache."""
@@ -318,6 +325,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
     parser.add_argument("--model", choices=MODELS, default="small", help="its size")
     parser.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
+    parser.add_argument("--image-size", type=parse_image_size, metavar="S", help="of all variants")
     parser.add_argument("--random-weights", action="store_true", help="for time and memory only")
     parser.add_argument("--limit", type=at_least_1, help="the first N training images only")
     parser.add_argument("--guide-images", type=at_least_1, help="show the guide's loop N of them")
@@ -347,7 +355,8 @@ def prepare(args: Namespace) -> Bench:
     if len(pairs) < 5:
         raise UserError("a benchmark needs at least 5 training images; raise --limit")
     val_pairs = split_pairs(args.data, "val", args.val_limit)
-    return Bench(args.model, checkpoint, device, pairs, val_pairs, args.output / "cache")
+    cache = args.output / "cache"
+    return Bench(args.model, checkpoint, device, pairs, val_pairs, cache, args.image_size)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -363,7 +372,8 @@ def main(argv: list[str] | None = None) -> None:
     image_count = args.totals_for or len(bench.pairs)
     add_totals(rows, image_count)
     precision = str(select_precision("auto", bench.device)).removeprefix("torch.")
-    title = f"SAM 2.1 {args.model}, {image_count} images, {bench.device}, {precision}"
+    at = f" at {args.image_size}" if args.image_size else ""
+    title = f"SAM 2.1 {args.model}{at}, {image_count} images, {bench.device}, {precision}"
     cores = f"{torch.get_num_threads()} threads, {platform.system()}, PyTorch {torch.__version__}"
     print(f"{title}; the guide's loop in float32; {cores}\n")
     print(format_table(rows))
