@@ -13,9 +13,10 @@ from conftest import write_data
 
 import compare_models
 import train_sam2_proper
-from finetuning import learning_rate
+from finetuning import learning_rate, run_state
 from finetuning.learning_rate import RATES, choose_rate, split_for_trials
 from finetuning.recipe import GUIDE
+from finetuning.run_state import best_of
 from train_sam2_proper import main, parse_args
 
 
@@ -96,6 +97,27 @@ def test_best_is_said_of_the_epochs_that_are_better_than_all_before(train, monke
     assert "val IoU 0.5000 before training, 0.7000 at best (epoch 3)" in outcome.out
     assert load("output/sam2_best.pt")["epoch"] == 3
     assert load("output/sam2_final.pt")["epoch"] == 5
+
+
+def test_of_epochs_that_are_equally_good_the_earliest_is_the_best():
+    log = [{"epoch": epoch, "val_iou": iou} for epoch, iou in enumerate((0.5, 0.7, 0.6, 0.7))]
+    assert best_of(log)["epoch"] == 1
+    assert best_of(log[:1])["epoch"] == 0
+
+
+def test_the_best_model_is_replaced_by_a_better_one_only(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(run_state, "save_model", lambda path, _, row, __: saved.append((path, row)))
+    monkeypatch.setattr(run_state, "save_state", lambda *_: None)
+    monkeypatch.setattr(run_state, "write_log", lambda *_: None)
+    log = [{"epoch": 0, "val_iou": 0.5}]
+    for epoch, iou in enumerate((0.5, 0.6, 0.6, 0.4, 0.7), start=1):
+        log.append({"epoch": epoch, "val_iou": iou, "loss": 1.0, "train_iou": 0.5, "seconds": 1.0})
+        run_state.save_epoch(tmp_path, None, None, log, {})
+    assert [(path.name, row["epoch"]) for path, row in saved] == [
+        ("sam2_best.pt", 2),
+        ("sam2_best.pt", 5),
+    ]
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_does_not_keep_a_worse_best(
