@@ -148,6 +148,24 @@ def test_a_mask_is_an_object_from_an_iou_of_a_half_on():
     assert ious == pytest.approx(np.array([[1, 0.5], [200 / 1600, 400 / 1600]]))
 
 
+def test_a_rule_is_chosen_on_some_of_the_images_drawn_by_seed(monkeypatch):
+    read = []
+
+    def note(pair):
+        read.append(pair)
+        return None, objects_of(square(10, 10))
+
+    monkeypatch.setattr(detection, "read_pair", note)
+    monkeypatch.setattr(detection, "find_objects", lambda *_: [found(square(10, 10))])
+    drawn = []
+    for seed in (1, 1, 2):
+        read.clear()
+        choose_rule(Model(Namespace(), Namespace(precision=None)), list(range(60)), seed)
+        drawn.append(list(read))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(len(set(pairs)) == detection.MOST_TUNED for pairs in drawn)
+
+
 def test_each_model_finds_objects_by_its_own_rule(tmp_path, monkeypatch):
     pair = make_pair(tmp_path, square(10, 10).astype(np.uint8))
     masks = [found(square(10, 10), 0.9), found(square(60, 60), 0.5)]

@@ -133,8 +133,8 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
 class MadeUpLoader:
     """Three steps an epoch, each on one image whose features are given."""
 
-    def __init__(self) -> None:
-        self.sampler = Namespace(epoch=0)
+    def __init__(self, fractions: tuple[float, ...] = (1.0, 1.0, 1.0)) -> None:
+        self.sampler, self.fractions = Namespace(epoch=0), fractions
 
     def __len__(self) -> int:
         return 3
@@ -142,28 +142,50 @@ class MadeUpLoader:
     def __iter__(self):
         features = Features(torch.zeros(1, 1), [])
         mask = torch.ones(4, 4)
-        for _ in range(len(self)):
-            yield Batch(features, [], [0], [make_prompt([(1, 1)])], PromptPlan(), [mask], 1.0)
+        for fraction in self.fractions:
+            yield Batch(features, [], [0], [make_prompt([(1, 1)])], PromptPlan(), [mask], fraction)
+
+
+def made_up_epoch(monkeypatch, loader: MadeUpLoader, take_step, epoch: int) -> dict[str, float]:
+    """Train for one of four epochs on losses of 1, 2 and 3; return what is reported."""
+    losses = iter((1.0, 2.0, 3.0))
+
+    def batch_loss(*_):
+        loss = next(losses)
+        return torch.tensor(loss), [{"loss": loss, "train_iou": loss / 10}]
+
+    monkeypatch.setattr(train_sam2_proper, "take_step", take_step)
+    monkeypatch.setattr(train_sam2_proper, "predict_masks", lambda *_: None)
+    monkeypatch.setattr(train_sam2_proper, "batch_loss", batch_loss)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [weight], "initial_lr": 0.5}], lr=0.5)
+    predictor = Namespace(model=Namespace(image_size=256), device=CPU)
+    learner = Learner(None, optimizer, None, torch.float32, None)
+    return train_one_epoch(predictor, loader, learner, Recipe(epochs=4), epoch)
+
+
+def test_a_process_counts_by_its_share_of_a_step_and_not_at_all_where_it_stands_in(monkeypatch):
+    taken = []
+
+    def note_the_loss(_, loss, max_norm) -> float:
+        taken.append((loss.item(), max_norm))
+        return float(len(taken) == 3)
+
+    loader = MadeUpLoader((0.25, 0.0, 1.0))
+    report = made_up_epoch(monkeypatch, loader, note_the_loss, epoch=2)
+    assert taken == [(0.25, 1.0), (0.0, 1.0), (3.0, 1.0)] and loader.sampler.epoch == 2
+    assert report == {"loss": 2.0, "train_iou": pytest.approx(0.2), "clipped": 0.5}
 
 
 def test_the_cosine_goes_on_from_epoch_to_epoch(monkeypatch):
     rates = []
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([{"params": [weight], "initial_lr": 0.5}], lr=0.5)
-    learner = Learner(None, optimizer, None, torch.float32, None)
 
-    def note_the_rate(*_) -> float:
-        rates.append(optimizer.param_groups[0]["lr"])
+    def note_the_rate(learner, *_) -> float:
+        rates.append(learner.optimizer.param_groups[0]["lr"])
         return 0.0
 
-    report = {"loss": 1.0, "train_iou": 0.0}
-    monkeypatch.setattr(train_sam2_proper, "take_step", note_the_rate)
-    monkeypatch.setattr(train_sam2_proper, "predict_masks", lambda *_: None)
-    monkeypatch.setattr(train_sam2_proper, "batch_loss", lambda *_: (torch.ones(1), [report]))
-    predictor = Namespace(model=Namespace(image_size=256), device=CPU)
-    recipe = Recipe(epochs=4)
     for epoch in range(1, 5):
-        train_one_epoch(predictor, MadeUpLoader(), learner, recipe, epoch)
+        made_up_epoch(monkeypatch, MadeUpLoader(), note_the_rate, epoch)
     # Of 12 steps, 0.6 warm up
     expected = [1 / 1.6, *((1 + math.cos(math.pi * (s - 0.6) / 11.4)) / 2 for s in range(1, 12))]
     assert rates == pytest.approx([0.5 * factor for factor in expected])

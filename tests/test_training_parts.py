@@ -62,6 +62,7 @@ def test_each_models_mask_is_measured_against_the_true_one(tmp_path, models):
         (index, k) for index in (5, 6) for k in range(3)
     ]
     assert models[0].predictor.asked == ["single"] * 12
+    assert {result.area_fraction for result in results} == {20 * 60 / (96 * 128)}
     expected = (
         {"IoU": 1 / 2, "Precision": 1, "Recall": 1 / 2},
         {"IoU": 60 / 128, "Precision": 60 / 128, "Recall": 1},
@@ -154,13 +155,34 @@ def test_a_restored_learner_takes_the_steps_that_the_saved_one_would_have_taken(
         step(first, factor)
     run_state.save_state(tmp_path, first, [{"epoch": 1}], {})
     state = run_state.load_checkpoint(tmp_path / run_state.STATE_FILE)
+    state["optimizer"]["param_groups"][0].pop("initial_lr")  # as in files of earlier versions
     restore(second, state)
     for factor in (-1.0, 0.5):
         step(first, factor)
         step(second, factor)
     for one, other in zip(first.weights.parameters(), second.weights.parameters(), strict=True):
         assert torch.equal(one, other)
+    assert second.optimizer.param_groups[0]["initial_lr"] == 1e-3
     assert state["log"] == [{"epoch": 1}]
+
+
+def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(run_state, "save_model", lambda path, _, row, __: saved.append(row))
+    monkeypatch.setattr(run_state, "save_state", lambda *_: saved.append("state"))
+    learner, recipe, original = small_learner(0, 1e-3), Recipe(), {"epoch": 0, "val_iou": 0.5}
+    run_state.start(tmp_path, None, learner, recipe, None, [original], {})
+    assert saved == ["state", original]
+    state = {
+        "model": learner.weights.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+    }
+    for iou, kept in ((0.6, []), (0.4, [original])):
+        saved.clear()
+        log = [original, {"epoch": 1, "val_iou": iou}]
+        run_state.start(tmp_path, None, learner, recipe, state, log, {})
+        assert saved == kept
 
 
 def test_a_run_knows_its_data_by_every_image_and_mask_of_both_splits(tmp_path):
