@@ -2,6 +2,7 @@
 
 import csv
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from finetuning import automatic, detection
 from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
 from finetuning.batches import Step, TrainingSet
 from finetuning.checkpoints import load_checkpoint, save_checkpoint
-from finetuning.detection import Counts, best_score, choose_rule, match, total
+from finetuning.detection import Counts, best_score, choose_rule, iou_table, match, total
 from finetuning.evaluation import Model
 from finetuning.feature_cache import FeatureSource
 from finetuning.image_files import write_image
@@ -131,6 +132,52 @@ def test_each_object_counts_once_and_for_the_best_scored_mask():
     assert match([], objects).tolist() == []
     nothing = Objects((100, 100), [], lambda mask: mask)
     assert match([found(square(1, 1))], nothing).tolist() == [False]
+
+
+def test_a_mask_is_an_object_from_an_iou_of_a_half_on():
+    half = square(10, 10)
+    half[10:20, 10:30] = False
+    less = half.copy()
+    less[20, 10] = False
+    objects = objects_of(square(10, 10))
+    assert match([found(half)], objects).tolist() == [True]
+    assert match([found(less)], objects).tolist() == [False]
+    # Nor is a mask that has all of the object and much beside it
+    assert match([found(square(0, 0, side=50))], objects).tolist() == [False]
+    ious = iou_table([found(half), found(square(0, 0, side=40))], objects_of(half, square(10, 10)))
+    assert ious == pytest.approx(np.array([[1, 0.5], [200 / 1600, 400 / 1600]]))
+
+
+def test_a_rule_is_chosen_on_some_of_the_images_drawn_by_seed(monkeypatch):
+    read = []
+
+    def note(pair):
+        read.append(pair)
+        return None, objects_of(square(10, 10))
+
+    monkeypatch.setattr(detection, "read_pair", note)
+    monkeypatch.setattr(detection, "find_objects", lambda *_: [found(square(10, 10))])
+    drawn = []
+    for seed in (1, 1, 2):
+        read.clear()
+        choose_rule(Model(Namespace(), Namespace(precision=None)), list(range(60)), seed)
+        drawn.append(list(read))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(len(set(pairs)) == detection.MOST_TUNED for pairs in drawn)
+
+
+def test_each_model_finds_objects_by_its_own_rule(tmp_path, monkeypatch):
+    pair = make_pair(tmp_path, square(10, 10).astype(np.uint8))
+    masks = [found(square(10, 10), 0.9), found(square(60, 60), 0.5)]
+    monkeypatch.setattr(
+        detection,
+        "find_objects",
+        lambda _, __, ___, rule: [one for one in masks if one.score >= rule.min_score],
+    )
+    model = Model(Namespace(), Namespace(precision=torch.float32))
+    rules = [Rule(min_score=0.4), Rule(min_score=0.8)]
+    counts = detection.count_objects_found([model, model], rules, [pair])
+    assert counts == [[Counts(objects=1, found=2, matched=1)], [Counts(1, 1, 1)]]
 
 
 def test_precision_recall_and_f1():

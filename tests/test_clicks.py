@@ -1,6 +1,7 @@
 """Simulated clicks go where a user would click, and their numbers are what they say."""
 
 import csv
+from argparse import Namespace
 from pathlib import Path
 
 from sam2_utils import calculate_iou
@@ -13,10 +14,19 @@ from conftest import CPU, draw_pair, write_data
 from compare_models import main
 from finetuning import clicks, compared_models
 from finetuning.checkpoints import save_checkpoint
-from finetuning.clicks import clicks_table, number_of_clicks, simulate_clicks, write_clicks
+from finetuning.clicks import (
+    clicks_table,
+    measure_clicks,
+    number_of_clicks,
+    simulate_clicks,
+    write_clicks,
+)
+from finetuning.evaluation import Model, Result
 from finetuning.feature_cache import FeatureSource
 from finetuning.image_files import read_image
 from finetuning.models import load_predictor
+from finetuning.objects import Objects
+from finetuning.pairs import Pair
 from finetuning.prompts import corrective_click
 from finetuning.segmentation import encode_images
 
@@ -124,6 +134,42 @@ def test_a_perfect_mask_is_clicked_no_more(monkeypatch, use_mask_prompt):
     # All of the image is wrong after the first click: the background is the deeper of the two.
     previous = "first" if use_mask_prompt else None
     assert asked == [([1], (96, 128), None), ([1, 0], (96, 128), previous)]
+
+
+def test_each_object_has_the_clicks_on_its_own_mask_by_each_model(monkeypatch):
+    """The first model finds the left half of each object, the second all that it is asked for."""
+    pair = Pair("a", Path("a.png"), Path("a.png"))
+    sides = {0: (20, 40), 1: (60,)}  # of the objects of two images
+    objects = {}
+    for index, of_image in sides.items():
+        masks = [np.zeros((100, 100), bool) for _ in of_image]
+        for mask, side in zip(masks, of_image, strict=True):
+            mask[:side, :side] = True
+        objects[pair._replace(name=str(index))] = Objects((100, 100), masks, lambda mask: mask)
+    asked = []
+
+    def answer(predictor, features, prompt, size, mask_input, kind):
+        side = 2 * int(prompt.point_coords[0][0] + 1)  # the first click is in its middle
+        mask = np.zeros(size, bool)
+        mask[:side, : side // 2 if predictor.name == "half" else side] = True
+        asked.append((predictor.name, features, kind))
+        return mask, 0.9, None
+
+    models = [
+        Model(Namespace(name=name, device=CPU), Namespace(precision=torch.float32))
+        for name in ("half", "whole")
+    ]
+    results = [
+        Result(index, k, of_pair, None, 0.1, [], models)
+        for index, (of_pair, masks) in enumerate(objects.items())
+        for k in range(len(masks))
+    ]
+    monkeypatch.setattr(clicks, "read_objects", objects.get)
+    monkeypatch.setattr(clicks, "features_for", lambda *_: ["of half", "of whole"])
+    monkeypatch.setattr(clicks, "segment_with_logits", answer)
+    ious = measure_clicks(results, 2, True, "single")
+    assert ious == pytest.approx(np.array([[[0.5, 0.5]] * 3, [[1, 1]] * 3]), abs=1e-6)
+    assert set(asked) == {("half", "of half", "single"), ("whole", "of whole", "single")}
 
 
 def test_one_click_is_the_center_prompt_whatever_the_prompt_of_the_box(

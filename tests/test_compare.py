@@ -5,17 +5,22 @@ import io
 import re
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
+
+import sam2_utils
+from sam2_utils import UserError
 
 import numpy as np
 import pytest
 import torch
-from conftest import snapshot, write_data
+from conftest import CPU, snapshot, write_data
 
 import train_sam2_proper
 from compare_models import main
 from finetuning import compared_models, feature_cache
 from finetuning.checkpoints import save_checkpoint
+from finetuning.compared_models import choose_precision, load_models
 from finetuning.evaluation import METRICS, Result, bootstrap_interval
 from finetuning.figures import choose_figures
 from finetuning.image_files import read_image, read_mask, write_image
@@ -159,6 +164,66 @@ def test_without_options_original_and_precision_are_those_of_the_training(
     outcome = run_script(main, "--figures", 0)
     assert printed_ious(outcome.out) == [float(before), float(best)]
     assert str(random_mini) in outcome.out
+
+
+def test_the_precision_is_the_one_asked_for_else_that_of_the_training(monkeypatch):
+    for device_has_bfloat16 in (True, False):
+        monkeypatch.setattr(sam2_utils, "cpu_has_bfloat16", lambda has=device_has_bfloat16: has)
+        own = torch.bfloat16 if device_has_bfloat16 else torch.float32
+        assert choose_precision("auto", "float32", CPU) == torch.float32
+        assert choose_precision("auto", "bfloat16", CPU) == torch.bfloat16
+        assert choose_precision("float32", "bfloat16", CPU) == torch.float32
+        assert choose_precision("bfloat16", "float32", CPU) == torch.bfloat16
+        assert choose_precision("auto", "float16", CPU) == own  # which a CPU cannot
+        assert choose_precision("auto", None, CPU) == own
+    with pytest.raises(UserError, match="needs CUDA"):
+        choose_precision("float16", "float32", CPU)
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Let small models be loaded, of a training in bfloat16; return the paths and sizes."""
+    found = []
+    settings = {"precision": "bfloat16", "checkpoint": __file__, "cache": "of_training"}
+
+    def load(name, path, device, size=None):
+        size = size or (512 if path == "best.pt" else 1024)  # of the file itself
+        found.append((str(path), size))
+        model = torch.nn.Module()
+        model.image_encoder, model.image_size = torch.nn.Linear(2, 2), size
+        model.sam_prompt_embed_dim = 256
+        torch.nn.init.constant_(model.image_encoder.weight, float(path == "with_encoder.pt"))
+        torch.nn.init.zeros_(model.image_encoder.bias)
+        return Namespace(model=model, device=device), {"model_name": "mini", "settings": settings}
+
+    monkeypatch.setattr(compared_models, "load_predictor", load)
+    return found
+
+
+def test_models_are_compared_as_the_training_was_unless_asked_otherwise(loaded):
+    given = None, CPU, False
+    models, files = load_models(["best.pt"], None, *given, "auto", None)
+    assert loaded == [("best.pt", 512), (__file__, 512)] and files.image_size == 512
+    assert files.original == Path(__file__) and files.finetuned == ["best.pt"]
+    assert [model.source.precision for model in models] == [torch.bfloat16] * 2
+    assert [model.source.cache.folder for model in models] == [Path("of_training")] * 2
+    assert models[0].source is models[1].source
+
+    loaded.clear()
+    models, files = load_models(["best.pt"], Path("other.pt"), *given, "float32", Path("mine"))
+    assert loaded == [("best.pt", 512), ("other.pt", 512)]
+    assert files.original == Path("other.pt")
+    assert [model.source.precision for model in models] == [torch.float32] * 2
+    assert [model.source.cache.folder for model in models] == [Path("mine")] * 2
+
+
+def test_a_model_whose_encoder_has_learnt_has_features_of_its_own(loaded):
+    models, _ = load_models(["best.pt", "with_encoder.pt"], None, None, CPU, False, "auto", None)
+    original, same, other = models
+    assert same.source is original.source and other.source.cache is None
+    assert other.source.predictor is other.predictor
+    encoders = [model.predictor.model.image_encoder for model in models]
+    assert encoders[0] is encoders[1] and encoders[0] is not encoders[2]
 
 
 def test_a_model_compared_with_itself_gains_nothing(run_script, trained):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from argparse import Namespace
 from pathlib import Path
 
 from sam2_utils import autocast
@@ -13,7 +14,7 @@ from conftest import CPU, write_data
 import train_sam2_proper
 from finetuning.batches import Step, TrainingSet
 from finetuning.clicks import add_clicks
-from finetuning.learner import make_learner, take_step
+from finetuning.learner import Learner, make_learner, set_learning_rate, take_step
 from finetuning.losses import batch_loss
 from finetuning.models import load_predictor
 from finetuning.pairs import split_pairs
@@ -80,6 +81,44 @@ def test_long_gradients_are_scaled_down_and_short_ones_are_not(random_mini):
         after = torch.cat([weight.grad.flatten() for weight in weights])
         expected = before * (max_norm / before.norm()) if clipped else scale * before
         assert torch.allclose(after, expected, rtol=1e-4)
+
+
+def small_learner(**changes) -> Learner:
+    """Return what learns of a model of two layers, with changes to the default recipe."""
+    model = torch.nn.Module()
+    model.sam_prompt_encoder, model.sam_mask_decoder = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)
+    recipe = dataclasses.replace(DEFAULT, **changes)
+    return make_learner(Namespace(model=model, device=CPU), recipe, torch.float32)
+
+
+def test_without_gradients_weights_decay_by_the_rate_times_the_recipes_weight_decay():
+    learner = small_learner(lr=0.1, weight_decay=0.5)
+    weights = list(learner.weights.parameters())
+    before = [weight.detach().clone() for weight in weights]
+    take_step(learner, sum(0 * weight.sum() for weight in weights), 1.0)
+    for weight, was in zip(weights, before, strict=True):
+        assert torch.allclose(weight, 0.95 * was)
+
+
+def test_a_step_follows_the_gradients_of_its_own_loss_alone():
+    learner = small_learner()
+    weights = list(learner.weights.parameters())
+    for factor in (3.0, 1.0):
+        take_step(learner, sum(factor * weight.sum() for weight in weights), 0.0)
+        assert all((weight.grad == factor).all() for weight in weights)
+
+
+def test_each_group_of_weights_follows_the_schedule_from_its_own_highest_rate():
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [
+        {"params": [weight], "initial_lr": rate}
+        for weight, rate in zip(weights, (0.4, 0.1), strict=True)
+    ]
+    learner = Learner(None, torch.optim.SGD(groups, lr=1.0), None, torch.float32, None)
+    for factor in (0.5, 0.25, 1.0):
+        set_learning_rate(learner, factor)
+        rates = [group["lr"] for group in learner.optimizer.param_groups]
+        assert rates == pytest.approx([0.4 * factor, 0.1 * factor])
 
 
 def test_the_share_of_clipped_steps_is_in_the_log(run_script, tmp_path, random_mini):

@@ -1,21 +1,26 @@
 """The learning rate fits the model, is found where that is asked for, and never makes it worse."""
 
+import copy
 import csv
 import dataclasses
 import math
+from argparse import Namespace
 from pathlib import Path
 
 from sam2_utils import UserError
 
 import pytest
 import torch
-from conftest import write_data
+from conftest import CPU, write_data
 
 import compare_models
 import train_sam2_proper
-from finetuning import learning_rate
+from finetuning import learning_rate, run_state
+from finetuning.evaluation import Model
 from finetuning.learning_rate import RATES, choose_rate, split_for_trials
-from finetuning.recipe import GUIDE
+from finetuning.pairs import Pair
+from finetuning.recipe import GUIDE, Recipe
+from finetuning.run_state import best_of
 from train_sam2_proper import main, parse_args
 
 
@@ -98,6 +103,27 @@ def test_best_is_said_of_the_epochs_that_are_better_than_all_before(train, monke
     assert load("output/sam2_final.pt")["epoch"] == 5
 
 
+def test_of_epochs_that_are_equally_good_the_earliest_is_the_best():
+    log = [{"epoch": epoch, "val_iou": iou} for epoch, iou in enumerate((0.5, 0.7, 0.6, 0.7))]
+    assert best_of(log)["epoch"] == 1
+    assert best_of(log[:1])["epoch"] == 0
+
+
+def test_the_best_model_is_replaced_by_a_better_one_only(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(run_state, "save_model", lambda path, _, row, __: saved.append((path, row)))
+    monkeypatch.setattr(run_state, "save_state", lambda *_: None)
+    monkeypatch.setattr(run_state, "write_log", lambda *_: None)
+    log = [{"epoch": 0, "val_iou": 0.5}]
+    for epoch, iou in enumerate((0.5, 0.6, 0.6, 0.4, 0.7), start=1):
+        log.append({"epoch": epoch, "val_iou": iou, "loss": 1.0, "train_iou": 0.5, "seconds": 1.0})
+        run_state.save_epoch(tmp_path, None, None, log, {})
+    assert [(path.name, row["epoch"]) for path, row in saved] == [
+        ("sam2_best.pt", 2),
+        ("sam2_best.pt", 5),
+    ]
+
+
 def test_a_run_of_an_earlier_version_goes_on_and_does_not_keep_a_worse_best(
     train, random_mini, monkeypatch
 ):
@@ -129,6 +155,40 @@ def test_trials_learn_from_some_training_images_and_are_measured_on_others():
         assert split_for_trials(indices, seed=2) != (learn_from, held_out, epochs)
     with pytest.raises(UserError, match="needs 8 training images"):
         split_for_trials(list(range(7)), seed=1)
+
+
+def test_trials_start_from_the_original_and_are_measured_on_images_they_did_not_learn_from():
+    network = torch.nn.Module()
+    network.sam_prompt_encoder = torch.nn.Linear(2, 3)
+    network.sam_mask_decoder = torch.nn.Linear(3, 4)
+    original = copy.deepcopy(network.state_dict())
+    model = Model(Namespace(model=network, device=CPU), Namespace(precision=torch.float32))
+    pairs = [Pair(str(index), Path(), Path()) for index in range(12)]
+    learnt, rates, measured = set(), [], []
+
+    def train_one_epoch(_predictor, loader, learner, trial, epoch):
+        if epoch == 1:
+            assert equal(network.state_dict(), original)
+            rates.append(trial.lr)
+        assert learner.optimizer.param_groups[0]["lr"] == trial.lr and epoch <= trial.epochs
+        learnt.update(pairs[index].name for step in loader.sampler for index in step.indices)
+        with torch.no_grad():
+            for weight in learner.weights.parameters():
+                weight += 1
+
+    def evaluate(_model, on):
+        measured.append({pair.name for pair in on})
+        return {"val_iou": 0.9 if rates and rates[-1] == 1e-4 else 0.5}
+
+    objects, recipe = dict.fromkeys(range(12), 1), Recipe(lr="auto")
+    found = learning_rate.try_learning_rates(
+        model, Namespace(pairs=pairs), objects, recipe, train_one_epoch, evaluate
+    )
+    assert found == 1e-4 and tuple(rates) == RATES
+    assert len(learnt) == 9 and len(measured[0]) == 3
+    assert len(measured) == 1 + len(RATES)
+    assert all(on == measured[0] and not on & learnt for on in measured)
+    assert equal(network.state_dict(), original)
 
 
 def test_of_rates_that_are_alike_the_lowest_is_chosen():

@@ -192,6 +192,15 @@ def test_images_are_resampled_not_their_objects():
     assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
 
 
+def test_an_image_of_many_objects_counts_for_all_of_them_in_the_interval():
+    # 20 images have nine objects that gain, 20 have one that does not: 9/10 of all objects gain
+    counts = np.array([9] * 20 + [1] * 20)
+    images = np.repeat(np.arange(40), counts)
+    gains = (images < 20).astype(float)
+    low, high = bootstrap_interval(gains, 0, images)
+    assert 0.75 < low < 0.9 < high < 1
+
+
 def test_validation_takes_some_of_very_many_objects(tmp_path, capsys):
     pairs = split_pairs(write_disks(tmp_path / "data", {"val": [8, 0, 9, 1]}), "val")
     assert limit_objects(pairs, seed=0, most=18) == pairs

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, draw_pair, write_pair
+from sam2.utils.transforms import SAM2Transforms
 
-from finetuning.batches import Step, TrainingSet, mask_on_grid
+from finetuning.batches import Batch, Step, TrainingSet, mask_on_grid
 from finetuning.clicks import add_clicks
 from finetuning.image_files import read_mask
 from finetuning.models import load_predictor
@@ -68,6 +69,27 @@ def test_the_guides_plan_is_one_random_point_and_mixed_plans_have_everything():
         assert {plan.gives_mask for plan in of_kind} == {True, False}
 
 
+def test_a_quarter_of_mixed_plans_are_boxes_a_third_have_clicks_half_of_these_a_mask():
+    plans = [plan_prompts(PromptMix("mixed"), np.random.default_rng(seed)) for seed in range(1500)]
+    with_clicks = [plan for plan in plans if plan.clicks]
+    assert np.mean([plan.kind == "box" for plan in plans]) == pytest.approx(0.25, abs=0.04)
+    assert len(with_clicks) / len(plans) == pytest.approx(0.35, abs=0.04)
+    assert np.mean([plan.gives_mask for plan in with_clicks]) == pytest.approx(0.5, abs=0.06)
+    for clicks in (1, 2, 3):
+        share = np.mean([plan.clicks == clicks for plan in with_clicks])
+        assert share == pytest.approx(1 / 3, abs=0.06)
+
+
+def test_the_edges_of_a_box_move_by_a_part_of_the_side_that_they_are_apart():
+    mask = np.zeros((256, 256), bool)
+    mask[100:121, 50:251] = True  # 200 wide and 20 high, from corner to corner
+    rng = np.random.default_rng(0)
+    boxes = np.array([draw_prompt(mask, "box", rng).point_coords.ravel() for _ in range(300)])
+    moved = boxes[:, [0, 1, 3]] - [50, 100, 120]  # the right edge is held by the image's border
+    assert np.abs(moved).max(axis=0) == pytest.approx([40, 4, 4], rel=0.01)  # twice a tenth
+    assert moved.std(axis=0) == pytest.approx([20, 2, 2], rel=0.2)
+
+
 def test_a_box_is_drawn_roughly_but_around_the_object_and_inside_the_image():
     mask = mask_on_grid(draw_pair(0)[1], 256)
     rng = np.random.default_rng(0)
@@ -125,6 +147,39 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
         for (x, y), label in zip(prompt.point_coords, prompt.point_labels, strict=True):
             column, row = int((x + 0.5) * width / 256), int((y + 0.5) * height / 256)
             assert read_mask(pairs[i].mask)[row, column] == label
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_clicks_correct_the_mask_of_three_with_the_highest_score(chosen):
+    predictor = Namespace(
+        model=Namespace(image_size=256, device=CPU),
+        _transforms=SAM2Transforms(resolution=256, mask_threshold=0.0),
+    )
+    true_mask = torch.zeros(64, 64)
+    true_mask[10:31, 10:31] = 1
+    # Each mask finds the object and has a square of its own that is too much
+    logits = torch.where(true_mask > 0, 50.0, -50.0).repeat(1, 4, 1, 1)
+    for mask in range(4):
+        logits[0, mask, 40:51, 1 + 15 * mask : 12 + 15 * mask] = 60.0
+    scores = torch.tensor([[1.0, 0.2, 0.2, 0.2]])  # the single mask is not one of the three
+    scores[0, chosen] = 0.3
+    asked = []
+
+    def decode(_features, coords, labels, mask_inputs):
+        asked.append((coords, labels, mask_inputs))
+        return logits, scores, torch.zeros(1, 1)
+
+    plan, start = PromptPlan("random", 2, gives_mask=True), make_prompt([(80, 80)])
+    batch = Batch(None, [], [0], [start], plan, [true_mask], 1.0)
+    (prompt,), mask_inputs = add_clicks(predictor, None, batch, decode)
+    middle = [4 * (6 + 15 * chosen) + 1.5, 4 * 45 + 1.5]  # of its square, in pixels of the input
+    assert prompt.point_coords.tolist() == [[80, 80], middle, middle]
+    assert prompt.point_labels.tolist() == [1, 0, 0]
+    # The second click is made of what the model answers to the first, and to its mask
+    assert [labels.tolist() for _, labels, _ in asked] == [[[1]], [[1, 0]]]
+    assert asked[0][2] is None
+    expected = logits[:, chosen : chosen + 1].clamp(-32, 32)  # as SAM2ImagePredictor gives them
+    assert torch.equal(asked[1][2], expected) and torch.equal(mask_inputs, expected)
 
 
 def test_without_clicks_the_prompts_stay_as_they_are(pairs):

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+from argparse import Namespace
 from pathlib import Path
 
 import sam2_utils
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, draw_pair
+from sam2.utils.transforms import SAM2Transforms
 
 import compare_models
-from finetuning import drawing, models
+from finetuning import drawing, models, segmentation
 from finetuning.drawing import draw_overlay
 from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
 from finetuning.prompts import (
@@ -26,6 +28,7 @@ from finetuning.prompts import (
     random_point,
 )
 from finetuning.segmentation import (
+    Prediction,
     encode_images,
     predict_masks,
     segment,
@@ -317,6 +320,16 @@ def test_a_click_after_a_mask_equals_that_of_sam2_image_predictor(predictor):
     mask, score, _ = segment_with_logits(predictor, features, prompt, size, first)
     assert np.array_equal(mask, expected_masks[expected_scores.argmax()] > 0)
     assert score == pytest.approx(expected_scores.max(), abs=1e-5)
+
+
+def test_logits_for_the_next_click_are_clamped_as_sam2_does_it(monkeypatch):
+    logits = torch.tensor([-100.0, 33.0, 5.0, -7.0]).repeat(1, 4, 4, 1)
+    answer = Prediction(logits, torch.ones(1, 4), torch.ones(1, 1))
+    monkeypatch.setattr(segmentation, "predict_masks", lambda *_, **__: answer)
+    predictor = Namespace(_transforms=SAM2Transforms(resolution=16, mask_threshold=0.0))
+    mask, _, given = segment_with_logits(predictor, None, make_prompt([(1, 1)]), (4, 4))
+    assert given.tolist() == [[[[-32.0, 32.0, 5.0, -7.0]] * 4]]
+    assert mask.tolist() == [[False, True, True, False]] * 4
 
 
 def test_a_batch_of_different_sizes_equals_its_images_one_by_one(predictor):

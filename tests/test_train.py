@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +16,16 @@ from sam2.build_sam import build_sam2, build_sam2_video_predictor
 
 import train_sam2_proper
 from finetuning import run_state
-from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.batches import Batch, EpochSampler, TrainingSet, make_loader
 from finetuning.image_files import write_image
-from finetuning.learner import make_learner
+from finetuning.learner import Learner, make_learner
 from finetuning.learning_rate import learning_rate_factor
-from finetuning.losses import image_losses
+from finetuning.losses import batch_loss, image_losses
 from finetuning.models import MODELS, load_predictor
 from finetuning.pairs import split_pairs
+from finetuning.prompts import PromptPlan, make_prompt
 from finetuning.recipe import GUIDE, Recipe
-from finetuning.segmentation import Prediction
+from finetuning.segmentation import Features, Prediction
 from train_sam2_proper import main, parse_args, train_one_epoch
 
 # A foreground point reaches all of the prompt encoder and mask decoder but these: other kinds of
@@ -127,6 +130,67 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
     assert 0 < learning_rate_factor(0, 1, "cosine") <= 1
 
 
+class MadeUpLoader:
+    """Three steps an epoch, each on one image whose features are given."""
+
+    def __init__(self, fractions: tuple[float, ...] = (1.0, 1.0, 1.0)) -> None:
+        self.sampler, self.fractions = Namespace(epoch=0), fractions
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self):
+        features = Features(torch.zeros(1, 1), [])
+        mask = torch.ones(4, 4)
+        for fraction in self.fractions:
+            yield Batch(features, [], [0], [make_prompt([(1, 1)])], PromptPlan(), [mask], fraction)
+
+
+def made_up_epoch(monkeypatch, loader: MadeUpLoader, take_step, epoch: int) -> dict[str, float]:
+    """Train for one of four epochs on losses of 1, 2 and 3; return what is reported."""
+    losses = iter((1.0, 2.0, 3.0))
+
+    def batch_loss(*_):
+        loss = next(losses)
+        return torch.tensor(loss), [{"loss": loss, "train_iou": loss / 10}]
+
+    monkeypatch.setattr(train_sam2_proper, "take_step", take_step)
+    monkeypatch.setattr(train_sam2_proper, "predict_masks", lambda *_: None)
+    monkeypatch.setattr(train_sam2_proper, "batch_loss", batch_loss)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [weight], "initial_lr": 0.5}], lr=0.5)
+    predictor = Namespace(model=Namespace(image_size=256), device=CPU)
+    learner = Learner(None, optimizer, None, torch.float32, None)
+    return train_one_epoch(predictor, loader, learner, Recipe(epochs=4), epoch)
+
+
+def test_a_process_counts_by_its_share_of_a_step_and_not_at_all_where_it_stands_in(monkeypatch):
+    taken = []
+
+    def note_the_loss(_, loss, max_norm) -> float:
+        taken.append((loss.item(), max_norm))
+        return float(len(taken) == 3)
+
+    loader = MadeUpLoader((0.25, 0.0, 1.0))
+    report = made_up_epoch(monkeypatch, loader, note_the_loss, epoch=2)
+    assert taken == [(0.25, 1.0), (0.0, 1.0), (3.0, 1.0)] and loader.sampler.epoch == 2
+    assert report == {"loss": 2.0, "train_iou": pytest.approx(0.2), "clipped": 0.5}
+
+
+def test_the_cosine_goes_on_from_epoch_to_epoch(monkeypatch):
+    rates = []
+
+    def note_the_rate(learner, *_) -> float:
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        return 0.0
+
+    for epoch in range(1, 5):
+        made_up_epoch(monkeypatch, MadeUpLoader(), note_the_rate, epoch)
+    # Of 12 steps, 0.6 warm up
+    expected = [1 / 1.6, *((1 + math.cos(math.pi * (s - 0.6) / 11.4)) / 2 for s in range(1, 12))]
+    assert rates == pytest.approx([0.5 * factor for factor in expected])
+
+
 def test_the_dice_loss_weighs_small_objects_as_large_ones():
     """Leaving out an object of 2% or of 50% of the image costs about as much."""
     recipe = guide(dice_weight=1.0, score_weight=0.0)
@@ -141,6 +205,69 @@ def test_the_dice_loss_weighs_small_objects_as_large_ones():
     assert dice == pytest.approx([1, 1], abs=0.01)
     perfect = torch.where(large > 0, 20.0, -20.0).expand(3, -1, -1)
     assert loss_of(perfect, scores, large, recipe)[0].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_dice_loss_counts_as_often_as_its_weight_says():
+    true = torch.zeros(10, 10)
+    true[:5, :5] = 1
+    unsure, scores = torch.zeros(3, 10, 10), torch.zeros(3)  # a probability of 1/2 everywhere
+    dice = 1 - (2 * 12.5 + 1) / (50 + 25 + 1)
+    for weight in (0.0, 0.5, 1.0, 3.0):
+        recipe = guide(dice_weight=weight, score_weight=0.0)
+        expected = math.log(2) + weight * dice
+        assert loss_of(unsure, scores, true, recipe)[0].item() == pytest.approx(expected)
+        recipe = dataclasses.replace(recipe, single_weight=1.0)
+        assert loss_of(unsure, scores, true, recipe)[0].item() == pytest.approx(2 * expected)
+
+
+def test_the_score_loss_is_the_mean_error_of_the_three_scores_by_its_weight():
+    true = torch.zeros(10, 10)
+    true[:5, :5] = 1
+    right, half = torch.where(true > 0, 50.0, -50.0), torch.full((10, 10), -50.0)
+    half[:5, :10] = 50.0
+    logits, scores = torch.stack([right, half, -right]), torch.tensor([0.9, 0.9, 0.3])
+    mean_error = (0.1 + 0.4 + 0.3) / 3  # their IoUs are 1, 1/2 and 0
+    loss, report = loss_of(logits, scores, true, guide(score_weight=2.0))
+    assert report["score_loss"].item() == pytest.approx(mean_error, abs=1e-6)
+    assert loss.item() == pytest.approx(2 * mean_error, abs=1e-6)
+
+
+def test_a_cell_that_is_covered_by_half_or_less_is_no_part_of_the_true_mask():
+    true = torch.zeros(10, 10)
+    true[:, :4], true[:, 4], true[:, 5] = 1.0, 0.6, 0.5
+    logits = torch.where(true > 0.55, 50.0, -50.0).expand(3, -1, -1)
+    report = loss_of(logits, torch.ones(3), true, guide())[1]
+    assert report["train_iou"].item() == pytest.approx(1, abs=1e-6)
+    assert report["score_loss"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_iou_in_the_log_is_that_of_the_mask_with_the_highest_score():
+    true = torch.zeros(10, 10)
+    true[:5, :5] = 1
+    quarter, half = torch.full((10, 10), -1.0), torch.full((10, 10), -1.0)
+    quarter[:], half[:5] = 1.0, 1.0
+    logits = torch.stack([2 * true - 1, quarter, half])
+    for scores, iou in (([0.1, 0.2, 0.3], 0.5), ([0.2, 0.3, 0.1], 0.25), ([0.9, 0.3, 0.1], 1.0)):
+        report = loss_of(logits, torch.tensor(scores), true, guide())[1]
+        assert report["train_iou"].item() == pytest.approx(iou, abs=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 4, 8)])  # all at once, and one by one
+def test_the_loss_of_a_batch_is_the_mean_of_its_images(sizes):
+    true_masks = [torch.ones(size, size) for size in sizes]
+    logits = torch.stack([torch.full((4, 8, 8), logit) for logit in (-1.0, 0.0, 2.0)])
+    prediction = Prediction(logits, torch.tensor([[0.0], [0.0], [1.0]]).expand(3, 4), None)
+    transforms = Namespace(
+        postprocess_masks=lambda logits, size: torch.nn.functional.interpolate(logits, size)
+    )
+    recipe = guide(score_weight=0.0)
+    predictor = Namespace(_transforms=transforms)
+    loss, reports = batch_loss(predictor, prediction._replace(object_logits=torch.zeros(3, 1)),
+                               true_masks, recipe)  # fmt: skip
+    each = [math.log(1 + math.exp(-logit)) for logit in (-1.0, 0.0, 2.0)]
+    assert [report["loss"] for report in reports] == pytest.approx(each)
+    assert [report["train_iou"] for report in reports] == pytest.approx([0, 0, 1], abs=1e-6)
+    assert loss.item() == pytest.approx(sum(each) / 3)
 
 
 def test_the_mask_loss_is_of_the_first_the_best_or_all_masks():

@@ -1,0 +1,209 @@
+"""The parts that a training and a measurement are put together from do what they are asked to."""
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, draw_pair
+
+import train_sam2_proper
+from finetuning import evaluation, run_state
+from finetuning.evaluation import Model, Result, mean_metrics, measure
+from finetuning.image_files import write_image
+from finetuning.learner import Learner, Machine, make_learner, take_step
+from finetuning.pairs import Pair
+from finetuning.recipe import DEFAULT, Recipe
+from finetuning.repeats import Training
+from finetuning.run_state import Start, restore, run_settings
+
+
+def write_pair_of_three(folder: Path, name: str) -> Pair:
+    """Write an image with three objects, each 20 pixels high and 60 wide, and their label map."""
+    labels = np.zeros((96, 128), np.uint8)
+    for value in range(3):
+        labels[10 + 25 * value : 30 + 25 * value, 20:80] = value + 1
+    pair = Pair(name, folder / f"{name}.png", folder / f"{name}_mask.png", of_objects=True)
+    write_image(pair.image, draw_pair(0)[0])
+    write_image(pair.mask, labels)
+    return pair
+
+
+# Measuring
+
+
+@pytest.fixture
+def models(monkeypatch) -> list[Model]:
+    """Return two models: of an object, one finds the left half, and one the whole of its row."""
+    asked = []
+
+    def segment(predictor, features, prompt, size, kind="best"):
+        asked.append(kind)
+        y = int(prompt.point_coords[0][1])
+        top = y - (y - 10) % 25
+        mask = np.zeros(size, bool)
+        mask[top : top + 20, slice(20, 50) if predictor.finds == "half" else slice(None)] = True
+        return mask, 0.9
+
+    monkeypatch.setattr(evaluation, "features_for", lambda models, *_: [None] * len(models))
+    monkeypatch.setattr(evaluation, "segment", segment)
+    return [
+        Model(Namespace(finds=finds, device=CPU, asked=asked), Namespace(precision=torch.float32))
+        for finds in ("half", "row")
+    ]
+
+
+def test_each_models_mask_is_measured_against_the_true_one(tmp_path, models):
+    pairs = [write_pair_of_three(tmp_path, name) for name in "ab"]
+    results = measure(models, pairs, "random", "single", first_index=5)
+    assert [(result.index, result.object) for result in results] == [
+        (index, k) for index in (5, 6) for k in range(3)
+    ]
+    assert models[0].predictor.asked == ["single"] * 12
+    assert {result.area_fraction for result in results} == {20 * 60 / (96 * 128)}
+    expected = (
+        {"IoU": 1 / 2, "Precision": 1, "Recall": 1 / 2},
+        {"IoU": 60 / 128, "Precision": 60 / 128, "Recall": 1},
+    )
+    for model, values in enumerate(expected):
+        means = mean_metrics(results, model)
+        assert {name: means[name] for name in values} == pytest.approx(values, abs=1e-6)
+    assert all(result.gain == pytest.approx(60 / 128 - 1 / 2, abs=1e-6) for result in results)
+
+
+def test_random_prompts_follow_the_seed_the_image_and_the_object(tmp_path, models):
+    pairs = [write_pair_of_three(tmp_path, name) for name in "ab"]
+
+    def points(seed: int) -> list[tuple[float, ...]]:
+        results = measure(models[:1], pairs, "random", seed=seed, metrics={})
+        return [tuple(result.prompt.point_coords[0]) for result in results]
+
+    assert points(1) == points(1) != points(2)
+    # The same object in another image, and objects of one image: each has a point of its own
+    relative = [(x, (y - 10) % 25) for x, y in points(1)]
+    assert len(set(relative)) > 3
+
+
+def test_validation_asks_for_the_deepest_point_and_where_wanted_for_all_objects(monkeypatch):
+    kinds = []
+
+    def measure_made_up(_models, _pairs, kind, **_):
+        kinds.append(kind)
+        iou = {"center": 0.7, "none": 0.4}[kind]
+        metrics = [{"IoU": iou, "Dice": iou + 0.1}]
+        return [Result(0, 0, None, None, 0.1, metrics)]
+
+    monkeypatch.setattr(train_sam2_proper, "measure", measure_made_up)
+    with_dice = {"val_iou": 0.7, "val_dice": pytest.approx(0.8)}
+    assert train_sam2_proper.evaluate(None, []) == with_dice
+    assert kinds == ["center"]
+    without = train_sam2_proper.evaluate(None, [], without_prompt=True)
+    assert without == {**with_dice, "val_iou_no_prompt": 0.4}
+
+
+# Training
+
+
+def test_steps_show_what_the_recipe_says(tmp_path, monkeypatch):
+    pairs = {
+        split: [write_pair_of_three(tmp_path, f"{split}_{index}") for index in range(count)]
+        for split, count in (("train", 3), ("val", 1))
+    }
+    recipe = Recipe(batch_size=2, objects_per_image=2, prompts="inner", background_share=0.999)
+    recipe = dataclasses.replace(recipe, none_share=0.0)
+    found = []
+
+    def note_what_is_shown(_learner, _model, loader, val_pairs, *_):
+        found.append((list(loader), val_pairs))
+
+    for name in ("make_learner", "speed_up", "keep_rule"):
+        monkeypatch.setattr(train_sam2_proper, name, lambda *_: None)
+    monkeypatch.setattr(run_state, "start", lambda *_: None)
+    monkeypatch.setattr(train_sam2_proper, "evaluate", lambda *_: {"val_iou": 0.5})
+    monkeypatch.setattr(train_sam2_proper, "fit", note_what_is_shown)
+    predictor = Namespace(model=Namespace(image_size=64), device=CPU)
+    training = Training("", recipe, pairs, tmp_path)
+    train_sam2_proper.train(predictor, training, Machine(torch.float32), {"cache": None}, False)
+    ((batches, val_pairs),) = found
+    assert val_pairs == pairs["val"]
+    # Of each image two objects, and the background
+    assert [batch.image_of for batch in batches] == [[0, 0, 0, 1, 1, 1], [0, 0, 0]]
+    assert all(batch.plan.kind == "inner" and batch.plan.background for batch in batches)
+    assert [bool(mask.any()) for mask in batches[1].true_masks] == [True, True, False]
+
+
+# Going on
+
+
+def small_learner(seed: int, lr: float) -> Learner:
+    torch.manual_seed(seed)
+    model = torch.nn.Module()
+    model.sam_prompt_encoder, model.sam_mask_decoder = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)
+    recipe = dataclasses.replace(DEFAULT, lr=lr)
+    return make_learner(Namespace(model=model, device=CPU), recipe, torch.float32)
+
+
+def test_a_restored_learner_takes_the_steps_that_the_saved_one_would_have_taken(tmp_path):
+    def step(learner: Learner, factor: float) -> None:
+        loss = sum((factor * weight - 1).square().sum() for weight in learner.weights.parameters())
+        take_step(learner, loss, 1.0)
+
+    first, second = small_learner(0, 1e-3), small_learner(1, 1e-3)
+    for factor in (1.0, -2.0, 3.0):
+        step(first, factor)
+    run_state.save_state(tmp_path, first, [{"epoch": 1}], {})
+    state = run_state.load_checkpoint(tmp_path / run_state.STATE_FILE)
+    state["optimizer"]["param_groups"][0].pop("initial_lr")  # as in files of earlier versions
+    restore(second, state)
+    for factor in (-1.0, 0.5):
+        step(first, factor)
+        step(second, factor)
+    for one, other in zip(first.weights.parameters(), second.weights.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert second.optimizer.param_groups[0]["initial_lr"] == 1e-3
+    assert state["log"] == [{"epoch": 1}]
+
+
+def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(run_state, "save_model", lambda path, _, row, __: saved.append(row))
+    monkeypatch.setattr(run_state, "save_state", lambda *_: saved.append("state"))
+    learner, recipe, original = small_learner(0, 1e-3), Recipe(), {"epoch": 0, "val_iou": 0.5}
+    run_state.start(tmp_path, None, learner, recipe, None, [original], {})
+    assert saved == ["state", original]
+    state = {
+        "model": learner.weights.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+    }
+    for iou, kept in ((0.6, []), (0.4, [original])):
+        saved.clear()
+        log = [original, {"epoch": 1, "val_iou": iou}]
+        run_state.start(tmp_path, None, learner, recipe, state, log, {})
+        assert saved == kept
+
+
+def test_a_run_knows_its_data_by_every_image_and_mask_of_both_splits(tmp_path):
+    pairs = {}
+    for split in ("train", "val"):
+        pair = Pair("a", tmp_path / f"images/{split}/a.png", tmp_path / f"masks/{split}/a.png")
+        pairs[split] = [pair]
+        for path in (pair.image, pair.mask):
+            path.parent.mkdir(parents=True)
+            path.write_bytes(b"as it was")
+    checkpoint = tmp_path / "start.pt"
+    checkpoint.write_bytes(b"weights")
+    start = Start("mini", checkpoint, tmp_path, None, None, torch.float32, 256)
+    before = run_settings(DEFAULT, start, pairs)
+    assert before == run_settings(DEFAULT, start, pairs)
+    for of_split in pairs.values():
+        for path in (of_split[0].image, of_split[0].mask):
+            path.write_bytes(b"changed")
+            after = run_settings(DEFAULT, start, pairs)
+            assert {name for name in before if before[name] != after[name]} == {"data_hash"}
+            path.write_bytes(b"as it was")
+    checkpoint.write_bytes(b"other weights")
+    after = run_settings(DEFAULT, start, pairs)
+    assert {name for name in before if before[name] != after[name]} == {"checkpoint_sha256"}
