@@ -616,7 +616,11 @@ def test_a_file_in_the_way_of_a_folder_is_named(refuse, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("cut.pt", "not a readable checkpoint"), ("nan.pt", "not finite"), ("more.pt", "--output")],
+    [
+        ("cut.pt", "not a readable checkpoint"),
+        ("nan.pt", "not finite"),
+        ("more.pt", "not the state"),
+    ],
 )
 def test_a_state_that_is_none_is_not_resumed_and_kept(
     refuse, tmp_path, bad_checkpoints, name, says

@@ -182,7 +182,8 @@ def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
     hashes = dict.fromkeys(("checkpoint", "checkpoint_sha256", "data", "data_hash"))
     settings = {**asdict(GUIDE), **hashes, "model": "mini"}
     older = {"model": "mini"}  # and nothing of the recipe or the encoder
-    state = {"model": {"weight": torch.zeros(1)}, "settings": older}
+    log = [{"epoch": 0, "val_iou": 0.5}]
+    state = {"model": {"weight": torch.zeros(1)}, "settings": older, "log": log}
     torch.save(state, tmp_path / resuming.STATE_FILE)
     resuming.load_state(tmp_path, settings)
     with pytest.raises(UserError, match="had --train-encoder none, not lora"):

@@ -39,8 +39,8 @@ def empty_predictor():
 def build_once(monkeypatch, empty_predictor):
     """Build mini but once, for the time that it takes; each time, it has no weights but zeros."""
 
-    def build(name: str, device: torch.device):
-        assert (name, device) == ("mini", CPU)
+    def build(name: str, device: torch.device, image_size: int | None):
+        assert (name, device, image_size) in (("mini", CPU, None), ("mini", CPU, 256))
         for weight in empty_predictor.model.state_dict().values():
             weight.zero_()
         return empty_predictor

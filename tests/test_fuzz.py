@@ -19,15 +19,16 @@ from hypothesis.extra import numpy as hnp
 
 from finetuning.batches import mask_on_grid
 from finetuning.drawing import draw_overlay
+from finetuning.given_prompts import parse_box, parse_point
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.losses import image_losses
 from finetuning.models import load_predictor
 from finetuning.pairs import IMAGE_SUFFIXES, find_pairs
+from finetuning.prompt_table import check_inside
 from finetuning.prompts import deepest_point, make_prompt, mask_box, prompt_from_mask, random_point
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import Prediction, encode_images, segment, upscale_masks
 from finetuning.splitting import split_names
-from test_my_image import check_inside, parse_box, parse_point
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same every time")

@@ -11,13 +11,15 @@ from conftest import CPU, draw_pair
 
 import train_sam2_proper
 from finetuning import evaluation, run_state
+from finetuning.checkpoints import load_checkpoint
 from finetuning.evaluation import Model, Result, mean_metrics, measure
 from finetuning.image_files import write_image
 from finetuning.learner import Learner, Machine, make_learner, take_step
 from finetuning.pairs import Pair
 from finetuning.recipe import DEFAULT, Recipe
 from finetuning.repeats import Training
-from finetuning.run_state import Start, restore, run_settings
+from finetuning.resuming import STATE_FILE, restore
+from finetuning.run_state import Start, run_settings
 
 
 def write_pair_of_three(folder: Path, name: str) -> Pair:
@@ -154,9 +156,10 @@ def test_a_restored_learner_takes_the_steps_that_the_saved_one_would_have_taken(
     for factor in (1.0, -2.0, 3.0):
         step(first, factor)
     run_state.save_state(tmp_path, first, [{"epoch": 1}], {})
-    state = run_state.load_checkpoint(tmp_path / run_state.STATE_FILE)
+    path = tmp_path / STATE_FILE
+    state = load_checkpoint(path)
     state["optimizer"]["param_groups"][0].pop("initial_lr")  # as in files of earlier versions
-    restore(second, state)
+    restore(second, state, path)
     for factor in (-1.0, 0.5):
         step(first, factor)
         step(second, factor)
