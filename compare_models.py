@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_out(args.data, args.output)
     device, say = select_device(args.device, args.threads), args.language
     split, pairs_of = choose_pairs(args.data, args.split, args.limit, args.finetuned, args.folds)
+    training = split_pairs(args.data, "train") if args.auto else []
     if not args.finetuned.is_file() and not args.folds:
         command = "python train_sam2_proper.py" + " --demo" * args.demo
         raise UserError(f"no fine-tuned model at {args.finetuned}; run: {command}")
@@ -258,7 +259,6 @@ def main(argv: list[str] | None = None) -> None:
     automatic = None
     if args.auto:
         of_models = [original, *finetuned], files.facts, *pairs_of.values()
-        training = split_pairs(args.data, "train")
         automatic = compare_automatic(args.output, *of_models, training, args.seed, say)
         print_anywhere("\n" + format_table(automatic))
     setup = Setup(args.data, split, args.prompt, args.mask, args.seed, ["compare_models.py", *argv])

@@ -131,7 +131,7 @@ def keep_rule(
 def best_score(scores: np.ndarray, are_objects: np.ndarray, count: int) -> tuple[float, float]:
     """Return the highest F1 of masks that a lowest score leaves, and that score.
 
-    scores, are_objects: of N masks; count: of the objects that there are.
+    scores, are_objects: of N masks that ANY keeps; count: of the objects that there are.
     """
     if not len(scores):
         return 0.0, 1.0
@@ -139,7 +139,7 @@ def best_score(scores: np.ndarray, are_objects: np.ndarray, count: int) -> tuple
     matched, found = np.cumsum(are_objects[order]), np.arange(1, len(scores) + 1)
     f1 = 2 * matched / (found + count)
     last = int(f1.argmax())
-    below = scores[order][last + 1] if last + 1 < len(scores) else 0.0
+    below = scores[order][last + 1] if last + 1 < len(scores) else ANY.min_score
     return float(f1[last]), float((scores[order][last] + below) / 2)
 
 

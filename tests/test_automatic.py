@@ -204,7 +204,7 @@ def test_a_rule_is_chosen_by_what_is_found_in_training_images(tmp_path, predicto
     masks = [found(square(10, 10), 0.8), *specks, found(square(60, 60), 0.6)]
     monkeypatch.setattr(detection, "find_objects", lambda *given: masks)
     rule = choose_rule(Model(predictor, FeatureSource(predictor, torch.float32)), pairs, seed=0)
-    assert rule == ANY._replace(min_score=pytest.approx(0.3), min_area=pytest.approx(0.01))
+    assert rule == ANY._replace(min_score=pytest.approx(0.4), min_area=pytest.approx(0.01))
 
 
 def test_masks_are_those_of_sam2s_own_generator(monkeypatch):
