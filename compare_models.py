@@ -145,6 +145,27 @@ def add_data_options(parser: ArgumentParser) -> None:
     )
 
 
+def add_more_options(parser: ArgumentParser) -> None:
+    """Add what else is measured: clicks, and objects without a prompt."""
+    clicks = parser.add_argument_group("simulated clicks, whatever --prompt says")
+    clicks.add_argument(
+        "--clicks",
+        type=number(int, at_least=1, below=MAX_CLICKS + 1),
+        metavar="N",
+        help="also measure 1 to N clicks, each where the model's mask is most wrong (default: off)",
+    )
+    clicks.add_argument(
+        "--no-mask-prompt",
+        action="store_true",
+        help="give the models the clicks alone, without their previous mask",
+    )
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="also count the objects that SAM 2's automatic mask generator finds (slow)",
+    )
+
+
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--demo", action="store_true", help="compare what the demo trained")
@@ -167,23 +188,7 @@ def make_parser() -> ArgumentParser:
         "--model", choices=MODELS, help="their size (default: what the fine-tuned file says)"
     )
     add_data_options(parser)
-    clicks = parser.add_argument_group("simulated clicks, whatever --prompt says")
-    clicks.add_argument(
-        "--clicks",
-        type=number(int, at_least=1, below=MAX_CLICKS + 1),
-        metavar="N",
-        help="also measure 1 to N clicks, each where the model's mask is most wrong (default: off)",
-    )
-    clicks.add_argument(
-        "--no-mask-prompt",
-        action="store_true",
-        help="give the models the clicks alone, without their previous mask",
-    )
-    parser.add_argument(
-        "--auto",
-        action="store_true",
-        help="also count the objects that SAM 2's automatic mask generator finds (slow)",
-    )
+    add_more_options(parser)
     results = parser.add_argument_group("results")
     results.add_argument(
         "--output", type=Path, default=Path("output/comparison"), help="where they go"
