@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
-from finetuning.checkpoints import load_checkpoint, save_checkpoint
+from finetuning.checkpoints import save_checkpoint
 from finetuning.evaluation import Model
 from finetuning.feature_cache import FeatureSource
 from finetuning.files import write_csv
@@ -118,10 +118,9 @@ def keep_rule(
 
     pairs, seed: as in choose_rule.
     """
-    predictor, _ = load_predictor(None, checkpoint, device)
+    predictor, facts = load_predictor(None, checkpoint, device)
     rule = choose_rule(Model(predictor, FeatureSource(predictor, precision)), pairs, seed)
-    content = load_checkpoint(checkpoint)
-    save_checkpoint(checkpoint, content.pop("model"), **{**content, RULE: rule._asdict()})
+    save_checkpoint(checkpoint, predictor.model, **{**facts, RULE: rule._asdict()})
     print(
         f"{checkpoint.name}: for --auto objects, masks of a score of {rule.min_score:.3f} and an "
         f"area of {rule.min_area:.3%} of the image count"
