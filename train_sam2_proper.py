@@ -28,9 +28,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from sam2_utils import NotFiniteError, UserError, autocast, select_device, select_precision
+from sam2_utils import UserError, autocast, select_device, select_precision
 
-import numpy as np
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
@@ -42,24 +41,25 @@ from finetuning.clicks import add_clicks
 from finetuning.command_line import ArgumentParser, run, tell
 from finetuning.detection import keep_rule
 from finetuning.device_check import trusted_device
-from finetuning.evaluation import Model, mean_metrics, measure
-from finetuning.feature_cache import FeatureSource, open_cache
+from finetuning.epoch_report import EpochReport
+from finetuning.evaluation import Model
+from finetuning.feature_source import FeatureSource, open_cache
 from finetuning.files import only_run_in
 from finetuning.learner import (
     Learner,
     Machine,
     add_machine_options,
     make_learner,
+    objects_at_once,
     set_learning_rate,
     speed_up,
     take_step,
 )
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
-from finetuning.metrics import LOGGED
 from finetuning.models import load_predictor, own_image_size
 from finetuning.objects import limit_objects
-from finetuning.pairs import Pair, keep_out, split_pairs
+from finetuning.pairs import keep_out, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.repeats import (
     Training,
@@ -74,6 +74,7 @@ from finetuning.repeats import (
 from finetuning.resuming import load_state
 from finetuning.run_state import Start
 from finetuning.segmentation import encode_images, predict_masks
+from finetuning.validation import Validation
 
 
 def train_one_epoch(
@@ -92,62 +93,47 @@ def train_one_epoch(
     learns = recipe.train_encoder != "none"
     encode = encoder_training.encode_with_gradients if learns else encode_images
     input_size, steps = (predictor.model.image_size,) * 2, recipe.epochs * len(loader)
-    reports: list[dict[str, float]] = []
+    at_once, report = objects_at_once(predictor, recipe), EpochReport(epoch, predictor.device)
     progress = tqdm(loader, desc=f"Epoch {epoch}/{recipe.epochs}", unit="step", leave=False)
     for step, batch in enumerate(progress, start=(epoch - 1) * len(loader)):
         set_learning_rate(learner, learning_rate_factor(step, steps, recipe.schedule))
         with autocast(predictor.device, learner.precision):
             # Features of the image encoder: from the cache, or computed now
-            features = batch.features or encode(predictor, batch.images)
-            features = features.to(predictor.device, torch.float32).of(batch.image_of)
+            of_images = batch.features or encode(predictor, batch.images)
+            of_images = of_images.to(predictor.device, torch.float32)
+        learner.optimizer.zero_grad()
+        shown = []
+        for part in batch.parts(at_once):
+            with autocast(predictor.device, learner.precision):
+                # What the model is shown: a prompt, perhaps with clicks that correct its answers
+                features = of_images.of(part.image_of)
+                prompts, mask_inputs = add_clicks(predictor, features, part, learner.decoder)
 
-            # What the model is shown: a prompt, perhaps with clicks that correct its answers
-            prompts, mask_inputs = add_clicks(predictor, features, batch, learner.decoder)
+                # Prompt encoder and mask decoder, with gradients
+                sizes = [input_size] * len(prompts)
+                prediction = predict_masks(
+                    predictor, features, prompts, sizes, learner.decoder, mask_inputs
+                )
 
-            # Prompt encoder and mask decoder, with gradients
-            sizes = [input_size] * len(prompts)
-            prediction = predict_masks(
-                predictor, features, prompts, sizes, learner.decoder, mask_inputs
-            )
+            # The loss, mean over the objects; the mean over processes is that over those of all
+            loss, of_objects = batch_loss(predictor, prediction, part.true_masks, recipe)
+            share = part.fraction * distributed.world_size()
+            learner.scaler.scale(loss * share).backward()
+            shown.append(of_objects)
 
-        # The loss, mean over the batch
-        loss, of_images = batch_loss(predictor, prediction, batch.true_masks, recipe)
-        if not torch.isfinite(loss):
-            raise NotFiniteError(
-                f"the loss became {loss.item()} in epoch {epoch}; the files of the epochs before "
-                "it are kept; use a smaller --lr, or --precision float32"
-            )
-
-        # Step; the mean over processes is that over the images of all
-        share = batch.fraction * distributed.world_size()
-        clipped = take_step(learner, loss * share, recipe.max_grad_norm)
-        reports += [{**report, "clipped": clipped, "count": share > 0} for report in of_images]
-        recent = {name: np.mean([r[name] for r in reports[-50:]]) for name in ("loss", "train_iou")}
-        progress.set_postfix({name: f"{mean:.3f}" for name, mean in recent.items()})
-    return distributed.mean_over_all(reports, predictor.device)
-
-
-def evaluate(model: Model, pairs: list[Pair], without_prompt: bool = False) -> dict[str, float]:
-    """Return the mean of each metric over pairs, each prompted with the point deepest in its mask.
-
-    compare_models.py measures in the same way. Pairs with an empty mask are left out. With
-    without_prompt, the mean IoU without any is returned, too.
-    """
-    found = {}
-    for kind in ("center", "none")[: 1 + without_prompt]:
-        results = measure([model], pairs, kind, description="Validating", metrics=LOGGED)
-        if not results:
-            raise UserError("every validation mask is empty; check that objects are white (255)")
-        found[kind] = mean_metrics(results)
-    row = {f"val_{name.lower()}": mean for name, mean in found["center"].items()}
-    return row | ({"val_iou_no_prompt": found["none"]["IoU"]} if without_prompt else {})
+        # Step
+        clipped = take_step(learner, recipe.max_grad_norm)
+        report.add(shown, clipped, counts=batch.fraction > 0)
+        if recent := report.recent("loss", "train_iou"):
+            progress.set_postfix(recent)
+    return distributed.mean_over_all(report.read(), predictor.device)
 
 
 def fit(
     learner: Learner,
     model: Model,
     loader: DataLoader,
-    val_pairs: list[Pair],
+    validation: Validation,
     recipe: Recipe,
     log: run_state.Log,
     settings: dict[str, Any],
@@ -160,7 +146,7 @@ def fit(
             begun = time.perf_counter()
             report = train_one_epoch(model.predictor, loader, learner, recipe, epoch)
             if is_first:
-                found = evaluate(model, val_pairs, recipe.none_share > 0)
+                found = validation.measure(model)
                 rate = learner.optimizer.param_groups[0]["lr"]
                 row = {"epoch": epoch, **report, **found, "lr": rate}
                 log.append({**row, "seconds": time.perf_counter() - begun})
@@ -225,23 +211,23 @@ def train(
     # What the frozen encoder says of the images, once
     cache = None
     if settings["cache"]:
-        cache = open_cache(predictor, Path(settings["cache"]), machine.precision, pairs)
+        folder = Path(settings["cache"])
+        cache = open_cache(predictor, folder, machine.precision, pairs, machine.cache_in)
     model = Model(predictor, FeatureSource(predictor, machine.precision, cache))
     size = predictor.model.image_size
     training_set = TrainingSet(pairs["train"], cache, size, recipe.seed, recipe.prompt_mix)
     objects = training_objects(pairs["train"], cache)
     val_pairs = limit_objects(pairs["val"], recipe.seed)
+    validation = Validation(val_pairs, without_prompt=recipe.none_share > 0)
 
     # Epoch 0, the model as it is; and the learning rate
     log = state["log"] if state else [{"epoch": 0}]
     if not state and distributed.rank() == 0:
-        log[0].update(evaluate(model, val_pairs, recipe.none_share > 0))
+        log[0].update(validation.measure(model))
         print(f"before training: val IoU {log[0]['val_iou']:.4f}")
     if recipe.lr == "auto":
         lr = state["settings"]["lr"] if state else None
-        lr = lr or try_learning_rates(
-            model, training_set, objects, recipe, train_one_epoch, evaluate
-        )
+        lr = lr or try_learning_rates(model, training_set, objects, recipe, train_one_epoch)
         recipe, settings = dataclasses.replace(recipe, lr=lr), {**settings, "lr": lr}
 
     # Training
@@ -251,7 +237,7 @@ def train(
         learner = speed_up(learner, predictor, recipe, objects, machine.compiling)
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, predictor.device)
-    fit(learner, model, loader, val_pairs, recipe, log, settings, output)
+    fit(learner, model, loader, validation, recipe, log, settings, output)
     if recipe.background_share and distributed.rank() == 0:
         best = output / run_state.BEST_FILE
         keep_rule(best, predictor.device, machine.precision, pairs["train"], recipe.seed)
@@ -263,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_out(args.data, args.output, args.cache)
     device = distributed.local_device(select_device(args.device, args.threads))
     precision = select_precision(args.precision, device)
-    machine = Machine(precision, args.gradient_checkpointing, args.compile)
+    machine = Machine(precision, args.gradient_checkpointing, args.compile, args.cache_in)
     with distributed.process_group(device), contextlib.ExitStack() as locks:
         checkpoint = run_state.prepare(args.data, args.model, args.checkpoint, args.demo)
         size = args.image_size or own_image_size(args.model)

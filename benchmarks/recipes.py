@@ -39,7 +39,8 @@ from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import measure_clicks
 from finetuning.command_line import ArgumentParser, add_device_option, number, run
 from finetuning.evaluation import Model, mean_metrics, measure
-from finetuning.feature_cache import FeatureCache, FeatureSource, open_cache
+from finetuning.feature_cache import FeatureCache
+from finetuning.feature_source import FeatureSource, open_cache
 from finetuning.files import atomic_write, write_csv
 from finetuning.learner import make_learner
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetuning import distributed
 from finetuning.feature_cache import FeatureCache
-from finetuning.objects import Objects, count_objects, read_objects, read_pair
+from finetuning.image_files import read_image
+from finetuning.objects import Objects, count_objects, read_objects
 from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.prompts import (
     RANDOM_POINTS,
@@ -32,10 +33,13 @@ from finetuning.prompts import (
     PromptPlan,
     draw_prompt,
     plan_prompts,
+    scale_prompt,
 )
 from finetuning.segmentation import Features
 
-LOSS_GRID = 256  # what the loss is measured on, in cells a side: full-size models' own resolution
+LOSS_GRID = 256  # cells a side, of what the loss is measured and prompts are placed on: the
+# resolution of full-size models' masks
+HALF = 128  # of a cell, where 255 is all of it
 # For an object's number, which is less: all of an image's objects together, and what is none
 ALL, BACKGROUND = 1 << 16, (1 << 16) + 1
 PREFETCH = 2  # batches that each loading process has ready
@@ -56,19 +60,32 @@ class Batch(NamedTuple):
     """What one process has of a step: P objects of B images, each with a prompt and a true mask."""
 
     features: Features | None  # of the cache, float16; None where the images are to be encoded
-    images: list[np.ndarray]  # HxWx3 uint8 RGB, where there are no features
+    images: list[np.ndarray]  # HxWx3 uint8 RGB, where there is no cache
     image_of: list[int]  # of each object, which of the B images it is in
     prompts: list[Prompt]  # what the step starts with, in pixels of the model's SxS input
     plan: PromptPlan
-    true_masks: list[torch.Tensor]  # float32 in [0, 1]: LOSS_GRID a side, or HxW with images
+    true_masks: torch.Tensor  # PxLOSS_GRIDxLOSS_GRID uint8: how much of each cell is covered
     fraction: float  # of the step, as in Step
+    paths: Sequence[Path] = ()  # of the B images
+
+    def parts(self, at_once: int) -> Iterator[Batch]:
+        """Return the batch in parts of at most so many objects, each with its share of the step."""
+        for first in range(0, len(self.prompts), at_once):
+            rows = slice(first, first + at_once)
+            prompts = self.prompts[rows]
+            yield self._replace(
+                image_of=self.image_of[rows],
+                prompts=prompts,
+                true_masks=self.true_masks[rows],
+                fraction=self.fraction * len(prompts) / len(self.prompts),
+            )
 
 
 class TrainingSet(Dataset):
     """Batches by Step.
 
-    Prompts are drawn on the grid of the model's input. They follow from the seed, the epoch, the
-    step's number and the images alone: neither workers nor the cache change them.
+    Prompts follow from the seed, the epoch, the step's number and the images alone: neither
+    workers nor the cache change them.
     """
 
     def __init__(
@@ -82,7 +99,7 @@ class TrainingSet(Dataset):
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
         self.mix = mix
         # Of the objects so far, by image and object, packed: a kB or so each
-        self._grids: dict[tuple[int, int], bytes] = {}
+        self._masks: dict[tuple[int, int], bytes] = {}
 
     def __getitem__(self, step: Step) -> Batch | Exception:
         """Return the batch of a step, or why there is none, for BatchLoader to raise."""
@@ -102,50 +119,44 @@ class TrainingSet(Dataset):
             mine, images = sum(map(len, objects)), len(indices)
             fraction = (mine + images) / (mine / fraction + images / image_fraction)
             objects = [(*chosen, BACKGROUND) for chosen in objects]
-        if self.cache is not None:
-            features, images = self.cache.read([self.pairs[index].image for index in indices]), []
-            grids = [
-                grid
-                for args in zip(indices, objects, strict=True)
-                for grid in self._grids_of(*args)
-            ]
-            true_masks = [_shrink(grid, LOSS_GRID) for grid in grids]
-        else:
-            features, images, masks = None, [], []
-            for index, chosen in zip(indices, objects, strict=True):
-                image, found = read_pair(self.pairs[index])
-                images.append(image)
-                masks += [mask_of(found, k) for k in chosen]
-            grids = [mask_on_grid(mask, self.image_size) for mask in masks]
-            true_masks = [mask.astype(np.float32) for mask in masks]
-        examples = [(i, k) for i, chosen in enumerate(objects) for k in chosen]
-        image_of, prompts, answers = [], [], []
-        for (i, k), grid, mask in zip(examples, grids, true_masks, strict=True):
-            if not grid.any():  # the background of an image that is full of objects
-                continue
-            rng = np.random.default_rng([self.seed, epoch, indices[i], k])
-            image_of.append(i)
-            prompts.append(draw_prompt(grid, plan.kind, rng))
-            answers.append(torch.from_numpy(mask * np.float32(k != BACKGROUND)))
-        return Batch(features, images, image_of, prompts, plan, answers, fraction)
+        paths = [self.pairs[index].image for index in indices]
+        features, images = None, []
+        if self.cache is None:
+            images = [read_image(path) for path in paths]
+        elif self.cache.held_on is None:  # else BatchLoader adds them
+            features = self.cache.read(paths)
+        image_of, prompts, true_masks = [], [], []
+        for i, (index, chosen) in enumerate(zip(indices, objects, strict=True)):
+            size = images[i].shape[:2] if images else self.cache.size(paths[i])
+            for k, mask in zip(chosen, self._masks_of(index, chosen, size), strict=True):
+                grid = mask >= HALF
+                if not grid.any():  # the background of an image that is full of objects
+                    continue
+                rng = np.random.default_rng([self.seed, epoch, index, k])
+                prompt = draw_prompt(grid, plan.kind, rng)
+                image_of.append(i)
+                prompts.append(scale_prompt(prompt, grid.shape, self.image_size))
+                true_masks.append(mask * np.uint8(k != BACKGROUND))
+        true_masks = torch.from_numpy(np.stack(true_masks))
+        return Batch(features, images, image_of, prompts, plan, true_masks, fraction, paths)
 
-    def _grids_of(self, index: int, chosen: tuple[int, ...]) -> list[np.ndarray]:
-        """Return masks of objects of an image in the cache, on the grid of the model's input.
+    def _masks_of(
+        self, index: int, chosen: tuple[int, ...], size: tuple[int, int]
+    ) -> list[np.ndarray]:
+        """Return masks of objects of an image of (H,W) on the grid of the loss.
 
-        Each is made once only, and its image's mask file is read only where one is to be made.
+        Each is made once only, and the mask file is read only where one is to be made.
         """
-        size, new = self.image_size, [k for k in chosen if (index, k) not in self._grids]
+        new = [k for k in chosen if (index, k) not in self._masks]
         if new:
             pair = self.pairs[index]
             objects = read_objects(pair)
-            require_equal_sizes(pair.image, self.cache.size(pair.image), pair.mask, objects.size)
+            require_equal_sizes(pair.image, size, pair.mask, objects.size)
             for k in new:
-                grid = mask_on_grid(mask_of(objects, k), size)
-                self._grids[index, k] = zlib.compress(np.packbits(grid), level=1)
-        packed = [np.frombuffer(zlib.decompress(self._grids[index, k]), np.uint8) for k in chosen]
-        return [
-            np.unpackbits(bits, count=size * size).reshape(size, size).view(bool) for bits in packed
-        ]
+                grid = mask_on_grid(mask_of(objects, k), LOSS_GRID)
+                self._masks[index, k] = zlib.compress(grid, level=1)
+        packed = [zlib.decompress(self._masks[index, k]) for k in chosen]
+        return [np.frombuffer(grid, np.uint8).reshape(LOSS_GRID, LOSS_GRID) for grid in packed]
 
 
 def mask_of(objects: Objects, k: int) -> np.ndarray:
@@ -156,20 +167,19 @@ def mask_of(objects: Objects, k: int) -> np.ndarray:
 
 
 def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:
-    """Resize an HxW bool mask to size x size cells; the smallest mask keeps a cell."""
+    """Return how much an HxW bool mask covers of size x size cells, uint8, 255 for all of one.
+
+    Where it covers half of none, the cells of its pixels count as covered.
+    """
     # Sides that shrink first: OpenCV takes the mean over areas only where none grows.
     shrunk = tuple(min(side, size) for side in mask.shape[::-1])
     covered = cv2.resize(mask.astype(np.float32), shrunk, interpolation=cv2.INTER_AREA)
-    grid = cv2.resize(covered, (size, size), interpolation=cv2.INTER_AREA) >= 0.5
-    if mask.any() and not grid.any():
+    covered = cv2.resize(covered, (size, size), interpolation=cv2.INTER_AREA)
+    grid = np.rint(255 * covered).astype(np.uint8)
+    if mask.any() and grid.max() < HALF:
         y, x = np.nonzero(mask)
-        grid[y * size // mask.shape[0], x * size // mask.shape[1]] = True
+        grid[y * size // mask.shape[0], x * size // mask.shape[1]] = 255
     return grid
-
-
-def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
-    """Return the fraction of each of size x size cells that an SxS bool mask covers."""
-    return cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
 
 
 class EpochSampler(Sampler):
@@ -218,16 +228,18 @@ def _count(batch: list[tuple[int, tuple[int, ...]]]) -> int:
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that raises the errors of its worker processes as they are.
+    """A DataLoader that adds features held in memory, and raises errors of its worker processes.
 
     DataLoader itself would raise them with the worker's traceback as their message.
     """
 
     def __iter__(self) -> Iterator[Batch]:
+        cache = self.dataset.cache
         for batch in super().__iter__():
             if isinstance(batch, Exception):
                 raise batch
-            yield batch
+            is_held = cache is not None and cache.held_on is not None
+            yield batch._replace(features=cache.read(batch.paths)) if is_held else batch
 
 
 def make_loader(
@@ -269,7 +281,7 @@ def _bytes_of(batch: Batch | Exception) -> int:
     if isinstance(batch, Exception):
         raise batch
     maps = [batch.features.image_embed, *batch.features.high_res_feats] if batch.features else []
-    return sum(array.nbytes for array in (*maps, *batch.images, *batch.true_masks))
+    return sum(array.nbytes for array in (*maps, *batch.images, batch.true_masks))
 
 
 def _as_it_is(batch: Batch | Exception) -> Batch | Exception:

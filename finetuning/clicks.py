@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
-from finetuning.batches import Batch
+from finetuning.batches import HALF, Batch
 from finetuning.evaluation import Result, features_for, group_by_image
 from finetuning.files import atomic_write, write_csv
 from finetuning.language import ENGLISH, Language
@@ -99,20 +99,18 @@ def add_clicks(
     the logits of the last one are returned too, Bx1x(S/4)x(S/4).
     """
     prompts, mask_inputs = batch.prompts, None
+    true_masks = batch.true_masks.numpy() >= HALF
     size = predictor.model.image_size
     for _ in range(batch.plan.clicks):
         prediction = predict_masks(
             predictor, features, prompts, [(size, size)] * len(prompts), decoder, mask_inputs
         )
         chosen, _ = choose_masks(predictor, prediction)
+        logits = upscale_masks(predictor, chosen, batch.true_masks.shape[-2:])
+        masks = (logits[:, 0] > 0).cpu().numpy()
         prompts = [
-            add_click(
-                prompt,
-                (upscale_masks(predictor, logits[None], true_mask.shape)[0, 0] > 0).cpu().numpy(),
-                true_mask.numpy() > 0.5,
-                size,
-            )
-            for prompt, logits, true_mask in zip(prompts, chosen, batch.true_masks, strict=True)
+            add_click(prompt, mask, true_mask, size)
+            for prompt, mask, true_mask in zip(prompts, masks, true_masks, strict=True)
         ]
         mask_inputs = chosen.clamp(-32, 32) if batch.plan.gives_mask else None
     return prompts, mask_inputs

@@ -13,7 +13,8 @@ import torch
 from finetuning.checkpoints import file_sha256, setting
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model
-from finetuning.feature_cache import FeatureCache, FeatureSource, hash_encoder
+from finetuning.feature_cache import FeatureCache, hash_encoder
+from finetuning.feature_source import FeatureSource
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
 
 

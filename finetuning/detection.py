@@ -13,7 +13,7 @@ from tqdm import tqdm
 from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
 from finetuning.checkpoints import save_checkpoint
 from finetuning.evaluation import Model
-from finetuning.feature_cache import FeatureSource
+from finetuning.feature_source import FeatureSource
 from finetuning.files import write_csv
 from finetuning.language import ENGLISH, Language
 from finetuning.models import load_predictor

@@ -93,13 +93,8 @@ def sum_over_all(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
-def mean_over_all(reports: list[dict[str, float]], device: torch.device) -> dict[str, float]:
-    """Return the mean of each value over the reports of all processes.
-
-    A report has a "count" beside its values: 1 where it counts, 0 where it is a stand-in's.
-    """
-    counted = [report for report in reports if report["count"]]
-    sums = [float(sum(report[name] for report in counted)) for name in reports[0]]
-    totals = dict(zip(reports[0], sum_over_all(sums, device), strict=True))
-    count = totals.pop("count")
-    return {name: total / count for name, total in totals.items()}
+def mean_over_all(values: dict[str, list[float]], device: torch.device) -> dict[str, float]:
+    """Return the mean of each list of values over all processes; one may have none to add."""
+    sums = [float(sum(of_name)) for of_name in values.values()]
+    *totals, count = sum_over_all([*sums, len(next(iter(values.values())))], device)
+    return {name: total / count for name, total in zip(values, totals, strict=True)}

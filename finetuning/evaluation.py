@@ -12,7 +12,7 @@ import numpy as np
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
-from finetuning.feature_cache import FeatureSource
+from finetuning.feature_source import FeatureSource
 from finetuning.metrics import METRICS, Metric
 from finetuning.objects import read_objects
 from finetuning.pairs import Pair

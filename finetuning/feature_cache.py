@@ -9,12 +9,14 @@ Files are written whole, and each holds a digest of itself, by which damaged one
 from __future__ import annotations
 
 import hashlib
-import shutil
+import itertools
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from sam2_utils import NotFiniteError, UserError, autocast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,10 +25,9 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning import distributed
-from finetuning.command_line import is_memory_error, tell
+from finetuning.command_line import is_memory_error
 from finetuning.files import atomic_write, read_file
 from finetuning.image_files import read_image
-from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.segmentation import Features, encode_images, feature_shapes
 
 FORMAT = 2  # of the files; another one is not read
@@ -62,8 +63,14 @@ class FeatureCache:
         self._source = [
             FORMAT, torch.__version__, device, precision, model.image_size, hash_encoder(model),
         ]  # fmt: skip
+        self.held_on: torch.device | None = None
+        self._held: dict[Path, dict[str, torch.Tensor]] = {}  # on that device, by the file's path
         self._paths: dict[Path, Path] = {}  # of the features, by the image's
         self._sizes: dict[Path, tuple[int, int] | None] = {}  # by those; None: not there
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a loading process gets, which reads nothing that is held."""
+        return {**self.__dict__, "_held": {}}
 
     def __contains__(self, image: Path) -> bool:
         return self.size(image) is not None
@@ -81,19 +88,39 @@ class FeatureCache:
         by_path = {self._path(image): image for image in progress if image not in self}
         return list(by_path.values())
 
-    def bytes_to_come(self, images: list[Path]) -> int:
-        """Return how much there will be to write when the cache is filled."""
+    def bytes_of(self, count: int) -> int:
+        """Return how much the features of so many images are."""
         values = sum(height * width * depth for height, width, depth in self._shapes.values())
-        return len(self.missing(images)) * values * torch.float16.itemsize
+        return count * values * torch.float16.itemsize
+
+    def hold(self, images: list[Path], device: torch.device) -> None:
+        """Keep the features of images in a device's memory, from where read returns them.
+
+        Raises UserError where they are too many for it.
+        """
+        self.held_on = device
+        try:
+            for image in tqdm(images, desc=f"Features to {device}", unit="image", leave=False):
+                maps, _ = _map(self._path(image))
+                self._held[self._path(image)] = {
+                    name: values.to(device, copy=True) for name, values in maps.items()
+                }
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory_error(error):
+                raise
+            raise UserError(
+                f"the memory of {device} is too small for all features; use --cache-in disk"
+            ) from error
 
     def read(self, images: list[Path]) -> Features:
-        """Return float16 features of B images on the CPU, in the order asked for.
+        """Return float16 features of B images, in the order asked for, on the CPU or where held.
 
-        The files are mapped for a moment only, so that memory does not grow with what was read.
+        Files are mapped for a moment only, so that memory does not grow with what was read.
         Raises UserError where features are not there, or no longer.
         """
+        paths = [self._path(image) for image in images]
         try:
-            files = [_map(self._path(image))[0] for image in images]
+            files = [self._held.get(path) or _map(path)[0] for path in paths]
         except (FileNotFoundError, SafetensorError) as error:
             raise UserError(
                 f"features are missing from {self.folder}, or were damaged since the run began; "
@@ -147,26 +174,47 @@ class FeatureCache:
         return height, width
 
     def _encode(self, images: list[Path], predictor: SAM2ImagePredictor, description: str) -> None:
-        """Encode images and write each one's features; what is written stays if it is stopped."""
+        """Encode images and write each one's features; what is written stays if it is stopped.
+
+        While some are computed, those before them are written, and the next ones are read.
+        """
         batch_size = ENCODED_AT_ONCE.get(predictor.device.type, 1)
-        with tqdm(total=len(images), desc=f"Encoding {description}", unit="image") as progress:
-            while images:
-                batch = images[:batch_size]
-                pixels = [read_image(image) for image in batch]
+        reading: list[tuple[Path, Future[np.ndarray]]] = []
+        writing: list[Future[None]] = []
+        progress = tqdm(total=len(images), desc=f"Encoding {description}", unit="image")
+        with progress, ThreadPoolExecutor(2) as threads:
+            to_read = iter(images)
+            while True:
+                ahead = itertools.islice(to_read, max(0, 2 * batch_size - len(reading)))
+                reading += [(image, threads.submit(read_image, image)) for image in ahead]
+                batch = [(image, pixels.result()) for image, pixels in reading[:batch_size]]
+                if not batch:
+                    break
                 try:
-                    with autocast(predictor.device, self.precision):
-                        features = encode_images(predictor, pixels)
+                    maps = self._compute([pixels for _, pixels in batch], predictor)
                 except RuntimeError as error:
                     batch_size = _smaller_batch(batch_size, error)
                     continue
-                maps = [  # channels last, as set_image leaves them
-                    feature_map.permute(0, 2, 3, 1).half().cpu().contiguous()
-                    for feature_map in (features.image_embed, *features.high_res_feats)
+                reading = reading[len(batch) :]
+                _wait_for(writing)
+                writing = [
+                    threads.submit(self._write, image, pixels.shape, of_image)
+                    for (image, pixels), of_image in zip(batch, maps, strict=True)
                 ]
-                for image, of_image, *of_maps in zip(batch, pixels, *maps, strict=True):
-                    self._write(image, of_image.shape, dict(zip(FEATURES, of_maps, strict=True)))
-                images = images[len(batch) :]
                 progress.update(len(batch))
+            _wait_for(writing)
+
+    def _compute(
+        self, images: list[np.ndarray], predictor: SAM2ImagePredictor
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return each image's HxWxC float16 maps, on the CPU."""
+        with autocast(predictor.device, self.precision):
+            features = encode_images(predictor, images)
+        maps = [  # channels last, as set_image leaves them
+            feature_map.permute(0, 2, 3, 1).half().cpu().contiguous()
+            for feature_map in (features.image_embed, *features.high_res_feats)
+        ]
+        return [dict(zip(FEATURES, of_image, strict=True)) for of_image in zip(*maps, strict=True)]
 
     def _write(self, image: Path, shape: tuple[int, ...], maps: dict[str, torch.Tensor]) -> None:
         """Write the HxWxC float16 maps of an image of a shape (H,W,3)."""
@@ -181,65 +229,6 @@ class FeatureCache:
             metadata = {"size": size, "digest": _digest(path, size, maps)}
             # save_file would raise no OSError on a full disk
             temporary.write_bytes(save(maps, metadata))
-
-
-class FeatureSource(NamedTuple):
-    """Where an image's features come from: a cache, as far as it has them, or the encoder."""
-
-    predictor: SAM2ImagePredictor
-    precision: torch.dtype
-    cache: FeatureCache | None = None
-
-    def features(self, image: Path, mask_size: tuple[int, int] | None = None) -> Features:
-        """Return float32 features of one image on the predictor's device.
-
-        mask_size: (H,W) of the image's mask, if it has one; raises UserError for another size.
-        """
-        device, is_cached = self.predictor.device, self.cache is not None and image in self.cache
-        pixels = None if is_cached else read_image(image)
-        size = self.cache.size(image) if is_cached else pixels.shape[:2]
-        require_equal_sizes(image, size, "its mask", mask_size or size)
-        if is_cached:
-            return self.cache.read([image]).to(device, torch.float32)
-        with autocast(device, self.precision):
-            return encode_images(self.predictor, [pixels]).to(device, torch.float32)
-
-
-def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:
-    """Say how much will be written to a folder; raise UserError if it has no room for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = cache.bytes_to_come(images), shutil.disk_usage(folder).free
-    if needed:
-        tell(f"features: {needed / 1e9:.2f} GB to write to {folder} ({free / 1e9:.1f} GB free)")
-    if needed > 0.98 * free:
-        raise UserError(
-            f"{folder} has room for {free / 1e9:.2f} GB of features, not for "
-            f"{needed / 1e9:.2f} GB; make room, name a folder on another disk with --cache, or "
-            "go on without them with --no-cache (slow)"
-        )
-
-
-def open_cache(
-    predictor: SAM2ImagePredictor,
-    folder: Path,
-    precision: torch.dtype,
-    pairs_of_splits: dict[str, list[Pair]],
-) -> FeatureCache:
-    """Return the cache in a folder, after encoding what is not yet there.
-
-    Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
-    """
-    cache = FeatureCache(folder, predictor, precision)
-    images = {split: [pair.image for pair in pairs] for split, pairs in pairs_of_splits.items()}
-    if distributed.rank() == 0:
-        check_room(cache, [image for of_split in images.values() for image in of_split], folder)
-    try:
-        for split, of_split in images.items():
-            cache.fill(of_split, predictor, split)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with the images that are left")
-        raise
-    return cache
 
 
 def _map(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -257,6 +246,12 @@ def _digest(path: Path, size: str, maps: dict[str, torch.Tensor]) -> str:
     for name in FEATURES:
         digest.update(maps[name].view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _wait_for(futures: list[Future]) -> None:
+    """Wait for all; raises what the first that failed has raised."""
+    for future in futures:
+        future.result()
 
 
 def _smaller_batch(batch_size: int, error: RuntimeError) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.evaluation import Model
 from finetuning.learner import make_learner
-from finetuning.pairs import Pair
 from finetuning.recipe import Recipe
+from finetuning.validation import Validation
 
 WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
 # --lr auto: what is tried, each on this many images shown, and measured on others
@@ -72,16 +72,14 @@ def try_learning_rates(
     objects: dict[int, int],
     recipe: Recipe,
     train_one_epoch: Callable[..., dict[str, float]],
-    evaluate: Callable[[Model, list[Pair]], dict[str, float]],
 ) -> float:
     """Find a learning rate on a part of the training images; the model stays as it is.
 
-    objects: how many each training image has, by its index. train_one_epoch, evaluate: those of
-    the training.
+    objects: how many each training image has, by its index. train_one_epoch: that of the training.
     """
     group_of = {index: training_set.pairs[index].group for index in objects}
     learn_from, held_out, epochs = split_for_trials(list(objects), recipe.seed, group_of)
-    measured_on = [training_set.pairs[index] for index in held_out]
+    validation = Validation([training_set.pairs[index] for index in held_out])
     predictor, precision = model.predictor, model.source.precision
     sampler = EpochSampler(
         {index: objects[index] for index in learn_from},
@@ -98,13 +96,13 @@ def try_learning_rates(
         try:
             for epoch in range(1, epochs + 1):
                 train_one_epoch(predictor, loader, learner, trial, epoch)
-            return evaluate(model, measured_on)["val_iou"]
+            return validation.measure(model)["val_iou"]
         except NotFiniteError:
             return float("nan")
         finally:
             predictor.model.load_state_dict(original)
 
-    return find_learning_rate(try_rate, evaluate(model, measured_on)["val_iou"])
+    return find_learning_rate(try_rate, validation.measure(model)["val_iou"])
 
 
 def find_learning_rate(try_rate: Callable[[float], float], before: float) -> float:

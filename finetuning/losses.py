@@ -90,25 +90,16 @@ def dice_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 def batch_loss(
     predictor: SAM2ImagePredictor,
     prediction: Prediction,
-    true_masks: list[torch.Tensor],
+    true_masks: torch.Tensor,
     recipe: Recipe,
-) -> tuple[torch.Tensor, list[dict[str, float]]]:
-    """Return the mean of B images' losses, each at its true mask's resolution, and B reports."""
-    if len({mask.shape for mask in true_masks}) == 1:  # all at once
-        groups = [(prediction, torch.stack(true_masks))]
-    else:
-        groups = [
-            (Prediction(*(answer[i : i + 1] for answer in prediction)), mask[None])
-            for i, mask in enumerate(true_masks)
-        ]
-    losses, reports = [], []
-    for answers, masks in groups:
-        logits = answers.mask_logits
-        masks = copy_to(logits.device, masks)
-        if logits.shape[-2:] != masks.shape[-2:]:
-            logits = upscale_masks(predictor, logits, masks.shape[-2:])
-        loss, report = image_losses(answers._replace(mask_logits=logits), masks, recipe)
-        losses.append(loss)
-        columns = [values.tolist() for values in report.values()]
-        reports += [dict(zip(report, row, strict=True)) for row in zip(*columns, strict=True)]
-    return torch.cat(losses).mean(), reports
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the mean of P objects' losses, and what to report of each, on the device.
+
+    true_masks: PxHxW uint8, 255 where all of a cell is covered, on any device.
+    """
+    logits, size = prediction.mask_logits, true_masks.shape[-2:]
+    if logits.shape[-2:] != size:
+        logits = upscale_masks(predictor, logits, size)
+    covered = copy_to(logits.device, true_masks).float() / 255
+    losses, report = image_losses(prediction._replace(mask_logits=logits), covered, recipe)
+    return losses.mean(), report

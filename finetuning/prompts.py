@@ -183,9 +183,17 @@ def add_click(prompt: Prompt, predicted: np.ndarray, true_mask: np.ndarray, size
     nowhere = np.zeros_like(true_mask)
     click = corrective_click(predicted, true_mask) or corrective_click(nowhere, true_mask)
     *point, label = click or (0, 0, -1)  # -1: no point, to SAM 2
-    height, width = true_mask.shape
-    point = (np.array(point) + 0.5) * size / np.array([width, height]) - 0.5
-    return Prompt(
-        np.concatenate([prompt.point_coords, point[None].astype(np.float32)]),
-        np.append(prompt.point_labels, np.int32(label)),
-    )
+    added = Prompt(np.array([point], np.float32), np.array([label], np.int32))
+    added = scale_prompt(added, true_mask.shape, size)
+    return Prompt(*(np.concatenate(both) for both in zip(prompt, added, strict=True)))
+
+
+def scale_prompt(prompt: Prompt, grid: tuple[int, int], size: int) -> Prompt:
+    """Move a prompt from cells of a grid of (H,W) to pixels of an SxS input.
+
+    A point goes to the middle of its cell, a box's corners go to the outermost pixels of theirs.
+    """
+    scale = size / np.array(grid[::-1], np.float32)
+    labels = prompt.point_labels[:, None]
+    place = np.select([labels == 2, labels == 3], [np.float32(0), np.float32(1)], np.float32(0.5))
+    return prompt._replace(point_coords=(prompt.point_coords + place) * scale - place)

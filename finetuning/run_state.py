@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ FINAL_FILE = "sam2_final.pt"
 LOG_FILES = ("train_log.csv", "learning_curve.png")
 MODELS = (BEST_FILE, FINAL_FILE)
 RESULTS = (*MODELS, *LOG_FILES)  # what a run is for
+CURVE_EVERY = 30  # seconds: drawing takes half of one, which may be as long as an epoch
 
 
 def add_file_options(parser: ArgumentParser) -> argparse._ActionsContainer:
@@ -189,7 +191,7 @@ def save_epoch(
     if is_best:
         save_model(output / BEST_FILE, predictor, row, settings)
     save_state(output, learner, log, settings)
-    write_log(output, log)
+    write_log(output, log, CURVE_EVERY)
     end = f"{row['seconds']:.1f} s{'  best' if is_best else ''}"
     if "val_iou_no_prompt" in row:
         end = f"without prompt {row['val_iou_no_prompt']:.4f}  {end}"
@@ -213,15 +215,17 @@ def save_model(
     )
 
 
-def write_log(output: Path, log: Log) -> None:
+def write_log(output: Path, log: Log, draw_every: float = 0) -> None:
     """Write train_log.csv and learning_curve.png, a row and a point an epoch.
 
-    They are written whole after each epoch, so that one that is open elsewhere only has to wait.
+    Each is written whole, so that one that is open elsewhere only has to wait. draw_every: leave
+    the curve as it is where it is younger than so many seconds.
     """
     columns = list(log[-1])
     table, curve = (output / name for name in LOG_FILES)
     try:
         write_csv(table, columns, [[row.get(column, "") for column in columns] for row in log])
-        draw_learning_curve(curve, log)
+        if not curve.exists() or time.time() - curve.stat().st_mtime >= draw_every:
+            draw_learning_curve(curve, log)
     except PermissionError as error:
         tell(f"warning: {error.filename} cannot be written; is it open in another program?")

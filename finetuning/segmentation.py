@@ -25,6 +25,19 @@ class Features(NamedTuple):
     image_embed: torch.Tensor
     high_res_feats: list[torch.Tensor]
 
+    @classmethod
+    def join(cls, parts: list[Features]) -> Features:
+        """Return the features of all images as those of one batch."""
+        if len(parts) == 1:
+            return parts[0]
+        image_embed, *high_res_feats = (
+            torch.cat(maps)
+            for maps in zip(
+                *((part.image_embed, *part.high_res_feats) for part in parts), strict=True
+            )
+        )
+        return cls(image_embed, high_res_feats)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Features:
         """Move to a device, and convert there: half precision is half as much to copy."""
         maps = (self.image_embed, *self.high_res_feats)
@@ -179,6 +192,29 @@ def upscale_masks(
     return predictor._transforms.postprocess_masks(mask_logits, image_size)
 
 
+def require_finite(prediction: Prediction) -> None:
+    """Raise NotFiniteError where scores are not finite."""
+    if not torch.isfinite(prediction.iou_scores).all():
+        raise NotFiniteError("the model's scores are not finite (NaN); lower --lr, or use float32")
+
+
+@torch.no_grad()
+def segment_together(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    prompts: list[Prompt],
+    image_sizes: list[tuple[int, int]],
+) -> list[np.ndarray]:
+    """Do what segment does for B images at once, whose prompts have as many points each."""
+    prediction = predict_masks(predictor, features, prompts, image_sizes)
+    require_finite(prediction)
+    mask_logits, _ = choose_masks(predictor, prediction)
+    return [
+        (upscale_masks(predictor, logits[None], size)[0, 0] > 0).cpu().numpy()
+        for logits, size in zip(mask_logits, image_sizes, strict=True)
+    ]
+
+
 @torch.no_grad()
 def segment_with_logits(
     predictor: SAM2ImagePredictor,
@@ -194,8 +230,7 @@ def segment_with_logits(
     clamped as SAM2ImagePredictor does.
     """
     prediction = predict_masks(predictor, features, [prompt], [image_size], mask_inputs=mask_input)
-    if not torch.isfinite(prediction.iou_scores).all():
-        raise NotFiniteError("the model's scores are not finite (NaN); lower --lr, or use float32")
+    require_finite(prediction)
     mask_logits, scores = choose_masks(predictor, prediction, kind)
     mask = upscale_masks(predictor, mask_logits, image_size)[0, 0] > 0
     return mask.cpu().numpy(), float(scores), mask_logits.clamp(-32, 32)

@@ -155,6 +155,7 @@ def pretend(kind: str) -> Iterator[None]:
         (torch.cuda, "set_device", lambda device: None),
         (torch.cuda, "device", lambda device: contextlib.nullcontext()),
         (torch.cuda, "get_device_name", lambda device: "a pretended GPU"),
+        (torch.cuda, "mem_get_info", lambda device=None: (8 * 10**9, 8 * 10**9)),
         (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.backends.mps, "is_available", lambda: kind == "mps"),

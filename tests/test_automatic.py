@@ -20,7 +20,7 @@ from finetuning.batches import Step, TrainingSet
 from finetuning.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.detection import Counts, best_score, choose_rule, iou_table, match, total
 from finetuning.evaluation import Model
-from finetuning.feature_cache import FeatureSource
+from finetuning.feature_source import FeatureSource
 from finetuning.image_files import write_image
 from finetuning.losses import image_losses
 from finetuning.models import load_predictor, make_predictor

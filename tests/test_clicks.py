@@ -22,7 +22,7 @@ from finetuning.clicks import (
     write_clicks,
 )
 from finetuning.evaluation import Model, Result
-from finetuning.feature_cache import FeatureSource
+from finetuning.feature_source import FeatureSource
 from finetuning.image_files import read_image
 from finetuning.models import load_predictor
 from finetuning.objects import Objects

@@ -18,7 +18,7 @@ from conftest import CPU, snapshot, write_data
 
 import train_sam2_proper
 from compare_models import main
-from finetuning import compared_models, feature_cache
+from finetuning import compared_models, feature_source
 from finetuning.checkpoints import save_checkpoint
 from finetuning.compared_models import choose_precision, load_models
 from finetuning.evaluation import METRICS, Result, bootstrap_interval
@@ -274,13 +274,13 @@ def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
     run_script, trained, random_mini, tmp_path, monkeypatch
 ):
     encoded = []
-    encode_images = feature_cache.encode_images
+    encode_images = feature_source.encode_images
 
     def count(*arguments):
         encoded.append(arguments)
         return encode_images(*arguments)
 
-    monkeypatch.setattr(feature_cache, "encode_images", count)
+    monkeypatch.setattr(feature_source, "encode_images", count)
     options = ("--original", random_mini, "--figures", 0)
     from_cache = run_script(main, *options).out
     assert len(encoded) == 0

@@ -4,6 +4,7 @@ import csv
 import errno
 import functools
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -23,8 +24,9 @@ from sam2.build_sam import build_sam2
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
 
-from finetuning import feature_cache, files
+from finetuning import feature_cache, feature_source, files
 from finetuning.batches import (
+    HALF,
     LOSS_GRID,
     Batch,
     EpochSampler,
@@ -33,11 +35,8 @@ from finetuning.batches import (
     make_loader,
     mask_on_grid,
 )
-from finetuning.feature_cache import (
-    FeatureCache,
-    FeatureSource,
-    hash_encoder,
-)
+from finetuning.feature_cache import FeatureCache, hash_encoder
+from finetuning.feature_source import FeatureSource, check_room, choose_place
 from finetuning.files import only_run_in
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.learner import compiling_pays
@@ -85,7 +84,8 @@ def encoded(monkeypatch) -> list[tuple[int, int]]:
         sizes.extend(image.shape[:2] for image in images)
         return encode_images(predictor, images)
 
-    monkeypatch.setattr(feature_cache, "encode_images", record)
+    for module in (feature_cache, feature_source):
+        monkeypatch.setattr(module, "encode_images", record)
     return sizes
 
 
@@ -317,19 +317,22 @@ def test_an_image_that_is_there_twice_is_encoded_once(predictor, pairs, folder, 
     cache = FeatureCache(folder, predictor, torch.float32)
     images = [pairs[0].image, copy, pairs[1].image]
     assert len(cache.missing(images)) == 2
-    assert cache.bytes_to_come(images) == cache.bytes_to_come(images[1:])
     cache.fill(images, predictor, "train")
     assert encoded == SIZES[:2] and cache.missing(images) == []
     assert torch.equal(*cache.read([pairs[0].image, copy]).image_embed)
 
 
-def test_what_is_announced_is_what_is_written(predictor, pairs, folder):
+def test_what_is_announced_is_what_is_written(predictor, pairs, folder, capsys):
     cache = FeatureCache(folder, predictor, torch.float32)
-    announced = cache.bytes_to_come(images_of(pairs))
+    check_room(cache, [*images_of(pairs), *images_of(pairs)], folder)
+    told = re.fullmatch(r"features: ([\d.]+) GB to write to .* free\)\n", capsys.readouterr().out)
     cache.fill(images_of(pairs), predictor, "train")
     written = sum(file.stat().st_size for file in folder.iterdir())
+    announced = cache.bytes_of(len(pairs))
     assert announced < written < announced + 1000 * len(pairs)
-    assert cache.bytes_to_come(images_of(pairs)) == 0
+    assert float(told[1]) == pytest.approx(announced / 1e9, abs=0.005)
+    check_room(cache, images_of(pairs), folder)
+    assert capsys.readouterr().out == ""
 
 
 def test_another_encoder_or_precision_uses_nothing_of_the_cache(
@@ -551,7 +554,7 @@ def test_a_whole_file_is_checked_once_a_run(predictor, pairs, folder, monkeypatc
     cache = FeatureCache(folder, predictor, torch.float32)
     source, images = FeatureSource(predictor, torch.float32, cache), images_of(pairs)
     for _ in range(3):
-        cache.bytes_to_come(images)
+        check_room(cache, images, folder)
         cache.fill(images, predictor, "train")
         cache.read(images)
         source.features(images[0])
@@ -609,7 +612,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert run_training(run_script, random_mini, "--limit", 2).status == 0
     before = snapshot(tmp_path)
     encoded.clear()
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: Namespace(free=200_000))
+    monkeypatch.setattr(feature_source.shutil, "disk_usage", lambda _: Namespace(free=200_000))
     outcome = run_training(run_script, random_mini)
     assert outcome.status == 2
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
@@ -665,7 +668,7 @@ def test_a_batch_of_the_cache_has_the_gradients_of_one_without(predictor, pairs,
         return gradients(predictor, lambda: training_loss(predictor, batch))
 
     for step in (Step(1, [0, 2], 1.0), Step(2, [3, 1], 1.0)):
-        assert difference(gradients_of(cached[step]), gradients_of(images[step])) < 0.02
+        assert difference(gradients_of(cached[step]), gradients_of(images[step])) < 0.002
         for source in (cached, images):  # and its loss is the mean of its images'
             losses = [
                 training_loss(predictor, source[step._replace(indices=indices)]).item()
@@ -712,32 +715,40 @@ def test_a_mask_on_the_grid_has_the_cells_that_are_half_covered_or_one_where_non
     for size in ((96, 128), (300, 352), (1000, 700)):  # smaller and larger than the grid
         _, mask = draw_pair(5, size)
         grid, covered = mask_on_grid(mask, 256), coverage(mask, 256)
-        assert grid.shape == (256, 256) and grid.dtype == bool
+        assert grid.shape == (256, 256) and grid.dtype == np.uint8
         is_clear = abs(covered - 0.5) > 1e-3
-        assert np.array_equal(grid[is_clear], covered[is_clear] > 0.5)
+        assert np.array_equal(grid[is_clear] >= HALF, covered[is_clear] > 0.5)
+        assert set(grid[covered == 0]) == {0} and set(grid[covered == 1]) == {255}
+        if min(size) >= 256:
+            assert abs(grid / 255 - covered).max() < 1 / 255
 
     blocks = np.zeros((512, 512), bool)
     blocks[0, 0] = blocks[2, 2:4] = blocks[4:6, 4:6] = True  # 1, 2 and 4 of 4 pixels
-    assert mask_on_grid(blocks, 256)[[0, 1, 2], [0, 1, 2]].tolist() == [False, True, True]
-    assert mask_on_grid(blocks, 256).sum() == 2
+    assert mask_on_grid(blocks, 256)[[0, 1, 2], [0, 1, 2]].tolist() == [64, HALF, 255]
+    assert np.count_nonzero(mask_on_grid(blocks, 256)) == 3
     assert not mask_on_grid(np.zeros((1000, 700), bool), 256).any()
     for y, x in ((0, 0), (999, 699), (501, 333)):
         mask = np.zeros((1000, 700), bool)
         mask[y, x] = True
-        grid = mask_on_grid(mask, 256)
+        grid = mask_on_grid(mask, 256) >= HALF
         assert grid.sum() == 1 and coverage(mask, 256)[grid] > 0
 
 
-def test_a_step_on_the_cache_has_the_masks_that_are_measured_on(predictor, pairs, folder):
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_step_has_the_masks_that_are_measured_on(predictor, pairs, folder, is_cached):
     """Each in its image's place, in every epoch: read from its file, on the loss's grid."""
     write_drawing(pairs[1], *draw_pair(1, (700, 1000)))
-    training_set = TrainingSet(pairs, fill(folder, predictor, pairs), 512, seed=0)
+    cache = fill(folder, predictor, pairs) if is_cached else None
+    training_set = TrainingSet(pairs, cache, 512, seed=0)
     for epoch in (1, 2):
         true_masks = training_set[Step(epoch, [3, 1, 0], 1.0)].true_masks
+        assert true_masks.shape == (3, LOSS_GRID, LOSS_GRID) and true_masks.dtype == torch.uint8
         for index, true_mask in zip([3, 1, 0], true_masks, strict=True):
-            grid = mask_on_grid(read_mask(pairs[index].mask), 512).astype(np.float32)
-            assert true_mask.shape == (LOSS_GRID, LOSS_GRID)
-            assert np.array_equal(true_mask, grid.reshape(256, 2, 256, 2).mean((1, 3)))
+            mask = read_mask(pairs[index].mask)
+            assert np.array_equal(true_mask, mask_on_grid(mask, LOSS_GRID))
+        assert abs(true_masks[1].numpy() / 255 - coverage(read_mask(pairs[1].mask), 256)).max() < (
+            1 / 255
+        )
 
 
 def test_prompts_lie_in_the_mask_and_follow_from_seed_epoch_and_image_alone(
@@ -915,6 +926,77 @@ def test_features_that_are_not_finite_are_never_kept(predictor, pairs, folder, m
     with pytest.raises(UserError, match=r"2\.png are not finite .*--precision float32"):
         fill(folder, predictor, pairs)
     assert held(folder, predictor, pairs) == [0, 1]
+
+
+# ----------------------------------------------------------------------------------------------
+# Features held in memory
+# ----------------------------------------------------------------------------------------------
+
+
+def test_features_held_in_memory_are_those_of_the_files_which_are_not_read_again(
+    predictor, pairs, folder
+):
+    images = images_of(pairs)
+    of_files = fill(folder, predictor, pairs)
+    held_ones = fill(folder, predictor, pairs)
+    held_ones.hold(images, CPU)
+    steps = [Step(1, [2, 0], 1.0), Step(2, [3], 1.0)]
+
+    def batches_of(cache: FeatureCache) -> list[Batch]:
+        loader = make_loader(TrainingSet(pairs, cache, 256, seed=0), steps, CPU)
+        return list(loader)
+
+    expected = batches_of(of_files)
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="features are missing"):
+        of_files.read(images)
+    for ours, theirs in zip(batches_of(held_ones), expected, strict=True):
+        assert all(map(torch.equal, maps_of(ours.features), maps_of(theirs.features)))
+        assert torch.equal(ours.true_masks, theirs.true_masks)
+
+
+def test_a_loading_process_is_not_sent_the_features_that_are_held(predictor, pairs, folder):
+    cache = fill(folder, predictor, pairs)
+    without = len(pickle.dumps(cache))
+    cache.hold(images_of(pairs), CPU)
+    sent = pickle.dumps(cache)
+    assert len(sent) < without + 100
+    there = TrainingSet(pairs, pickle.loads(sent), 256, seed=0)
+    assert there[Step(1, [0], 1.0)].features is None  # they are added where they are held
+
+
+def test_a_memory_too_small_for_all_features_is_one_line(predictor, pairs, folder, monkeypatch):
+    cache = fill(folder, predictor, pairs)
+
+    def copy(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    with pytest.raises(UserError, match=r"the memory of cpu is too small .*--cache-in disk"):
+        cache.hold(images_of(pairs), CPU)
+
+
+def test_features_are_held_where_told_or_on_a_gpu_with_room_for_them(monkeypatch):
+    cuda, mps = torch.device("cuda:0"), torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
+    assert choose_place("auto", cuda, 499) == cuda
+    assert choose_place("auto", cuda, 500) is None
+    assert choose_place("auto", CPU, 1) is choose_place("auto", mps, 1) is None
+    for device in (cuda, mps, CPU):
+        assert choose_place("disk", device, 1) is None
+        assert choose_place("memory", device, 1) == CPU
+    assert choose_place("gpu", cuda, 900) == cuda and choose_place("gpu", mps, 900) == mps
+    with pytest.raises(UserError, match="no GPU; use --cache-in auto"):
+        choose_place("gpu", CPU, 1)
+
+
+def test_a_gpu_that_is_not_there_is_missed_before_anything_is_encoded(
+    run_script, random_mini, tmp_path, encoded
+):
+    write_data(tmp_path / "data", train=1, val=1)
+    outcome = run_training(run_script, random_mini, "--cache-in", "gpu")
+    assert outcome.status == 2 and "--cache-in gpu" in outcome.err and encoded == []
 
 
 # ----------------------------------------------------------------------------------------------

@@ -12,9 +12,15 @@ import torch
 from conftest import CPU, write_data
 
 import train_sam2_proper
-from finetuning.batches import Step, TrainingSet
+from finetuning.batches import EpochSampler, Step, TrainingSet, make_loader
 from finetuning.clicks import add_clicks
-from finetuning.learner import Learner, make_learner, set_learning_rate, take_step
+from finetuning.learner import (
+    Learner,
+    make_learner,
+    objects_at_once,
+    set_learning_rate,
+    take_step,
+)
 from finetuning.losses import batch_loss
 from finetuning.models import load_predictor
 from finetuning.pairs import split_pairs
@@ -77,7 +83,9 @@ def test_long_gradients_are_scaled_down_and_short_ones_are_not(random_mini):
             (scale * direction * weight).sum()
             for direction, weight in zip(directions, weights, strict=True)
         )
-        assert take_step(learner, loss, max_norm) == clipped
+        learner.optimizer.zero_grad()
+        loss.backward()
+        assert take_step(learner, max_norm) == clipped
         after = torch.cat([weight.grad.flatten() for weight in weights])
         expected = before * (max_norm / before.norm()) if clipped else scale * before
         assert torch.allclose(after, expected, rtol=1e-4)
@@ -95,17 +103,10 @@ def test_without_gradients_weights_decay_by_the_rate_times_the_recipes_weight_de
     learner = small_learner(lr=0.1, weight_decay=0.5)
     weights = list(learner.weights.parameters())
     before = [weight.detach().clone() for weight in weights]
-    take_step(learner, sum(0 * weight.sum() for weight in weights), 1.0)
+    sum(0 * weight.sum() for weight in weights).backward()
+    take_step(learner, 1.0)
     for weight, was in zip(weights, before, strict=True):
         assert torch.allclose(weight, 0.95 * was)
-
-
-def test_a_step_follows_the_gradients_of_its_own_loss_alone():
-    learner = small_learner()
-    weights = list(learner.weights.parameters())
-    for factor in (3.0, 1.0):
-        take_step(learner, sum(factor * weight.sum() for weight in weights), 0.0)
-        assert all((weight.grad == factor).all() for weight in weights)
 
 
 def test_each_group_of_weights_follows_the_schedule_from_its_own_highest_rate():
@@ -138,3 +139,35 @@ def test_the_share_of_clipped_steps_is_in_the_log(run_script, tmp_path, random_m
 def test_the_guides_gradients_are_not_clipped():
     assert parse_args(["--recipe", "guide"]).max_grad_norm == 0
     assert parse_args([]).max_grad_norm > 0
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_step_in_parts_has_the_gradients_of_the_whole(
+    tmp_path, random_mini, monkeypatch, at_once
+):
+    pairs = split_pairs(write_data(tmp_path / "data", train=3), "train")
+    recipe = dataclasses.replace(DEFAULT, lr=0.0, epochs=1, max_grad_norm=0.0, none_share=0.0)
+    gradients, reports = [], []
+    for most in (at_once, 100):
+        predictor, _ = load_predictor("mini", random_mini, CPU)
+        monkeypatch.setattr(train_sam2_proper, "objects_at_once", lambda *_, most=most: most)
+        training_set = TrainingSet(pairs, None, 256, 0)
+        loader = make_loader(training_set, EpochSampler(dict.fromkeys(range(3), 1), 3, 0), CPU)
+        learner = make_learner(predictor, recipe, torch.float32)
+        reports.append(train_sam2_proper.train_one_epoch(predictor, loader, learner, recipe, 1))
+        of_weights = [w.grad for w in learner.weights.parameters() if w.grad is not None]
+        gradients.append(torch.cat([gradient.flatten() for gradient in of_weights]))
+    in_parts, whole = gradients
+    assert len(whole) == len(in_parts) and (in_parts - whole).norm() < 1e-4 * whole.norm()
+    assert reports[0] == pytest.approx(reports[1], rel=1e-4)
+
+
+def test_a_cpu_computes_full_size_objects_one_by_one_and_a_gpu_all_at_once(monkeypatch):
+    def asked(size: int, device: str = "cpu", **changes) -> int:
+        predictor = Namespace(device=torch.device(device), model=Namespace(image_size=size))
+        return objects_at_once(predictor, dataclasses.replace(DEFAULT, **changes))
+
+    assert [asked(size) for size in (2048, 1024, 768, 512, 256)] == [1, 1, 1, 4, 16]
+    assert asked(1024, "cuda") == asked(1024, "mps") == asked(1024, train_encoder="full") > 10**6
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as many parts as the other process has
+    assert asked(1024) > 10**6

@@ -14,13 +14,13 @@ import torch
 from conftest import CPU, write_data
 
 import compare_models
-import train_sam2_proper
 from finetuning import learning_rate, run_state
 from finetuning.evaluation import Model
 from finetuning.learning_rate import RATES, choose_rate, split_for_trials
 from finetuning.pairs import Pair
 from finetuning.recipe import GUIDE, Recipe
 from finetuning.run_state import best_of
+from finetuning.validation import Validation
 from train_sam2_proper import main, parse_args
 
 
@@ -70,7 +70,7 @@ def test_models_that_know_much_learn_more_slowly_than_mini():
 def measure(monkeypatch, *ious: float) -> None:
     """Let these be what validation finds, epoch by epoch."""
     left = list(ious)
-    monkeypatch.setattr(train_sam2_proper, "evaluate", lambda *_: {"val_iou": left.pop(0)})
+    monkeypatch.setattr(Validation, "measure", lambda *_: {"val_iou": left.pop(0)})
 
 
 def test_where_no_epoch_is_better_the_best_is_the_original(
@@ -157,7 +157,9 @@ def test_trials_learn_from_some_training_images_and_are_measured_on_others():
         split_for_trials(list(range(7)), seed=1)
 
 
-def test_trials_start_from_the_original_and_are_measured_on_images_they_did_not_learn_from():
+def test_trials_start_from_the_original_and_are_measured_on_images_they_did_not_learn_from(
+    monkeypatch,
+):
     network = torch.nn.Module()
     network.sam_prompt_encoder = torch.nn.Linear(2, 3)
     network.sam_mask_decoder = torch.nn.Linear(3, 4)
@@ -176,13 +178,15 @@ def test_trials_start_from_the_original_and_are_measured_on_images_they_did_not_
             for weight in learner.weights.parameters():
                 weight += 1
 
-    def evaluate(_model, on):
-        measured.append({pair.name for pair in on})
+    def measure_made_up(validation, measured_model):
+        assert measured_model is model
+        measured.append({pair.name for pair in validation.pairs})
         return {"val_iou": 0.9 if rates and rates[-1] == 1e-4 else 0.5}
 
+    monkeypatch.setattr(Validation, "measure", measure_made_up)
     objects, recipe = dict.fromkeys(range(12), 1), Recipe(lr="auto")
     found = learning_rate.try_learning_rates(
-        model, Namespace(pairs=pairs), objects, recipe, train_one_epoch, evaluate
+        model, Namespace(pairs=pairs), objects, recipe, train_one_epoch
     )
     assert found == 1e-4 and tuple(rates) == RATES
     assert len(learnt) == 9 and len(measured[0]) == 3

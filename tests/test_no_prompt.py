@@ -10,9 +10,9 @@ from conftest import CPU, draw_pair, write_data
 
 import compare_models
 from finetuning import distributed
-from finetuning.batches import ALL, EpochSampler, Step, TrainingSet, mask_on_grid
+from finetuning.batches import ALL, LOSS_GRID, EpochSampler, Step, TrainingSet, mask_on_grid
 from finetuning.evaluation import Model, measure
-from finetuning.feature_cache import FeatureSource
+from finetuning.feature_source import FeatureSource
 from finetuning.image_files import write_image
 from finetuning.models import load_predictor
 from finetuning.objects import read_objects
@@ -64,8 +64,8 @@ def test_such_a_step_asks_for_all_objects_of_each_image(pairs):
     assert all(len(prompt.point_coords) == 0 for prompt in batch.prompts)
     for mask, pair in zip(batch.true_masks, pairs, strict=True):
         whole = np.logical_or.reduce(list(read_objects(pair)))
-        assert np.array_equal(mask.numpy() > 0.5, whole)
-    assert mask_on_grid(whole, 256).sum() > 0
+        grid = mask_on_grid(whole, LOSS_GRID)
+        assert grid.any() and np.array_equal(mask, grid)
     assert ALL > 65535  # of a label map's values
 
 

@@ -51,7 +51,7 @@ def test_training_comparison_and_inference_run_on_a_gpu(
     with pretend(device):
         for main, *options in (
             (*train, "--epochs", 1),
-            (*train, "--epochs", 2, "--resume"),
+            (*train, "--epochs", 2, "--resume", "--cache-in", "disk"),
             (*train, "--epochs", 1, "--no-cache", "--output", "no-cache"),
             (*train, "--epochs", 1, "--train-encoder", "lora", "--output", "lora"),
             (compare_models.main, *machine, "--clicks", 2, "--figures", 1),

@@ -8,7 +8,7 @@ import torch
 from conftest import CPU, draw_pair, write_pair
 from sam2.utils.transforms import SAM2Transforms
 
-from finetuning.batches import Batch, Step, TrainingSet, mask_on_grid
+from finetuning.batches import HALF, LOSS_GRID, Batch, Step, TrainingSet, mask_on_grid
 from finetuning.clicks import add_clicks
 from finetuning.image_files import read_mask
 from finetuning.models import load_predictor
@@ -91,7 +91,7 @@ def test_the_edges_of_a_box_move_by_a_part_of_the_side_that_they_are_apart():
 
 
 def test_a_box_is_drawn_roughly_but_around_the_object_and_inside_the_image():
-    mask = mask_on_grid(draw_pair(0)[1], 256)
+    mask = mask_on_grid(draw_pair(0)[1], 256) >= HALF
     rng = np.random.default_rng(0)
     x1, y1, x2, y2 = exact = mask_box(mask)
     boxes = np.array([draw_prompt(mask, "box", rng).point_coords.ravel() for _ in range(200)])
@@ -123,6 +123,26 @@ def test_a_click_is_added_in_pixels_of_the_input():
     assert start.point_labels.tolist() == [1]
 
 
+def test_prompts_have_their_place_in_inputs_of_every_size(pairs):
+    for kind in ("inner", "mixed"):
+        for number in range(8):  # points and boxes
+            step = Step(1, [0, 1], 1.0, number)
+            batches = {
+                size: TrainingSet(pairs, None, size, seed=0, mix=PromptMix(kind))[step]
+                for size in (LOSS_GRID, 128, 512, 1024)
+            }
+            for size, batch in batches.items():
+                for prompt, on_grid, mask in zip(
+                    batch.prompts, batches[LOSS_GRID].prompts, batch.true_masks, strict=True
+                ):
+                    cells = (prompt.point_coords + 0.5) * LOSS_GRID / size - 0.5
+                    assert np.allclose(cells, on_grid.point_coords, atol=1e-4)
+                    assert prompt.point_labels.tolist() == on_grid.point_labels.tolist()
+                    if batch.plan.kind == "inner":
+                        ((x, y),) = cells.round().astype(int)
+                        assert mask[y, x] >= HALF
+
+
 @pytest.mark.parametrize("gives_mask", [True, False])
 def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini, gives_mask):
     predictor, _ = load_predictor("mini", random_mini, CPU)
@@ -137,16 +157,18 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
     for i, prompt in enumerate(prompts):
         assert np.array_equal(prompt.point_coords[0], batch.prompts[i].point_coords[0])
         alone = batch._replace(
-            prompts=[batch.prompts[i]], true_masks=[batch.true_masks[i]], images=[batch.images[i]]
+            prompts=[batch.prompts[i]],
+            true_masks=batch.true_masks[i : i + 1],
+            images=[batch.images[i]],
         )
         one = Features(features.image_embed[i : i + 1], [f[i : i + 1] for f in features[1]])
         (expected,), _ = add_clicks(predictor, one, alone, decoder)
         assert np.allclose(prompt.point_coords, expected.point_coords)
         # What is clicked as foreground is foreground
-        height, width = batch.true_masks[i].shape
+        grid = mask_on_grid(read_mask(pairs[i].mask), LOSS_GRID) >= HALF
         for (x, y), label in zip(prompt.point_coords, prompt.point_labels, strict=True):
-            column, row = int((x + 0.5) * width / 256), int((y + 0.5) * height / 256)
-            assert read_mask(pairs[i].mask)[row, column] == label
+            column, row = (int((part + 0.5) * LOSS_GRID / 256) for part in (x, y))
+            assert grid[row, column] == label
 
 
 @pytest.mark.parametrize("chosen", [1, 2, 3])
@@ -155,8 +177,8 @@ def test_clicks_correct_the_mask_of_three_with_the_highest_score(chosen):
         model=Namespace(image_size=256, device=CPU),
         _transforms=SAM2Transforms(resolution=256, mask_threshold=0.0),
     )
-    true_mask = torch.zeros(64, 64)
-    true_mask[10:31, 10:31] = 1
+    true_mask = torch.zeros(64, 64, dtype=torch.uint8)
+    true_mask[10:31, 10:31] = 255
     # Each mask finds the object and has a square of its own that is too much
     logits = torch.where(true_mask > 0, 50.0, -50.0).repeat(1, 4, 1, 1)
     for mask in range(4):
@@ -170,7 +192,7 @@ def test_clicks_correct_the_mask_of_three_with_the_highest_score(chosen):
         return logits, scores, torch.zeros(1, 1)
 
     plan, start = PromptPlan("random", 2, gives_mask=True), make_prompt([(80, 80)])
-    batch = Batch(None, [], [0], [start], plan, [true_mask], 1.0)
+    batch = Batch(None, [], [0], [start], plan, true_mask[None], 1.0)
     (prompt,), mask_inputs = add_clicks(predictor, None, batch, decode)
     middle = [4 * (6 + 15 * chosen) + 1.5, 4 * 45 + 1.5]  # of its square, in pixels of the input
     assert prompt.point_coords.tolist() == [[80, 80], middle, middle]

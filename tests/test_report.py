@@ -23,7 +23,7 @@ from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import clicks_table
 from finetuning.compared_models import Files, is_published
 from finetuning.evaluation import Model, Result
-from finetuning.feature_cache import FeatureSource
+from finetuning.feature_source import FeatureSource
 from finetuning.figures import Picture
 from finetuning.image_files import write_image
 from finetuning.language import ENGLISH, KOREAN, Language, parse_language

@@ -26,6 +26,7 @@ from finetuning.pairs import split_pairs
 from finetuning.prompts import PromptPlan, make_prompt
 from finetuning.recipe import GUIDE, Recipe
 from finetuning.segmentation import Features, Prediction
+from finetuning.validation import Validation
 from train_sam2_proper import main, parse_args, train_one_epoch
 
 # A foreground point reaches all of the prompt encoder and mask decoder but these: other kinds of
@@ -141,38 +142,40 @@ class MadeUpLoader:
 
     def __iter__(self):
         features = Features(torch.zeros(1, 1), [])
-        mask = torch.ones(4, 4)
+        prompts, masks = [make_prompt([(1, 1)])], torch.full((1, 4, 4), 255, dtype=torch.uint8)
         for fraction in self.fractions:
-            yield Batch(features, [], [0], [make_prompt([(1, 1)])], PromptPlan(), [mask], fraction)
+            yield Batch(features, [], [0], prompts, PromptPlan(), masks, fraction)
 
 
 def made_up_epoch(monkeypatch, loader: MadeUpLoader, take_step, epoch: int) -> dict[str, float]:
     """Train for one of four epochs on losses of 1, 2 and 3; return what is reported."""
-    losses = iter((1.0, 2.0, 3.0))
+    losses, weight = iter((1.0, 2.0, 3.0)), torch.nn.Parameter(torch.ones(1))
 
     def batch_loss(*_):
-        loss = next(losses)
-        return torch.tensor(loss), [{"loss": loss, "train_iou": loss / 10}]
+        of_object = next(losses) * weight
+        report = of_object.detach()
+        return of_object.mean(), {"loss": report, "train_iou": report / 10}
 
     monkeypatch.setattr(train_sam2_proper, "take_step", take_step)
     monkeypatch.setattr(train_sam2_proper, "predict_masks", lambda *_: None)
     monkeypatch.setattr(train_sam2_proper, "batch_loss", batch_loss)
-    weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [weight], "initial_lr": 0.5}], lr=0.5)
     predictor = Namespace(model=Namespace(image_size=256), device=CPU)
-    learner = Learner(None, optimizer, None, torch.float32, None)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    learner = Learner(None, optimizer, scaler, torch.float32, None)
     return train_one_epoch(predictor, loader, learner, Recipe(epochs=4), epoch)
 
 
 def test_a_process_counts_by_its_share_of_a_step_and_not_at_all_where_it_stands_in(monkeypatch):
     taken = []
 
-    def note_the_loss(_, loss, max_norm) -> float:
-        taken.append((loss.item(), max_norm))
-        return float(len(taken) == 3)
+    def note_the_gradient(learner, max_norm) -> torch.Tensor:
+        (weight,) = learner.optimizer.param_groups[0]["params"]
+        taken.append((weight.grad.item(), max_norm))
+        return torch.tensor(float(len(taken) == 3))
 
     loader = MadeUpLoader((0.25, 0.0, 1.0))
-    report = made_up_epoch(monkeypatch, loader, note_the_loss, epoch=2)
+    report = made_up_epoch(monkeypatch, loader, note_the_gradient, epoch=2)
     assert taken == [(0.25, 1.0), (0.0, 1.0), (3.0, 1.0)] and loader.sampler.epoch == 2
     assert report == {"loss": 2.0, "train_iou": pytest.approx(0.2), "clipped": 0.5}
 
@@ -180,9 +183,9 @@ def test_a_process_counts_by_its_share_of_a_step_and_not_at_all_where_it_stands_
 def test_the_cosine_goes_on_from_epoch_to_epoch(monkeypatch):
     rates = []
 
-    def note_the_rate(learner, *_) -> float:
+    def note_the_rate(learner, *_) -> torch.Tensor:
         rates.append(learner.optimizer.param_groups[0]["lr"])
-        return 0.0
+        return torch.tensor(0.0)
 
     for epoch in range(1, 5):
         made_up_epoch(monkeypatch, MadeUpLoader(), note_the_rate, epoch)
@@ -252,22 +255,38 @@ def test_the_iou_in_the_log_is_that_of_the_mask_with_the_highest_score():
         assert report["train_iou"].item() == pytest.approx(iou, abs=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 4, 8)])  # all at once, and one by one
-def test_the_loss_of_a_batch_is_the_mean_of_its_images(sizes):
-    true_masks = [torch.ones(size, size) for size in sizes]
-    logits = torch.stack([torch.full((4, 8, 8), logit) for logit in (-1.0, 0.0, 2.0)])
-    prediction = Prediction(logits, torch.tensor([[0.0], [0.0], [1.0]]).expand(3, 4), None)
+def loss_of_batch(true_masks: torch.Tensor, logits: tuple[float, ...] = (-1.0, 0.0, 2.0)):
+    """Return batch_loss of objects whose masks are 8 cells a side, each of one logit throughout."""
+    prediction = Prediction(
+        torch.stack([torch.full((4, 8, 8), logit) for logit in logits]),
+        torch.tensor([[float(logit > 0)] * 4 for logit in logits]),
+        torch.zeros(len(logits), 1),
+    )
     transforms = Namespace(
         postprocess_masks=lambda logits, size: torch.nn.functional.interpolate(logits, size)
     )
-    recipe = guide(score_weight=0.0)
-    predictor = Namespace(_transforms=transforms)
-    loss, reports = batch_loss(predictor, prediction._replace(object_logits=torch.zeros(3, 1)),
-                               true_masks, recipe)  # fmt: skip
+    return batch_loss(
+        Namespace(_transforms=transforms), prediction, true_masks, guide(score_weight=0.0)
+    )
+
+
+@pytest.mark.parametrize("size", [8, 4, 16])  # of the true masks: the model's, smaller, larger
+def test_the_loss_of_a_batch_is_the_mean_of_its_objects(size):
+    loss, report = loss_of_batch(torch.full((3, size, size), 255, dtype=torch.uint8))
     each = [math.log(1 + math.exp(-logit)) for logit in (-1.0, 0.0, 2.0)]
-    assert [report["loss"] for report in reports] == pytest.approx(each)
-    assert [report["train_iou"] for report in reports] == pytest.approx([0, 0, 1], abs=1e-6)
+    assert report["loss"].tolist() == pytest.approx(each)
+    assert report["train_iou"].tolist() == pytest.approx([0, 0, 1], abs=1e-6)
     assert loss.item() == pytest.approx(sum(each) / 3)
+
+
+def test_a_cell_counts_by_the_part_of_it_that_is_covered():
+    covered = torch.tensor([51, 127, 128], dtype=torch.uint8)  # of 255
+    loss, report = loss_of_batch(covered[:, None, None].expand(3, 8, 8), (2.0, 2.0, 2.0))
+    each = [math.log(1 + math.exp(2)) - 2 * part / 255 for part in (51, 127, 128)]
+    assert report["loss"].tolist() == pytest.approx(each)
+    assert loss.item() == pytest.approx(sum(each) / 3)
+    # For the IoU, it is the object's from a half on
+    assert report["train_iou"].tolist() == pytest.approx([0, 0, 1], abs=1e-6)
 
 
 def test_the_mask_loss_is_of_the_first_the_best_or_all_masks():
@@ -393,15 +412,20 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_file(
 ):
     assert run_training(run_script, random_mini, "--epochs", 1).status == 0
     best = Path("output/sam2_best.pt").read_bytes()
+    whole_loss = train_sam2_proper.batch_loss
 
-    def broken_loss(_, prediction, *__):
-        return prediction.mask_logits.sum() * float("nan"), []
+    def broken_loss(*arguments):
+        loss, report = whole_loss(*arguments)
+        return loss * float("nan"), {**report, "loss": report["loss"] * float("nan")}
 
     monkeypatch.setattr(train_sam2_proper, "batch_loss", broken_loss)
     outcome = run_training(run_script, random_mini, "--epochs", 2, "--resume")
     assert outcome.status == 2
     assert "the loss became nan in epoch 2" in outcome.err and "--lr" in outcome.err
     assert Path("output/sam2_best.pt").read_bytes() == best
+    state = torch.load("output/train_state.pt", weights_only=True)
+    assert state["log"][-1]["epoch"] == 1
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 
 
 def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one(
@@ -410,21 +434,21 @@ def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one(
     options = ("--lr", 1e-3, "--batch-size", 2)
     run_training(run_script, random_mini, *options, "--epochs", 3, "--output", "whole")
 
-    evaluate = train_sam2_proper.evaluate
+    measure = Validation.measure
     calls = []
 
     def interrupt(*arguments):
         calls.append(arguments)
         if len(calls) == 3:  # after the second epoch's training, before it is saved
             raise KeyboardInterrupt
-        return evaluate(*arguments)
+        return measure(*arguments)
 
-    monkeypatch.setattr(train_sam2_proper, "evaluate", interrupt)
+    monkeypatch.setattr(Validation, "measure", interrupt)
     outcome = run_training(run_script, random_mini, *options, "--epochs", 3)
     assert outcome.status == 130 and "add --resume" in outcome.out
     assert len(read_log()) == 2  # with epoch 0, before training
     assert not Path("output/sam2_final.pt").exists()
-    monkeypatch.setattr(train_sam2_proper, "evaluate", evaluate)
+    monkeypatch.setattr(Validation, "measure", measure)
     outcome = run_training(run_script, random_mini, *options, "--epochs", 3, "--resume")
     assert outcome.status == 0 and "going on after epoch 1" in outcome.out
 

@@ -10,16 +10,20 @@ import torch
 from conftest import CPU, draw_pair
 
 import train_sam2_proper
-from finetuning import evaluation, run_state
+from finetuning import evaluation, run_state, validation
 from finetuning.checkpoints import load_checkpoint
-from finetuning.evaluation import Model, Result, mean_metrics, measure
+from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.image_files import write_image
 from finetuning.learner import Learner, Machine, make_learner, take_step
+from finetuning.objects import read_objects
 from finetuning.pairs import Pair
+from finetuning.prompts import prompt_from_mask
 from finetuning.recipe import DEFAULT, Recipe
 from finetuning.repeats import Training
 from finetuning.resuming import STATE_FILE, restore
 from finetuning.run_state import Start, run_settings
+from finetuning.segmentation import Features
+from finetuning.validation import Validation
 
 
 def write_pair_of_three(folder: Path, name: str) -> Pair:
@@ -88,21 +92,44 @@ def test_random_prompts_follow_the_seed_the_image_and_the_object(tmp_path, model
     assert len(set(relative)) > 3
 
 
-def test_validation_asks_for_the_deepest_point_and_where_wanted_for_all_objects(monkeypatch):
-    kinds = []
+def test_validation_asks_for_the_deepest_point_and_where_wanted_for_all_objects(
+    tmp_path, monkeypatch
+):
+    pairs = [write_pair_of_three(tmp_path, name) for name in "ab"]
+    asked = []
 
-    def measure_made_up(_models, _pairs, kind, **_):
-        kinds.append(kind)
-        iou = {"center": 0.7, "none": 0.4}[kind]
-        metrics = [{"IoU": iou, "Dice": iou + 0.1}]
-        return [Result(0, 0, None, None, 0.1, metrics)]
+    def segment_made_up(_predictor, _features, prompts, sizes):
+        """Find the left half of the object at a point; without one, the left third of all."""
+        asked.extend(prompt.point_coords.tolist() for prompt in prompts)
+        masks = []
+        for prompt, size in zip(prompts, sizes, strict=True):
+            mask = np.zeros(size, bool)
+            tops = [10, 35, 60]
+            if len(prompt.point_coords):
+                assert prompt.point_labels.tolist() == [1]
+                y = int(prompt.point_coords[0][1])
+                tops = [y - (y - 10) % 25]
+            for top in tops:
+                mask[top : top + 20, slice(20, 50 if len(tops) == 1 else 40)] = True
+            masks.append(mask)
+        return masks
 
-    monkeypatch.setattr(train_sam2_proper, "measure", measure_made_up)
-    with_dice = {"val_iou": 0.7, "val_dice": pytest.approx(0.8)}
-    assert train_sam2_proper.evaluate(None, []) == with_dice
-    assert kinds == ["center"]
-    without = train_sam2_proper.evaluate(None, [], without_prompt=True)
-    assert without == {**with_dice, "val_iou_no_prompt": 0.4}
+    monkeypatch.setattr(validation, "segment_together", segment_made_up)
+    nothing = Features(torch.zeros(1, 1), [])
+    source = Namespace(precision=torch.float32, features=lambda *_: nothing)
+    model = Model(Namespace(device=CPU), source)
+    means = {"val_iou": pytest.approx(1 / 2), "val_dice": pytest.approx(2 / 3)}
+    assert Validation(pairs).measure(model) == means
+    deepest = [
+        prompt_from_mask(mask, "center").point_coords.tolist()
+        for pair in pairs
+        for mask in read_objects(pair)
+    ]
+    assert asked == deepest
+    asked.clear()
+    found = Validation(pairs, without_prompt=True).measure(model)
+    assert found == {**means, "val_iou_no_prompt": pytest.approx(1 / 3)}
+    assert sorted(asked) == sorted([[], [], *deepest])
 
 
 # Training
@@ -117,19 +144,19 @@ def test_steps_show_what_the_recipe_says(tmp_path, monkeypatch):
     recipe = dataclasses.replace(recipe, none_share=0.0)
     found = []
 
-    def note_what_is_shown(_learner, _model, loader, val_pairs, *_):
-        found.append((list(loader), val_pairs))
+    def note_what_is_shown(_learner, _model, loader, validation, *_):
+        found.append((list(loader), validation))
 
     for name in ("make_learner", "speed_up", "keep_rule"):
         monkeypatch.setattr(train_sam2_proper, name, lambda *_: None)
     monkeypatch.setattr(run_state, "start", lambda *_: None)
-    monkeypatch.setattr(train_sam2_proper, "evaluate", lambda *_: {"val_iou": 0.5})
+    monkeypatch.setattr(Validation, "measure", lambda *_: {"val_iou": 0.5})
     monkeypatch.setattr(train_sam2_proper, "fit", note_what_is_shown)
     predictor = Namespace(model=Namespace(image_size=64), device=CPU)
     training = Training("", recipe, pairs, tmp_path)
     train_sam2_proper.train(predictor, training, Machine(torch.float32), {"cache": None}, False)
-    ((batches, val_pairs),) = found
-    assert val_pairs == pairs["val"]
+    ((batches, measured_on),) = found
+    assert measured_on.pairs == pairs["val"] and measured_on.kinds == ("center",)
     # Of each image two objects, and the background
     assert [batch.image_of for batch in batches] == [[0, 0, 0, 1, 1, 1], [0, 0, 0]]
     assert all(batch.plan.kind == "inner" and batch.plan.background for batch in batches)
@@ -150,7 +177,9 @@ def small_learner(seed: int, lr: float) -> Learner:
 def test_a_restored_learner_takes_the_steps_that_the_saved_one_would_have_taken(tmp_path):
     def step(learner: Learner, factor: float) -> None:
         loss = sum((factor * weight - 1).square().sum() for weight in learner.weights.parameters())
-        take_step(learner, loss, 1.0)
+        learner.optimizer.zero_grad()
+        loss.backward()
+        take_step(learner, 1.0)
 
     first, second = small_learner(0, 1e-3), small_learner(1, 1e-3)
     for factor in (1.0, -2.0, 3.0):

@@ -1,0 +1,103 @@
+"""Where features come from: opening the cache for a run, and reading one image's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from sam2_utils import UserError, autocast
+
+import torch
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+from finetuning import distributed
+from finetuning.command_line import tell
+from finetuning.feature_cache import FeatureCache
+from finetuning.image_files import read_image
+from finetuning.pairs import Pair, require_equal_sizes
+from finetuning.segmentation import Features, encode_images
+
+CACHE_PLACES = ("auto", "gpu", "memory", "disk")
+HELD_SHARE = 0.5  # of a GPU's free memory, at most, for features; training needs the rest
+
+
+class FeatureSource(NamedTuple):
+    """Where an image's features come from: a cache, as far as it has them, or the encoder."""
+
+    predictor: SAM2ImagePredictor
+    precision: torch.dtype
+    cache: FeatureCache | None = None
+
+    def features(self, image: Path, mask_size: tuple[int, int] | None = None) -> Features:
+        """Return float32 features of one image on the predictor's device.
+
+        mask_size: (H,W) of the image's mask, if it has one; raises UserError for another size.
+        """
+        device, is_cached = self.predictor.device, self.cache is not None and image in self.cache
+        pixels = None if is_cached else read_image(image)
+        size = self.cache.size(image) if is_cached else pixels.shape[:2]
+        require_equal_sizes(image, size, "its mask", mask_size or size)
+        if is_cached:
+            return self.cache.read([image]).to(device, torch.float32)
+        with autocast(device, self.precision):
+            return encode_images(self.predictor, [pixels]).to(device, torch.float32)
+
+
+def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:
+    """Say how much will be written to a folder; raise UserError if it has no room for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = cache.bytes_of(len(cache.missing(images))), shutil.disk_usage(folder).free
+    if needed:
+        tell(f"features: {needed / 1e9:.2f} GB to write to {folder} ({free / 1e9:.1f} GB free)")
+    if needed > 0.98 * free:
+        raise UserError(
+            f"{folder} has room for {free / 1e9:.2f} GB of features, not for "
+            f"{needed / 1e9:.2f} GB; make room, name a folder on another disk with --cache, or "
+            "go on without them with --no-cache (slow)"
+        )
+
+
+def open_cache(
+    predictor: SAM2ImagePredictor,
+    folder: Path,
+    precision: torch.dtype,
+    pairs_of_splits: dict[str, list[Pair]],
+    cache_in: str = "disk",
+) -> FeatureCache:
+    """Return the cache in a folder, after encoding what is not yet there.
+
+    cache_in: where to read features from, as in choose_place.
+
+    Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
+    """
+    cache = FeatureCache(folder, predictor, precision)
+    images = {split: [pair.image for pair in pairs] for split, pairs in pairs_of_splits.items()}
+    everyone = list(dict.fromkeys(image for of_split in images.values() for image in of_split))
+    place = choose_place(cache_in, predictor.device, cache.bytes_of(len(everyone)))
+    if distributed.rank() == 0:
+        check_room(cache, everyone, folder)
+    try:
+        for split, of_split in images.items():
+            cache.fill(of_split, predictor, split)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with the images that are left")
+        raise
+    if place is not None:
+        cache.hold(everyone, place)
+    return cache
+
+
+def choose_place(cache_in: str, device: torch.device, needed: int) -> torch.device | None:
+    """Return the device whose memory holds features while a run lasts; None: they are read anew.
+
+    cache_in: gpu, memory (the computer's), disk, or auto: a CUDA GPU that has room for them. There
+    they need not be copied in each step; a CPU reads files about as fast as its memory, where the
+    system keeps them. needed: their bytes. Raises UserError for a GPU that is not there.
+    """
+    if cache_in == "gpu" and device.type == "cpu":
+        raise UserError("--cache-in gpu: this run has no GPU; use --cache-in auto")
+    if cache_in == "auto" and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return device if needed < HELD_SHARE * free else None
+    return {"gpu": device, "memory": torch.device("cpu")}.get(cache_in)

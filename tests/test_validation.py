@@ -1,0 +1,143 @@
+"""Validation finds what compare_models.py measures, and reads its masks once."""
+
+from pathlib import Path
+
+from sam2_utils import NotFiniteError, UserError
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, draw_pair
+
+from finetuning import validation
+from finetuning.evaluation import Model, mean_metrics, measure
+from finetuning.feature_cache import FeatureCache
+from finetuning.feature_source import FeatureSource
+from finetuning.image_files import write_image
+from finetuning.metrics import LOGGED
+from finetuning.models import load_predictor
+from finetuning.pairs import Pair
+from finetuning.validation import AT_ONCE_ON_CPU, Validation
+
+# (H,W), and how many objects: more images than are decoded at once, and more objects in one of them
+IMAGES = [
+    ((96, 128), 3), ((120, 80), 1), ((90, 90), 0), ((300, 352), 6), ((64, 64), 2), ((50, 170), 1),
+    ((128, 96), 4),
+]  # fmt: skip
+
+
+def write_blocks(folder: Path, index: int, size: tuple[int, int], count: int) -> Pair:
+    """Write an image of so many bright blocks beside each other, and its label map."""
+    image, labels = draw_pair(index, size)[0], np.zeros(size, np.uint8)
+    height, width = size
+    for k in range(count):
+        left, right = (width * (8 * k + edge) // (8 * count) for edge in (1, 6))
+        top = height // 8 + k
+        labels[top : top + height // 3, left:right] = k + 1
+    image[labels > 0] += np.array([150, 100, 120], np.uint8)
+    pair = Pair(str(index), folder / f"{index}.png", folder / f"{index}_m.png", of_objects=True)
+    write_image(pair.image, image)
+    write_image(pair.mask, labels)
+    return pair
+
+
+@pytest.fixture
+def pairs(tmp_path) -> list[Pair]:
+    return [write_blocks(tmp_path, index, *facts) for index, facts in enumerate(IMAGES)]
+
+
+@pytest.fixture
+def predictor(random_mini):
+    return load_predictor("mini", random_mini, CPU)[0]
+
+
+@pytest.fixture
+def model(predictor) -> Model:
+    return Model(predictor, FeatureSource(predictor, torch.float32))
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_means_are_those_of_the_comparison(pairs, predictor, model, tmp_path, is_cached):
+    assert sum(count > 0 for _, count in IMAGES) > AT_ONCE_ON_CPU
+    assert max(count for _, count in IMAGES) > AT_ONCE_ON_CPU
+    if is_cached:
+        cache = FeatureCache(tmp_path / "cache", predictor, torch.float32)
+        cache.fill([pair.image for pair in pairs[:4]], predictor, "val")  # the others are encoded
+        model = Model(predictor, FeatureSource(predictor, torch.float32, cache))
+    expected = {}
+    for kind in ("center", "none"):
+        results = measure([model], pairs, kind, metrics=LOGGED)
+        assert len({result.metrics[0]["IoU"] for result in results}) > 3
+        expected[kind] = mean_metrics(results)
+    with_point = {
+        "val_iou": pytest.approx(expected["center"]["IoU"], abs=1e-6),
+        "val_dice": pytest.approx(expected["center"]["Dice"], abs=1e-6),
+    }
+    without = {"val_iou_no_prompt": pytest.approx(expected["none"]["IoU"], abs=1e-6)}
+    assert Validation(pairs).measure(model) == with_point
+    both = Validation(pairs, without_prompt=True)
+    for _ in range(2):
+        assert both.measure(model) == with_point | without
+
+
+def test_chosen_objects_are_measured_and_without_a_prompt_all_of_their_images(pairs, model):
+    chosen = [pairs[0]._replace(chosen=(2,)), pairs[3]._replace(chosen=(1, 4))]
+    found = Validation(chosen, without_prompt=True).measure(model)
+    for kind, name in (("center", "val_iou"), ("none", "val_iou_no_prompt")):
+        results = measure([model], chosen, kind, metrics=LOGGED)
+        assert found[name] == pytest.approx(mean_metrics(results)["IoU"], abs=1e-6)
+
+
+@pytest.mark.parametrize("without_prompt", [True, False])
+def test_masks_are_read_once_however_often_it_measures(pairs, model, monkeypatch, without_prompt):
+    read, read_objects = [], validation.read_objects
+
+    def note_what_is_read(pair):
+        read.append((pair.name, pair.as_one))
+        return read_objects(pair)
+
+    monkeypatch.setattr(validation, "read_objects", note_what_is_read)
+    measured = Validation(pairs, without_prompt)
+    assert read == []
+    first = measured.measure(model)
+    assert len(set(read)) == len(read) == len(pairs) * (1 + without_prompt)
+    # Nor are they needed any more
+    for pair in pairs:
+        pair.mask.unlink()
+    assert measured.measure(model) == first
+    assert len(read) == len(pairs) * (1 + without_prompt)
+
+
+def test_a_model_that_has_learnt_is_measured_as_it_is_now(pairs, predictor, model):
+    measured = Validation(pairs)
+    before = measured.measure(model)
+    with torch.no_grad():
+        for weight in predictor.model.sam_mask_decoder.parameters():
+            weight.mul_(1.5)
+    after = measured.measure(model)
+    assert after != before
+    expected = mean_metrics(measure([model], pairs, "center", metrics=LOGGED))
+    assert after["val_iou"] == pytest.approx(expected["IoU"], abs=1e-6)
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(pairs, predictor, model, tmp_path):
+    cache = FeatureCache(tmp_path / "cache", predictor, torch.float32)
+    write_image(pairs[4].image, draw_pair(4, (96, 64))[0])
+    cache.fill([pair.image for pair in pairs], predictor, "val")
+    for source in (model.source, FeatureSource(predictor, torch.float32, cache)):
+        with pytest.raises(UserError, match=r"4\.png is 64x96 .* is 64x64; a mask must have its"):
+            Validation(pairs).measure(Model(predictor, source))
+
+
+def test_without_any_object_there_is_nothing_to_measure(pairs, model):
+    for without_prompt in (True, False):
+        with pytest.raises(UserError, match="every validation mask is empty"):
+            Validation([pairs[2]], without_prompt).measure(model)
+
+
+def test_scores_that_are_not_finite_are_an_error(pairs, predictor, model):
+    with torch.no_grad():
+        for weight in predictor.model.sam_mask_decoder.iou_prediction_head.parameters():
+            weight.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="not finite"):
+        Validation(pairs).measure(model)
