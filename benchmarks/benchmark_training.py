@@ -1,20 +1,25 @@
-"""Measure what fine-tuning costs: the guide's loop against this project's, on the same images.
+"""Measure what fine-tuning costs: other ways against this project's, on the same images.
 
-    python benchmarks/benchmark_training.py --limit 50                      # small, on data/
-    python benchmarks/benchmark_training.py --model mini --epochs 4 --val-limit 100
-    python benchmarks/benchmark_training.py --random-weights --limit 50 --totals-for 400
+    python benchmarks/benchmark_training.py --random-weights --limit 24     # small, on data/
+    python benchmarks/benchmark_training.py --random-weights --limit 24 --image-sizes 1024 512
+    python benchmarks/benchmark_training.py --model mini --image-sizes 256 128
 
-Every variant runs in a process of its own, one after the other: the guide's loop, written out
-plainly (float32, batch 1, the encoder in every step); this project's with the guide's recipe, with
-the compiled decoder and without; with its own recipe, whose corrective clicks cost something; and,
-as the floor, the bare decoder, forward and backward on tensors in memory.
-Prints a table and writes it to output/benchmark/ as benchmark.csv and benchmark.png. A total is
-encode + epochs x epoch (+ compiling), from what was measured; validation is in none of them.
-With --random-weights, time and memory are those of the real weights; the IoU means nothing.
+Every variant runs in a process of its own, one after the other: the guide's loop (float32, batch 1,
+the encoder in every step); Hugging Face's, where transformers is installed; and this project's
+train_sam2_proper.py, as it is typed, with the guide's recipe and with its own, compiled and not, at
+each size of images, the seconds of its parts taken in passing. Last, what the machine could do at
+most: the operations of the model over the rate at which it multiplies matrices.
+A total is images x encode + compile + 20 epochs x images x step, from what was measured; validation
+and saving, which the other loops do not do, have columns of their own. --all-epochs S adds a run of
+all 20 epochs at one size, with everything, by the clock on the wall.
+Prints a table and writes it to output/benchmark/ as benchmark.csv and benchmark.png.
+With --random-weights, time and memory are those of the real weights; what is learnt means nothing.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import multiprocessing
 import platform
 import shutil
@@ -28,42 +33,51 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sam2_utils import UserError, autocast, select_device, select_precision
+from sam2_utils import UserError, select_device, select_precision
 
 import numpy as np
 import torch
+from guides_loop import clock, train_guide
 from matplotlib.figure import Figure
-from sam2.sam2_image_predictor import SAM2ImagePredictor
-from tqdm import tqdm
+from peer_transformers import BACKBONES, train_transformers
+from torch.utils.flop_counter import FlopCounterMode
 
-from finetuning.batches import EpochSampler, TrainingSet, make_loader
+import train_sam2_proper
+from finetuning import run_state
 from finetuning.checkpoints import save_checkpoint
 from finetuning.command_line import ArgumentParser, add_device_option, number, run, seed
-from finetuning.evaluation import Model, measure
-from finetuning.feature_cache import FeatureCache, FeatureSource
+from finetuning.feature_cache import FeatureCache
 from finetuning.files import atomic_write, write_csv
-from finetuning.learner import make_learner, speed_up
+from finetuning.learner import make_learner
 from finetuning.models import (
     MODELS,
     build_predictor,
     ensure_checkpoint,
     load_predictor,
+    own_image_size,
     parse_image_size,
 )
-from finetuning.objects import count_objects, read_pair
+from finetuning.objects import count_objects, read_objects
 from finetuning.pairs import Pair, split_pairs
-from finetuning.prompts import prompt_from_mask, random_point
-from finetuning.recipe import DEFAULT, GUIDE, Recipe
+from finetuning.prompts import make_prompt
+from finetuning.recipe import GUIDE
 from finetuning.segmentation import encode_images, predict_masks
-from train_sam2_proper import evaluate, train_one_epoch
+from finetuning.validation import Validation
 
-GUIDES_LOOP, OURS = "the guide's loop", "this project, default recipe"
-COMPILED, PLAIN = "this project, guide's recipe", "this project, guide's recipe, not compiled"
-TOTALS = {1: "1 epoch s", 5: "5 epochs s", 20: "20 epochs s"}
-RATIO = "20 epochs, ratio"
+GUIDES_LOOP, PEER = "the guide's loop", "transformers' loop"
+EPOCHS = 20  # of the totals
+TOTAL = f"{EPOCHS} epochs s"
+# The parts of a run: where they are in this project, which a run is measured at
+PARTS = {
+    "encode": (FeatureCache, "fill"),
+    "compile": (train_sam2_proper, "speed_up"),
+    "steps": (train_sam2_proper, "train_one_epoch"),
+    "validation": (Validation, "measure"),
+    "saving": (run_state, "save_epoch"),
+}
 COLUMNS = (
-    "variant", "encode s/image", "step s/image", "epoch s", "compile s", *TOTALS.values(), RATIO,
-    "peak GB", "val IoU", "images shown",
+    "variant", "size", "encode s/image", "step s/image", "compile s", TOTAL, "ratio",
+    "validation s/image", "saving s/epoch", "peak GB",
 )  # fmt: skip
 
 
@@ -72,178 +86,129 @@ class Bench(NamedTuple):
 
     model: str
     checkpoint: Path
-    device: torch.device
-    pairs: list[Pair]  # to train on, all with an object
-    val_pairs: list[Pair]
-    cache: Path
-    image_size: int | None  # that the models resize images to; None: their own
+    device: str
+    threads: int | None
+    data: Path
+    limit: int | None
+    images: int  # to train on
+    val_images: int
+    epochs: int
+    seed: int
+    output: Path
 
-    def load(self, seed: int = 0) -> SAM2ImagePredictor:
-        """Return the model as it is before training."""
-        torch.manual_seed(seed)
-        return load_predictor(self.model, self.checkpoint, self.device, self.image_size)[0]
+    def torch_device(self) -> torch.device:
+        """Return the device, and let torch have its threads."""
+        return select_device(self.device, self.threads)
 
-    def val_iou(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> float:
-        """Return the mean val IoU, in the precision of the variant and without a cache."""
-        model = Model(predictor, FeatureSource(predictor, precision))
-        return evaluate(model, self.val_pairs)["val_iou"]
-
-
-def measure_guide(bench: Bench, recipe: Recipe, image_count: int | None) -> dict[str, Any]:
-    """Run the guide's loop on so many of the images, and time its two parts."""
-    predictor, pairs = bench.load(recipe.seed), bench.pairs[:image_count]
-    model = predictor.model
-    model.sam_mask_decoder.train(True)
-    model.sam_prompt_encoder.train(True)
-    learned = [*model.sam_mask_decoder.parameters(), *model.sam_prompt_encoder.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    rng = np.random.default_rng(recipe.seed)
-    encode_seconds = step_seconds = 0.0
-    for _ in range(recipe.epochs):
-        for index in tqdm(rng.permutation(len(pairs)), desc=GUIDES_LOOP, unit="image"):
-            start = clock(bench.device)
-            image, objects = read_pair(pairs[index])
-            mask = objects[0]
-            predictor.set_image(image)
-            encoded = clock(bench.device)
-
-            loss = guide_loss(predictor, mask, random_point(mask, rng), recipe.score_weight)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            encode_seconds += encoded - start
-            step_seconds += clock(bench.device) - encoded
-    shown = recipe.epochs * len(pairs)
-    model.eval()
-    return {
-        "variant": GUIDES_LOOP,
-        "encode s/image": encode_seconds / shown,
-        "step s/image": step_seconds / shown,
-        "compile s": 0.0,
-        "peak GB": peak_gigabytes(bench.device),
-        "val IoU": bench.val_iou(predictor, torch.float32),
-        "images shown": shown,
-    }
+    def pairs(self, count: int | None = None) -> list[Pair]:
+        """Return training pairs, all with an object."""
+        pairs = split_pairs(self.data, "train", self.limit)
+        return [pairs[index] for index in count_objects(pairs)][:count]
 
 
-def guide_loss(
-    predictor: SAM2ImagePredictor, mask: np.ndarray, point: tuple[int, int], score_weight: float
-) -> torch.Tensor:
-    """Return the loss of the guide's step after set_image, word for word."""
-    model = predictor.model
-    points, label = np.array([[point]]), np.ones((1, 1), np.int32)
-    _, coords, labels, _ = predictor._prep_prompts(
-        points, label, box=None, mask_logits=None, normalize_coords=True
-    )
-    sparse_embeddings, dense_embeddings = model.sam_prompt_encoder(
-        points=(coords, labels), boxes=None, masks=None
-    )
-    features = predictor._features["high_res_feats"]
-    low_res_masks, scores, _, _ = model.sam_mask_decoder(
-        image_embeddings=predictor._features["image_embed"],
-        image_pe=model.sam_prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse_embeddings,
-        dense_prompt_embeddings=dense_embeddings,
-        multimask_output=True,
-        repeat_image=False,
-        high_res_features=[level[-1].unsqueeze(0) for level in features],
-    )
-    masks = predictor._transforms.postprocess_masks(low_res_masks, predictor._orig_hw[-1])
-    truth = torch.from_numpy(mask.astype(np.float32)).to(predictor.device)
-    probability = torch.sigmoid(masks[0, 0])
-    seg_loss = -(
-        truth * torch.log(probability + 1e-5) + (1 - truth) * torch.log(1 - probability + 1e-5)
-    ).mean()
-    predicted = (masks[0] > 0).float()
-    intersection = (predicted * truth).sum((1, 2))
-    union = predicted.sum((1, 2)) + truth.sum() - intersection
-    score_loss = (scores[0] - intersection / (union + 1e-6)).abs().mean()
-    return seg_loss + score_weight * score_loss
+def measure_guide(bench: Bench, size: int, image_count: int) -> dict[str, Any]:
+    """Run the guide's loop on some of the images."""
+    torch.manual_seed(bench.seed)
+    predictor, _ = load_predictor(bench.model, bench.checkpoint, bench.torch_device(), size)
+    pairs = bench.pairs(image_count)
+    train_guide(predictor, pairs[:1], replace(GUIDE, epochs=1))  # to warm up
+    seconds = train_guide(predictor, pairs, replace(GUIDE, epochs=1, seed=bench.seed))
+    of_image = {part: of_all / len(pairs) for part, of_all in seconds.items()}
+    return row_of(GUIDES_LOOP, size, sum(of_image.values()), predictor.device)
+
+
+def measure_peer(bench: Bench, image_count: int) -> dict[str, Any] | None:
+    """Run Hugging Face's loop on some of the images; None without transformers."""
+    device, pairs = bench.torch_device(), bench.pairs(image_count)
+    masks = [read_objects(pair)[0] for pair in pairs]
+    try:
+        seconds = train_transformers(bench.model, pairs, masks, device)
+    except ImportError:
+        return None
+    return row_of(PEER, 1024, seconds / len(pairs), device)
+
+
+def row_of(variant: str, size: int, step: float, device: torch.device) -> dict[str, Any]:
+    """Return a row of the table; step: seconds an image, in each epoch."""
+    known = {"variant": variant, "size": size, "step s/image": step, "compile s": 0.0}
+    return {**dict.fromkeys(COLUMNS), **known, "peak GB": peak_gigabytes(device)}
 
 
 def measure_project(
-    bench: Bench, variant: str, recipe: Recipe, compiling: str, fill: bool = False
+    bench: Bench, variant: str, recipe: str, size: int, compiling: str, epochs: int
 ) -> dict[str, Any]:
-    """Run this project's loop over the feature cache, which is filled first or is there already."""
-    predictor, precision = bench.load(recipe.seed), select_precision("auto", bench.device)
-    if fill:
-        shutil.rmtree(bench.cache, ignore_errors=True)
-    start = clock(bench.device)
-    cache = FeatureCache(bench.cache, predictor, precision)
-    cache.fill([pair.image for pair in bench.pairs], predictor, "train")
-    encode_seconds = clock(bench.device) - start
-
-    count = len(bench.pairs)
-    training_set = TrainingSet(
-        bench.pairs, cache, predictor.model.image_size, recipe.seed, recipe.prompt_mix
-    )
-    objects = count_objects(bench.pairs)
-    sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
-    loader = make_loader(training_set, sampler, bench.device)
-    start = clock(bench.device)
-    learner = make_learner(predictor, recipe, precision)
-    learner = speed_up(learner, predictor, recipe, objects, compiling)
-    compiled = clock(bench.device)
-    for epoch in range(1, recipe.epochs + 1):
-        train_one_epoch(predictor, loader, learner, recipe, epoch)
-    seconds = clock(bench.device) - compiled
+    """Run train_sam2_proper.py, timing its parts."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for part, (owner, name) in PARTS.items():
+        setattr(owner, name, timed(getattr(owner, name), part, seconds))
+    output = bench.output / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    options = {
+        "--model": bench.model, "--checkpoint": bench.checkpoint, "--data": bench.data,
+        "--device": bench.device, "--limit": bench.limit, "--threads": bench.threads,
+        "--seed": bench.seed, "--recipe": recipe, "--image-size": size, "--compile": compiling,
+        "--epochs": epochs, "--cache": bench.output / "cache", "--output": output,
+    }  # fmt: skip
+    start = time.perf_counter()
+    train_sam2_proper.main([str(word) for each in options.items() if each[1] for word in each])
+    wall = time.perf_counter() - start
+    images, val_images = bench.images, bench.val_images
+    step = seconds["steps"] / (epochs * images)
     return {
-        "variant": variant,
-        "encode s/image": encode_seconds / count if fill else None,
-        "step s/image": seconds / (recipe.epochs * count),
-        "compile s": compiled - start,
-        "peak GB": peak_gigabytes(bench.device),
-        "val IoU": bench.val_iou(predictor, precision),
-        "images shown": recipe.epochs * count,
+        **row_of(variant, size, step, bench.torch_device()),
+        "encode s/image": seconds["encode"] / (images + val_images),
+        "compile s": seconds["compile"],
+        "validation s/image": seconds["validation"] / ((epochs + 1) * val_images),
+        "saving s/epoch": seconds["saving"] / epochs,
+        "seconds": {**seconds, "all": wall},
     }
 
 
-def measure_floor(bench: Bench, recipe: Recipe, compiling: str) -> float:
-    """Return the bare decoder's seconds an image: forward and backward, on tensors in memory."""
-    predictor, precision = bench.load(recipe.seed), select_precision("auto", bench.device)
-    learner = make_learner(predictor, recipe, precision)
-    learner = speed_up(learner, predictor, recipe, {0: 1}, compiling)
-    batch = bench.pairs[: recipe.batch_size]
-    images, objects = zip(*map(read_pair, batch), strict=True)
-    with autocast(bench.device, precision):
-        features = encode_images(predictor, list(images)).to(bench.device, torch.float32)
-    prompts = [prompt_from_mask(of_image[0], "center") for of_image in objects]
-    sizes = [of_image.size for of_image in objects]
+def timed(function: Callable[..., Any], part: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    """Return a function that adds the seconds of each call to those of its part."""
 
-    def step() -> None:
-        learner.weights.zero_grad()
-        with autocast(bench.device, precision):
-            prediction = predict_masks(predictor, features, prompts, sizes, learner.decoder)
-        sum(answer.mean() for answer in prediction).backward()
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[part] += time.perf_counter() - start
 
-    return time_repeated(step, bench.device, times=40) / len(batch)
+    return call
 
 
-def measure_comparison(bench: Bench) -> dict[str, float]:
-    """Return seconds an image of evaluating one model, and of comparing two, without a cache."""
-    original, finetuned = bench.load(), bench.load()
-    source = FeatureSource(original, select_precision("auto", bench.device))
-    models, pairs = [Model(original, source), Model(finetuned, source)], bench.pairs[:5]
+def measure_roofline(bench: Bench, size: int) -> dict[str, Any]:
+    """Return what encoding and a step would take at the rate of multiplying large matrices."""
+    device = bench.torch_device()
+    predictor, _ = load_predictor(bench.model, bench.checkpoint, device, size)
+    precision = select_precision("auto", device)
+    learner = make_learner(predictor, GUIDE, precision)
+    operations = {}
+    with FlopCounterMode(display=False) as counter:
+        features = encode_images(predictor, [np.zeros((size, size, 3), np.uint8)])
+    operations["encode"] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        prompt = make_prompt([(size / 2, size / 2)])
+        answers = predict_masks(predictor, features, [prompt], [(size, size)], learner.decoder)
+        sum(answer.mean() for answer in answers).backward()
+    operations["step"] = counter.get_total_flops()
+    rate = multiplication_rate(device, precision)
     return {
-        "one": time_repeated(lambda: measure(models[:1], pairs), bench.device, times=2) / 5,
-        "two": time_repeated(lambda: measure(models, pairs), bench.device, times=2) / 5,
+        **row_of(f"at {rate / 1e9:.0f} GFLOPS", size, operations["step"] / rate, device),
+        "encode s/image": operations["encode"] / rate,
+        "peak GB": None,
     }
 
 
-def clock(device: torch.device) -> float:
-    """Return seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def time_repeated(step: Callable[[], None], device: torch.device, times: int) -> float:
-    """Return the mean seconds of a step, after one that warms up."""
-    step()
+def multiplication_rate(device: torch.device, precision: torch.dtype, side: int = 4096) -> float:
+    """Return the floating-point operations a second of a product of two large matrices."""
+    matrix = torch.randn(side, side, device=device, dtype=precision)
+    matrix @ matrix
     start = clock(device)
-    for _ in range(times):
-        step()
-    return (clock(device) - start) / times
+    for _ in range(3):
+        matrix @ matrix
+    return 3 * 2 * side**3 / (clock(device) - start)
 
 
 def peak_gigabytes(device: torch.device) -> float | None:
@@ -264,31 +229,31 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def measure_all(
-    bench: Bench, guide: Recipe, ours: Recipe, guide_images: int | None
-) -> list[dict[str, Any]]:
-    """Return a row a variant: the guide's loop, then this project's, one after the other."""
-    rows = [
-        in_own_process(measure_guide, bench, guide, guide_images),
-        in_own_process(measure_project, bench, COMPILED, guide, "on", True),
-        in_own_process(measure_project, bench, PLAIN, guide, "off"),
-        in_own_process(measure_project, bench, OURS, ours, "on"),
-    ]
-    for row in rows[2:]:
-        row["encode s/image"] = rows[1]["encode s/image"]
-    return rows
+def measure_all(bench: Bench, sizes: list[int], guide_images: int) -> list[dict[str, Any]]:
+    """Return a row a variant, one after the other, and the machine's limits last."""
+    rows = [in_own_process(measure_guide, bench, sizes[0], guide_images)]
+    if bench.model in BACKBONES and sizes[0] == 1024:
+        peer = in_own_process(measure_peer, bench, guide_images)
+        rows += [peer] if peer else []
+    for size in sizes:
+        compiles = bench.torch_device().type == "cpu" and size >= 512
+        modes = ("off", "on") if compiles and size == sizes[0] else ("on" if compiles else "off",)
+        encoding = None
+        for compiling, recipe in itertools.product(modes, ("guide", "default")):
+            name = f"this project, {recipe} recipe{', compiled' * (compiling == 'on')}"
+            options = (name, recipe, size, compiling, bench.epochs)
+            row = in_own_process(measure_project, bench, *options)
+            encoding = encoding or row["encode s/image"]  # the others find what the first wrote
+            rows.append({**row, "encode s/image": encoding})
+    return rows + [in_own_process(measure_roofline, bench, size) for size in sizes]
 
 
 def add_totals(rows: list[dict[str, Any]], image_count: int) -> None:
-    """Add the seconds of an epoch over image_count images, and of several, to measured rows."""
+    """Add the seconds of EPOCHS epochs over image_count images, and how many times faster."""
     for row in rows:
-        in_each_epoch, once = row["step s/image"], row["encode s/image"]
-        if row["variant"] == GUIDES_LOOP:
-            in_each_epoch, once = in_each_epoch + once, 0.0
-        row["epoch s"] = image_count * in_each_epoch
-        for epochs, column in TOTALS.items():
-            row[column] = row["compile s"] + image_count * once + epochs * row["epoch s"]
-        row[RATIO] = rows[0][TOTALS[20]] / row[TOTALS[20]]
+        once, step = row["encode s/image"] or 0.0, row["step s/image"]
+        row[TOTAL] = row["compile s"] + image_count * (once + EPOCHS * step)
+        row["ratio"] = rows[0][TOTAL] / row[TOTAL]
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
@@ -305,16 +270,17 @@ def _format(value: Any) -> str:
 
 
 def draw_totals(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Draw each variant's hours over the number of epochs."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Draw each variant's minutes, of encoding and of steps."""
+    figure = Figure(figsize=(9, 1.5 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    epochs = np.arange(1, max(TOTALS) + 1)
-    for row in rows:
-        once = row[TOTALS[1]] - row["epoch s"]
-        axes.plot(epochs, (once + epochs * row["epoch s"]) / 3600, label=row["variant"])
-    axes.set(xlabel="epochs", ylabel="hours", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    names = [f"{row['variant']}, {row['size']}" for row in rows]
+    minutes = [row[TOTAL] / 60 for row in rows]
+    axes.barh(names, minutes)
+    for place, (row, of_row) in enumerate(zip(rows, minutes, strict=True)):
+        axes.text(of_row, place, f" {of_row:.0f} min, {row['ratio']:.1f}x", va="center")
+    axes.set(xlabel=f"minutes of {EPOCHS} epochs", title=title, xscale="log")
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
@@ -325,17 +291,25 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
     parser.add_argument("--model", choices=MODELS, default="small", help="its size")
     parser.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
-    parser.add_argument("--image-size", type=parse_image_size, metavar="S", help="of all variants")
+    parser.add_argument(
+        "--image-sizes",
+        type=parse_image_size,
+        nargs="+",
+        metavar="S",
+        help="the first for all variants, the others for this project's (default: the model's own)",
+    )
+    parser.add_argument(
+        "--all-epochs", type=parse_image_size, metavar="S", help="at a size, run all epochs, too"
+    )
     parser.add_argument("--random-weights", action="store_true", help="for time and memory only")
-    parser.add_argument("--limit", type=at_least_1, help="the first N training images only")
-    parser.add_argument("--guide-images", type=at_least_1, help="show the guide's loop N of them")
+    parser.add_argument("--limit", type=at_least_1, help="the first N images of each split only")
+    parser.add_argument(
+        "--guide-images", type=at_least_1, default=10, help="show the other loops N of them"
+    )
     parser.add_argument(
         "--totals-for", type=at_least_1, help="images of the totals (default: those measured)"
     )
-    parser.add_argument("--val-limit", type=at_least_1, default=10, help="val images to measure")
-    parser.add_argument("--epochs", type=at_least_1, default=1, help="how many to measure")
-    parser.add_argument("--batch-size", type=at_least_1, default=1, help="of this project's loop")
-    parser.add_argument("--lr", type=number(float, above=0), default=1e-5, help="of all loops")
+    parser.add_argument("--epochs", type=at_least_1, default=2, help="how many to measure")
     parser.add_argument("--seed", type=seed, default=42, help="of weights, order and prompts")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"), help="results")
     add_device_option(parser)
@@ -344,46 +318,42 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def prepare(args: Namespace) -> Bench:
     """Return what the options say of the model and the images."""
-    device, checkpoint = select_device(args.device, args.threads), args.checkpoint
+    checkpoint = args.checkpoint
     if args.random_weights:
         checkpoint = args.output / f"random_{args.model}.pt"
         torch.manual_seed(args.seed)
         save_checkpoint(checkpoint, build_predictor(args.model, torch.device("cpu")).model)
-    checkpoint = checkpoint or ensure_checkpoint(args.model)
-    pairs = split_pairs(args.data, "train", args.limit)
-    pairs = [pairs[index] for index in count_objects(pairs)]
-    if len(pairs) < 5:
+    images, val_images = (
+        len(count_objects(split_pairs(args.data, split, args.limit))) for split in ("train", "val")
+    )
+    if images < 5:
         raise UserError("a benchmark needs at least 5 training images; raise --limit")
-    val_pairs = split_pairs(args.data, "val", args.val_limit)
-    cache = args.output / "cache"
-    return Bench(args.model, checkpoint, device, pairs, val_pairs, cache, args.image_size)
+    return Bench(
+        *(args.model, checkpoint or ensure_checkpoint(args.model), args.device, args.threads),
+        *(args.data, args.limit, images, val_images, args.epochs, args.seed, args.output),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    bench = prepare(args)
-    shared = {name: getattr(args, name) for name in ("lr", "batch_size", "epochs", "seed")}
-    guide, ours = replace(GUIDE, **shared), replace(DEFAULT, **shared)
-    rows = measure_all(bench, guide, ours, args.guide_images)
-    floors = {mode: in_own_process(measure_floor, bench, guide, mode) for mode in ("on", "off")}
-    comparison = in_own_process(measure_comparison, bench)
-    shutil.rmtree(bench.cache)
+    bench, sizes = prepare(args), args.image_sizes or [own_image_size(args.model)]
+    shutil.rmtree(args.output / "cache", ignore_errors=True)
+    rows = measure_all(bench, sizes, args.guide_images)
+    shutil.rmtree(args.output / "cache")
 
-    image_count = args.totals_for or len(bench.pairs)
+    image_count, device = args.totals_for or bench.images, bench.torch_device()
     add_totals(rows, image_count)
-    precision = str(select_precision("auto", bench.device)).removeprefix("torch.")
-    at = f" at {args.image_size}" if args.image_size else ""
-    title = f"SAM 2.1 {args.model}{at}, {image_count} images, {bench.device}, {precision}"
+    precision = str(select_precision("auto", device)).removeprefix("torch.")
+    title = f"SAM 2.1 {args.model}, {image_count} images, {device}, {precision}"
     cores = f"{torch.get_num_threads()} threads, {platform.system()}, PyTorch {torch.__version__}"
-    print(f"{title}; the guide's loop in float32; {cores}\n")
+    print(f"{title}; the other loops in float32; {cores}\n")
     print(format_table(rows))
-    for row, floor in ((rows[1], floors["on"]), (rows[2], floors["off"])):
-        ratio = row["step s/image"] / floor
-        print(f"{row['variant']}: {ratio:.2f} times the bare decoder's {floor:.3f} s an image")
-    print(
-        f"comparing two models: {comparison['two'] / comparison['one']:.3f} times evaluating one "
-        f"({comparison['one']:.3f} s an image, encoded anew)"
-    )
+    if args.all_epochs:
+        options = ("a whole run", "default", args.all_epochs, "auto", EPOCHS)
+        seconds = in_own_process(measure_project, bench, *options)["seconds"]
+        parts = ", ".join(f"{part} {of_part:.0f}" for part, of_part in seconds.items())
+        print(f"{EPOCHS} epochs of {bench.images} images at {args.all_epochs}, seconds: {parts}")
+        shutil.rmtree(args.output / "cache")
     table = [[row[column] for column in COLUMNS] for row in rows]
     write_csv(args.output / "benchmark.csv", COLUMNS, table)
     draw_totals(args.output / "benchmark.png", rows, title)

@@ -1,0 +1,59 @@
+"""Hugging Face's way to fine-tune SAM, as its notebooks publish it, with Sam2Model of transformers.
+
+The image encoder and the prompt encoder are frozen, the mask decoder learns from boxes, one image a
+step, and each step runs the whole model; the loss is cross-entropy and dice, the optimizer Adam.
+Random weights: transformers has no converter of SAM 2's files, and time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from guides_loop import clock
+from tqdm import tqdm
+
+from finetuning.image_files import read_image
+from finetuning.losses import mask_losses
+from finetuning.pairs import Pair
+from finetuning.prompts import mask_box
+
+# Of Sam2HieraDetConfig; tiny is its default
+BACKBONES = {
+    "tiny": {},
+    "small": {"blocks_per_stage": [1, 2, 11, 2], "global_attention_blocks": [7, 10, 13]},
+}
+
+
+def train_transformers(
+    name: str, pairs: list[Pair], masks: list[np.ndarray], device: torch.device
+) -> float:
+    """Take a step on each pair with its HxW bool mask; return the seconds of all.
+
+    Raises ImportError without transformers.
+    """
+    from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
+
+    backbone = Sam2HieraDetConfig(**BACKBONES[name])
+    model = Sam2Model(Sam2Config(vision_config=Sam2VisionConfig(backbone_config=backbone)))
+    model.to(device)
+    model.vision_encoder.requires_grad_(False)
+    model.prompt_encoder.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.mask_decoder.parameters(), lr=1e-5)
+    start = clock(device)
+    for pair, mask in zip(tqdm(pairs, desc="transformers", unit="image"), masks, strict=True):
+        image = torch.from_numpy(read_image(pair.image)).permute(2, 0, 1)[None] / 255
+        pixels = torch.nn.functional.interpolate(image, (1024, 1024), mode="bilinear")
+        box = torch.tensor(mask_box(mask)) * 1024 / torch.tensor(mask.shape[::-1] * 2)
+        answer = model(
+            pixel_values=pixels.to(device),
+            input_boxes=box[None, None].float().to(device),
+            multimask_output=False,
+        )
+        logits = answer.pred_masks.flatten(0, 1)
+        truth = torch.from_numpy(mask).float()[None, None].to(device)
+        truth = torch.nn.functional.interpolate(truth, logits.shape[-2:], mode="area")[:, 0]
+        loss = mask_losses(logits, truth, dice_weight=1.0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return clock(device) - start
