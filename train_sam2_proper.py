@@ -50,7 +50,6 @@ from finetuning.learner import (
     Machine,
     add_machine_options,
     make_learner,
-    objects_at_once,
     set_learning_rate,
     speed_up,
     take_step,
@@ -93,7 +92,7 @@ def train_one_epoch(
     learns = recipe.train_encoder != "none"
     encode = encoder_training.encode_with_gradients if learns else encode_images
     input_size, steps = (predictor.model.image_size,) * 2, recipe.epochs * len(loader)
-    at_once, report = objects_at_once(predictor, recipe), EpochReport(epoch, predictor.device)
+    report = EpochReport(epoch, predictor.device)
     progress = tqdm(loader, desc=f"Epoch {epoch}/{recipe.epochs}", unit="step", leave=False)
     for step, batch in enumerate(progress, start=(epoch - 1) * len(loader)):
         set_learning_rate(learner, learning_rate_factor(step, steps, recipe.schedule))
@@ -103,7 +102,7 @@ def train_one_epoch(
             of_images = of_images.to(predictor.device, torch.float32)
         learner.optimizer.zero_grad()
         shown = []
-        for part in batch.parts(at_once):
+        for part in batch.parts(learner.at_once):
             with autocast(predictor.device, learner.precision):
                 # What the model is shown: a prompt, perhaps with clicks that correct its answers
                 features = of_images.of(part.image_of)

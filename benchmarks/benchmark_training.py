@@ -236,8 +236,7 @@ def measure_all(bench: Bench, sizes: list[int], guide_images: int) -> list[dict[
         peer = in_own_process(measure_peer, bench, guide_images)
         rows += [peer] if peer else []
     for size in sizes:
-        compiles = bench.torch_device().type == "cpu" and size >= 512
-        modes = ("off", "on") if compiles and size == sizes[0] else ("on" if compiles else "off",)
+        modes = ("off", "on") if size == sizes[0] and size >= 512 else ("off",)
         encoding = None
         for compiling, recipe in itertools.product(modes, ("guide", "default")):
             name = f"this project, {recipe} recipe{', compiled' * (compiling == 'on')}"

@@ -837,7 +837,7 @@ def test_a_loading_process_gives_the_same_batches(predictor, pairs, folder):
         assert theirs.fraction == ours.fraction and theirs.images == ours.images == []
 
 
-def test_only_full_batches_are_compiled_and_a_missing_compiler_is_no_obstacle(
+def test_objects_are_compiled_one_by_one_and_a_missing_compiler_is_no_obstacle(
     run_script, random_mini, tmp_path, monkeypatch
 ):
     write_data(tmp_path / "data")
@@ -868,19 +868,23 @@ def test_only_full_batches_are_compiled_and_a_missing_compiler_is_no_obstacle(
         )  # fmt: skip
         assert outcomes[name].status == 0, outcomes[name].err
         weights, expected = (weights_of(Path(run) / "sam2_final.pt") for run in (name, "off"))
-        assert all(torch.equal(weight, expected[key]) for key, weight in weights.items())
+        limit = 1e-4 if name == "recording" else 0  # gradients are summed in another order
+        for key, weight in weights.items():
+            assert torch.allclose(weight, expected[key], rtol=0, atol=limit), key
     assert "(no compiler); going on without it" in outcomes["failing"].out
     assert "compil" not in outcomes["off"].out
     assert "going on without" not in outcomes["recording"].out
-    assert compiled_sizes == [3, 3]  # to try it, and of the epoch's batches of 3 and 1
+    assert compiled_sizes == [1] * 5  # to try it, and of the epoch's batches of 3 and 1
 
 
-def test_compiling_is_left_to_long_runs_of_full_size_models_on_a_cpu(predictor):
-    assert not compiling_pays(predictor, 10**9)
-    full_size = Namespace(image_size=1024)
-    assert compiling_pays(Namespace(device=CPU, model=full_size), 10**9)
-    assert not compiling_pays(Namespace(device=CPU, model=full_size), 10)
-    assert not compiling_pays(Namespace(device=torch.device("cuda"), model=full_size), 10**9)
+def test_compiling_is_left_to_long_runs_of_full_size_models_in_bfloat16_on_a_cpu(predictor):
+    bfloat16, full_size = torch.bfloat16, Namespace(image_size=1024)
+    assert not compiling_pays(predictor, bfloat16, 10**9)
+    assert compiling_pays(Namespace(device=CPU, model=full_size), bfloat16, 10**9)
+    assert not compiling_pays(Namespace(device=CPU, model=full_size), torch.float32, 10**9)
+    assert not compiling_pays(Namespace(device=CPU, model=full_size), bfloat16, 10)
+    on_cuda = Namespace(device=torch.device("cuda"), model=full_size)
+    assert not compiling_pays(on_cuda, bfloat16, 10**9)
 
 
 def test_a_gpu_too_small_for_eight_images_encodes_fewer_at_once(predictor, folder, monkeypatch):

@@ -142,18 +142,15 @@ def test_the_guides_gradients_are_not_clipped():
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_a_step_in_parts_has_the_gradients_of_the_whole(
-    tmp_path, random_mini, monkeypatch, at_once
-):
+def test_a_step_in_parts_has_the_gradients_of_the_whole(tmp_path, random_mini, at_once):
     pairs = split_pairs(write_data(tmp_path / "data", train=3), "train")
     recipe = dataclasses.replace(DEFAULT, lr=0.0, epochs=1, max_grad_norm=0.0, none_share=0.0)
     gradients, reports = [], []
     for most in (at_once, 100):
         predictor, _ = load_predictor("mini", random_mini, CPU)
-        monkeypatch.setattr(train_sam2_proper, "objects_at_once", lambda *_, most=most: most)
         training_set = TrainingSet(pairs, None, 256, 0)
         loader = make_loader(training_set, EpochSampler(dict.fromkeys(range(3), 1), 3, 0), CPU)
-        learner = make_learner(predictor, recipe, torch.float32)
+        learner = make_learner(predictor, recipe, torch.float32)._replace(at_once=most)
         reports.append(train_sam2_proper.train_one_epoch(predictor, loader, learner, recipe, 1))
         of_weights = [w.grad for w in learner.weights.parameters() if w.grad is not None]
         gradients.append(torch.cat([gradient.flatten() for gradient in of_weights]))
