@@ -1,0 +1,199 @@
+"""Write a fine-tuned model as Ultralytics or Hugging Face's transformers load it.
+
+    python -m finetuning.export --to ultralytics     # output/export/sam2.1_s.pt, for small
+    python -m finetuning.export --to transformers    # a folder for Sam2Model and Sam2Processor
+
+Neither package is needed for it. What it ends with is the Python that loads what it wrote.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sam2_utils import UserError
+
+import torch
+from safetensors.torch import save
+from sam2.modeling.sam2_base import SAM2Base
+
+from finetuning.checkpoints import save_checkpoint
+from finetuning.command_line import ArgumentParser, run, tell
+from finetuning.files import atomic_write
+from finetuning.models import load_predictor
+
+# Ultralytics' loader goes by the end of a file's name. mini has none.
+ULTRALYTICS_NAMES = {
+    "tiny": "sam2.1_t.pt",
+    "small": "sam2.1_s.pt",
+    "base_plus": "sam2.1_b.pt",
+    "large": "sam2.1_l.pt",
+}
+WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+
+# What SAM 2 segments images with; the rest is its memory of a video, which Sam2Model has not.
+OF_IMAGES = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
+POINT_EMBEDDINGS = [f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4)]
+# From SAM 2's names to Sam2Model's: regular expressions, all applied in this order
+RENAMES = {
+    r"^image_encoder\.trunk\.": "vision_encoder.backbone.",
+    r"^image_encoder\.neck\.convs\.(\d)\.conv\.": r"vision_encoder.neck.convs.\1.",
+    r"\.patch_embed\.proj\.": ".patch_embed.projection.",
+    r"^no_mem_embed$": "no_memory_embedding",
+    r"^sam_": "",
+    r"\.pe_layer\.positional_encoding_gaussian_matrix$": ".shared_embedding.positional_embedding",
+    r"\.mask_downscaling\.0\.": ".mask_embed.conv1.",
+    r"\.mask_downscaling\.1\.": ".mask_embed.layer_norm1.",
+    r"\.mask_downscaling\.3\.": ".mask_embed.conv2.",
+    r"\.mask_downscaling\.4\.": ".mask_embed.layer_norm2.",
+    r"\.mask_downscaling\.6\.": ".mask_embed.conv3.",
+    r"\.output_upscaling\.0\.": ".upscale_conv1.",
+    r"\.output_upscaling\.1\.": ".upscale_layer_norm.",
+    r"\.output_upscaling\.3\.": ".upscale_conv2.",
+    r"\.out_proj\.": ".o_proj.",
+    r"\.norm(\d|_final_attn)\.": r".layer_norm\1.",
+    # Perceptrons: those of the blocks have two layers, those of the decoder's heads three
+    r"\.mlp\.layers\.0\.": ".mlp.proj_in.",
+    r"\.mlp\.layers\.1\.": ".mlp.proj_out.",
+    r"(_head|_mlps\.\d)\.layers\.0\.": r"\1.proj_in.",
+    r"(_head|_mlps\.\d)\.layers\.1\.": r"\1.layers.0.",
+    r"(_head|_mlps\.\d)\.layers\.2\.": r"\1.proj_out.",
+}
+
+
+def transformers_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return SAM 2's weights by the names that they have in transformers' Sam2Model.
+
+    There, the four embeddings of points are one matrix, and the frequencies of the positional
+    encoding are kept twice.
+    """
+    weights = {name: weight for name, weight in state_dict.items() if name.startswith(OF_IMAGES)}
+    points = [weights.pop(name) for name in POINT_EMBEDDINGS]
+    weights = {_rename(name): weight for name, weight in weights.items()}
+    frequencies = weights["prompt_encoder.shared_embedding.positional_embedding"]
+    weights["shared_image_embedding.positional_embedding"] = frequencies.clone()
+    weights["prompt_encoder.point_embed.weight"] = torch.cat(points)
+    return weights
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in RENAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def transformers_config(model: SAM2Base) -> dict[str, Any]:
+    """Return the config.json of a Sam2Model like `model`, for images of the same size."""
+    trunk, neck, size = model.image_encoder.trunk, model.image_encoder.neck, model.image_size
+    last_blocks = [trunk.blocks[end] for end in trunk.stage_ends]
+    starts = [0, *(end + 1 for end in trunk.stage_ends)]
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "image_size": [size, size],
+        "hidden_size": trunk.pos_embed.shape[1],
+        "num_attention_heads": last_blocks[0].attn.num_heads,
+        "blocks_per_stage": [end - start for start, end in itertools.pairwise(starts)],
+        "embed_dim_per_stage": [block.dim_out for block in last_blocks],
+        "num_attention_heads_per_stage": [block.attn.num_heads for block in last_blocks],
+        "window_size_per_stage": list(trunk.window_spec),
+        "window_positional_embedding_background_size": list(trunk.pos_embed.shape[2:]),
+        "global_attention_blocks": list(trunk.global_att_blocks),
+    }
+    vision = {
+        "model_type": "sam2_vision_model",
+        "backbone_config": backbone,
+        "backbone_channel_list": list(trunk.channel_list),
+        "backbone_feature_sizes": [[size // stride, size // stride] for stride in (4, 8, 16)],
+        "fpn_hidden_size": neck.d_model,
+        "fpn_top_down_levels": list(neck.fpn_top_down_levels),
+    }
+    return {
+        "architectures": ["Sam2Model"],
+        "model_type": "sam2",
+        "vision_config": vision,
+        "prompt_encoder_config": {"hidden_size": neck.d_model, "image_size": size},
+        "mask_decoder_config": {"hidden_size": neck.d_model},
+    }
+
+
+def processor_config(image_size: int) -> dict[str, Any]:
+    """Return the preprocessor_config.json of a Sam2Processor for a model of an image_size."""
+    return {
+        "processor_class": "Sam2Processor",
+        "image_processor_type": "Sam2ImageProcessorFast",
+        "size": {"height": image_size, "width": image_size},
+        "mask_size": {"height": image_size // 4, "width": image_size // 4},
+    }
+
+
+def export_ultralytics(
+    output: Path, model: SAM2Base, model_name: str, settings: dict[str, Any] | None
+) -> list[str]:
+    """Write the file that ultralytics.SAM takes; return the Python that loads it."""
+    if model_name not in ULTRALYTICS_NAMES:
+        raise UserError(
+            f"Ultralytics has no SAM 2.1 {model_name}; fine-tune {', '.join(ULTRALYTICS_NAMES)}"
+        )
+    path = output / ULTRALYTICS_NAMES[model_name]
+    _require_new(path)
+    save_checkpoint(path, model, model_name=model_name, settings=settings)
+    tell(f"wrote {path}")
+    size = "" if model.image_size == 1024 else f", imgsz={model.image_size}"
+    return [
+        "from ultralytics import SAM",
+        f"model = SAM({path.as_posix()!r})",
+        f'results = model("image.jpg", points=[320, 200], labels=[1]{size})',
+    ]
+
+
+def export_transformers(output: Path, model: SAM2Base) -> list[str]:
+    """Write the folder that Sam2Model.from_pretrained takes; return the Python that loads it."""
+    _require_new(*(output / name for name in (WEIGHTS, CONFIG, PROCESSOR)))
+    configs = {CONFIG: transformers_config(model), PROCESSOR: processor_config(model.image_size)}
+    with atomic_write(output / WEIGHTS) as temporary:
+        # save_file would raise no OSError on a full disk
+        temporary.write_bytes(save(transformers_weights(model.state_dict()), {"format": "pt"}))
+    for name, config in configs.items():
+        with atomic_write(output / name) as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tell(f"wrote {', '.join((WEIGHTS, *configs))} to {output}")
+    return [
+        "from transformers import Sam2Model, Sam2Processor",
+        f"model = Sam2Model.from_pretrained({output.as_posix()!r})",
+        f"processor = Sam2Processor.from_pretrained({output.as_posix()!r})",
+    ]
+
+
+def _require_new(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} exists already; remove it, or give another --output")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(__doc__)
+    choices = ("ultralytics", "transformers")
+    parser.add_argument("--to", choices=choices, required=True, help="which package is to load it")
+    parser.add_argument(
+        "--finetuned", type=Path, default=Path("output/sam2_best.pt"), help="the fine-tuned file"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/export"), help="the folder to write to"
+    )
+    args = parser.parse_args(argv)
+    predictor, facts = load_predictor(None, args.finetuned, torch.device("cpu"))
+    if args.to == "ultralytics":
+        model_name, settings = facts["model_name"], facts.get("settings")
+        lines = export_ultralytics(args.output, predictor.model, model_name, settings)
+    else:
+        lines = export_transformers(args.output, predictor.model)
+    print("\nin Python:\n")
+    for line in lines:
+        tell(f"    {line}")
+
+
+if __name__ == "__main__":
+    run(main)
