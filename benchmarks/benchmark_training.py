@@ -195,7 +195,7 @@ def measure_roofline(bench: Bench, size: int) -> dict[str, Any]:
     operations["step"] = counter.get_total_flops()
     rate = multiplication_rate(device, precision)
     return {
-        **row_of(f"at {rate / 1e9:.0f} GFLOPS", size, operations["step"] / rate, device),
+        **row_of(f"the limit, {rate / 1e9:.0f} GFLOPS", size, operations["step"] / rate, device),
         "encode s/image": operations["encode"] / rate,
         "peak GB": None,
     }
@@ -239,7 +239,8 @@ def measure_all(bench: Bench, sizes: list[int], guide_images: int) -> list[dict[
         modes = ("off", "on") if size == sizes[0] and size >= 512 else ("off",)
         encoding = None
         for compiling, recipe in itertools.product(modes, ("guide", "default")):
-            name = f"this project, {recipe} recipe{', compiled' * (compiling == 'on')}"
+            name = {"guide": "this project, guide's recipe", "default": "this project"}[recipe]
+            name += ", compiled" * (compiling == "on")
             options = (name, recipe, size, compiling, bench.epochs)
             row = in_own_process(measure_project, bench, *options)
             encoding = encoding or row["encode s/image"]  # the others find what the first wrote
@@ -278,8 +279,8 @@ def draw_totals(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     for place, (row, of_row) in enumerate(zip(rows, minutes, strict=True)):
         axes.text(of_row, place, f" {of_row:.0f} min, {row['ratio']:.1f}x", va="center")
     axes.set(xlabel=f"minutes of {EPOCHS} epochs", title=title, xscale="log")
+    axes.set_xlim(right=5 * max(minutes))  # room for the texts
     axes.invert_yaxis()
-    axes.margins(x=0.2)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
