@@ -14,9 +14,9 @@ endif
 READY := .venv/ready
 # A second environment, for test-oldest, and what is tested in it
 OLDEST ?= .venv-oldest
-COMPUTING := automatic clicks compare decoding encoder_training feature_cache folder gradients image_size \
+COMPUTING := automatic clicks compare decoding encoder_training epoch_report export feature_cache folder gradients image_size \
   learning_rate metrics no_prompt objects pretended_device prompts_of_training repeats report sam2_utils \
-  train training_parts window
+  train training_parts validation window
 
 .PHONY: setup demo test test-oldest lint
 
