@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -416,7 +417,35 @@ def test_features_are_there_while_others_are_still_encoded(predictor, pairs, fol
 
     monkeypatch.setattr(feature_cache, "encode_images", encode)
     fill(folder, predictor, pairs)
-    assert seen == [[], [0], [0, 1], [0, 1, 2]]
+    assert len(seen) == 4
+    for index, there in enumerate(seen):  # all but perhaps the last one, which is being written
+        assert there == list(range(len(there))) and index - 1 <= len(there) <= index
+
+
+def test_features_are_written_and_images_read_while_others_are_encoded(
+    predictor, pairs, folder, monkeypatch
+):
+    begun, write, read = [threading.Event() for _ in pairs], FeatureCache._write, []
+
+    def encode(predictor, images):
+        begun[sum(event.is_set() for event in begun)].set()
+        return encode_images(predictor, images)
+
+    def wait_and_write(cache, image, *others):
+        following = images_of(pairs).index(image) + 1
+        assert following == len(pairs) or begun[following].wait(60), "nothing else was encoded"
+        write(cache, image, *others)
+
+    def note_and_read(image):
+        read.append((images_of(pairs).index(image), sum(event.is_set() for event in begun)))
+        return read_image(image)
+
+    monkeypatch.setattr(feature_cache, "encode_images", encode)
+    monkeypatch.setattr(feature_cache, "read_image", note_and_read)
+    monkeypatch.setattr(FeatureCache, "_write", wait_and_write)
+    assert_fresh(fill(folder, predictor, pairs), predictor, pairs)
+    # At most two are in memory beside the one that is encoded
+    assert all(index <= encoded + 2 for index, encoded in read)
 
 
 KILLED = """

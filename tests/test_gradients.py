@@ -95,6 +95,7 @@ def small_learner(**changes) -> Learner:
     """Return what learns of a model of two layers, with changes to the default recipe."""
     model = torch.nn.Module()
     model.sam_prompt_encoder, model.sam_mask_decoder = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)
+    model.image_size = 256
     recipe = dataclasses.replace(DEFAULT, **changes)
     return make_learner(Namespace(model=model, device=CPU), recipe, torch.float32)
 

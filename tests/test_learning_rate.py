@@ -161,6 +161,7 @@ def test_trials_start_from_the_original_and_are_measured_on_images_they_did_not_
     monkeypatch,
 ):
     network = torch.nn.Module()
+    network.image_size = 256
     network.sam_prompt_encoder = torch.nn.Linear(2, 3)
     network.sam_mask_decoder = torch.nn.Linear(3, 4)
     original = copy.deepcopy(network.state_dict())

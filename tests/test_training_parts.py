@@ -170,6 +170,7 @@ def small_learner(seed: int, lr: float) -> Learner:
     torch.manual_seed(seed)
     model = torch.nn.Module()
     model.sam_prompt_encoder, model.sam_mask_decoder = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)
+    model.image_size = 256
     recipe = dataclasses.replace(DEFAULT, lr=lr)
     return make_learner(Namespace(model=model, device=CPU), recipe, torch.float32)
 
