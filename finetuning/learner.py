@@ -51,7 +51,7 @@ class Learner(NamedTuple):
 
 
 def add_machine_options(parser: ArgumentParser) -> None:
-    """Add --device, --precision and --compile."""
+    """Add --device, --threads, --precision, --cache-in and --compile."""
     machine = parser.add_argument_group("the machine")
     add_device_option(machine)
     add_precision_option(
@@ -69,7 +69,8 @@ def add_machine_options(parser: ArgumentParser) -> None:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile the decoder; auto: where the run is long enough to win the time back",
+        help="compile the decoder; auto: in bfloat16 on a CPU, where the run is long enough to win "
+        "the time back",
     )
 
 
