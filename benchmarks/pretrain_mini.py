@@ -3,23 +3,21 @@
     python benchmarks/pretrain_mini.py
     python benchmarks/pretrain_mini.py --resume     # after an interruption
     python benchmarks/pretrain_mini.py --evaluate   # what the weights reach on held-out images
+    OMP_NUM_THREADS=1 python benchmarks/pretrain_mini.py --workers 1    # on one core
 
-Took 80 minutes on 2 CPU cores that other work shared. First at 128 pixels, where an image costs a
-quarter, on easy images; then on harder ones; at the end at the model's own 256 pixels.
-
-The weights in checkpoints/ come from these phases, but not from one undisturbed run: it was
-interrupted and resumed, and the number of steps, which the learning rate follows, was cut from
-7,200 to 4,200 on the way. A run from scratch ends in weights that are alike, not equal.
+Took TODO minutes on one core of an AMD EPYC without AVX512. First at 128 pixels, where an image
+costs a quarter, on easy images; then on harder ones; at the end at the model's own 256 pixels. All
+four masks learn, their scores, and whether there is an object where a point is.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import multiprocessing
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +35,17 @@ from sam2_utils import calculate_iou
 from finetuning.command_line import ArgumentParser, number, run, seed
 from finetuning.encoder_training import encode_with_gradients
 from finetuning.files import atomic_write
+from finetuning.losses import dice_loss
 from finetuning.models import build_predictor, load_predictor, make_predictor
-from finetuning.prompts import make_prompt, mask_box, prompt_from_mask, random_point
-from finetuning.segmentation import Features, encode_images, predict_masks, segment
-from finetuning.synthetic_images import draw_pretraining_image
+from finetuning.prompts import Prompt, make_prompt, mask_box, prompt_from_mask, random_point
+from finetuning.segmentation import (
+    Prediction,
+    choose_masks,
+    encode_images,
+    predict_masks,
+    upscale_masks,
+)
+from finetuning.synthetic_images import Drawing, draw_pretraining_image
 
 
 class Phase(NamedTuple):
@@ -54,48 +59,47 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase(image_size=128, hardness=0.0, pool=9000, steps=1500, batch_size=32),
-    Phase(image_size=128, hardness=0.5, pool=9000, steps=1500, batch_size=32),
-    Phase(image_size=256, hardness=0.7, pool=4000, steps=1200, batch_size=16),
+    Phase(image_size=128, hardness=0.0, pool=6000, steps=1500, batch_size=16),
+    Phase(image_size=128, hardness=0.5, pool=6000, steps=1700, batch_size=16),
+    Phase(image_size=256, hardness=0.7, pool=3000, steps=1100, batch_size=8),
 )
+PEAK_LR = 1e-3
 WARMUP_STEPS = 200
-BOX_SHARE = 0.4  # of the steps; the others have one point
-PROMPTS_PER_IMAGE = 3
+WEIGHT_DECAY = 0.05
+PROMPTS_PER_IMAGE = 6  # which cost little: most of the time is the encoder's
+BOX_SHARE = 0.35  # of the steps
+POINTS_IN_BOX = (0, 0, 0, 1)  # one of them is drawn
+POINTS = (1, 1, 1, 1, 2, 3, 4)  # likewise, of steps without a box
+OUTSIDE_SHARE = 0.5  # of the steps with several points: the last is a negative one, outside
+NOTHING_SHARE = 0.25  # of single points, which makes one of ten prompts, are on no blob
 HELD_OUT = 100
 TRAINED = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
 
 
-class Drawing(NamedTuple):
-    """image: SxSx3 uint8 RGB; masks: NxSxS bool."""
-
-    image: np.ndarray
-    masks: np.ndarray
+def draw(seed: int, index: int, image_size: int, hardness: float) -> Drawing:
+    return draw_pretraining_image(np.random.default_rng([seed, index]), image_size, hardness)
 
 
-def draw(job: tuple[int, int, int, float]) -> Drawing:
-    seed, index, image_size, hardness = job
-    rng = np.random.default_rng([seed, index])
-    return Drawing(*draw_pretraining_image(rng, image_size, hardness))
-
-
-def draw_pool(seed: int, count: int, image_size: int, hardness: float) -> list[Drawing]:
+def draw_pool(
+    seed: int, count: int, image_size: int, hardness: float, workers: int | None
+) -> list[Drawing]:
     jobs = [(seed, index, image_size, hardness) for index in range(count)]
-    with multiprocessing.Pool() as workers:
-        return workers.map(draw, jobs, chunksize=50)
+    with multiprocessing.Pool(workers) as pool:
+        return pool.starmap(draw, jobs, chunksize=50)
 
 
 def augment(drawing: Drawing, rng: np.random.Generator) -> Drawing:
     """Flip and transpose at random, and in half of the cases swap the colour channels."""
-    image, masks = drawing
+    image, masks, background = drawing
     if rng.random() < 0.5:
-        image, masks = image[:, ::-1], masks[:, :, ::-1]
+        image, masks, background = image[:, ::-1], masks[:, :, ::-1], background[:, ::-1]
     if rng.random() < 0.5:
-        image, masks = image[::-1], masks[:, ::-1]
+        image, masks, background = image[::-1], masks[:, ::-1], background[::-1]
     if rng.random() < 0.5:
-        image, masks = image.swapaxes(0, 1), masks.swapaxes(1, 2)
+        image, masks, background = image.swapaxes(0, 1), masks.swapaxes(1, 2), background.T
     if rng.random() < 0.5:
         image = image[..., rng.permutation(3)]
-    return Drawing(image, masks)
+    return Drawing(image, masks, background)
 
 
 def predictor_of_size(model: SAM2Base, image_size: int) -> SAM2ImagePredictor:
@@ -110,92 +114,118 @@ def predictor_of_size(model: SAM2Base, image_size: int) -> SAM2ImagePredictor:
     return make_predictor(model)
 
 
-def calculate_loss(
-    mask_logits: torch.Tensor, iou_scores: torch.Tensor, true_masks: torch.Tensor
-) -> torch.Tensor:
-    """Mix BCE, balanced between foreground and background, with dice and the score's error.
+def draw_prompts(
+    drawings: list[Drawing], rng: np.random.Generator
+) -> tuple[list[Prompt], list[np.ndarray]]:
+    """Draw PROMPTS_PER_IMAGE prompts for each image, all of one kind, and the SxS masks asked for.
 
-    Arguments:
-      mask_logits: Bx3xhxw.
-      iou_scores: Bx3.
-      true_masks: Bx1xhxw, from 0 to 1.
+    The mask is empty where a single point is on no blob.
     """
+    has_box = rng.random() < BOX_SHARE
+    count = int(rng.choice(POINTS_IN_BOX if has_box else POINTS))
+    outside = int(count > 1 and rng.random() < OUTSIDE_SHARE)
+    prompts, masks = [], []
+    for drawing in (drawing for drawing in drawings for _ in range(PROMPTS_PER_IMAGE)):
+        mask = drawing.masks[rng.integers(len(drawing.masks))]
+        is_single = count == 1 and not has_box
+        if is_single and drawing.background.any() and rng.random() < NOTHING_SHARE:
+            prompts.append(make_prompt([random_point(drawing.background, rng)]))
+            masks.append(np.zeros_like(mask))
+            continue
+        inside = [random_point(mask, rng) for _ in range(count - outside)]
+        beside = [random_point(~mask, rng) for _ in range(outside)]
+        prompts.append(make_prompt(inside, beside, mask_box(mask) if has_box else None))
+        masks.append(mask)
+    return prompts, masks
+
+
+def calculate_loss(prediction: Prediction, true_masks: torch.Tensor) -> torch.Tensor:
+    """Mix BCE, balanced between foreground and background, with dice and the scores' errors.
+
+    The single mask weighs as much as the three. Where the Bx1xhxw true mask, from 0 to 1, is empty,
+    the scores are to be 0, and there is no object; the masks learn nothing then.
+    """
+    mask_logits, iou_scores, object_logits = prediction
+    exists = (true_masks.amax((1, 2, 3)) > 0).float()
     bce = F.binary_cross_entropy_with_logits(
         mask_logits, true_masks.expand_as(mask_logits), reduction="none"
     )
     foreground = (bce * true_masks).sum((2, 3)) / true_masks.sum((2, 3)).clamp(min=1)
     background = (bce * (1 - true_masks)).sum((2, 3)) / (1 - true_masks).sum((2, 3)).clamp(min=1)
-    probabilities = mask_logits.sigmoid()
-    total = probabilities.sum((2, 3)) + true_masks.sum((2, 3))
-    dice = 1 - (2 * (probabilities * true_masks).sum((2, 3)) + 1) / (total + 1)
-    mask_loss = (foreground + background) / 2 + dice
-    true_ious = calculate_iou(mask_logits > 0, true_masks > 0.5)
-    score_loss = (iou_scores - true_ious).abs().mean()
-    return 0.3 * mask_loss.mean() + 0.2 * mask_loss.min(dim=1).values.mean() + 0.1 * score_loss
+    dice = dice_loss(mask_logits.sigmoid(), true_masks)
+    losses = (foreground + background) / 2 + dice
+    single, three = losses[:, 0], losses[:, 1:]
+    mask_loss = 0.5 * single + 0.3 * three.mean(dim=1) + 0.2 * three.min(dim=1).values
+
+    true_ious = calculate_iou(mask_logits > 0, true_masks > 0.5) * exists[:, None]
+    score_loss = (iou_scores - true_ious).abs().mean(dim=1)
+    object_loss = F.softplus((1 - 2 * exists) * object_logits[:, 0])
+    return (exists * mask_loss + 0.2 * (score_loss + object_loss)).mean()
 
 
 def training_step(
     predictor: SAM2ImagePredictor, drawings: list[Drawing], rng: np.random.Generator
 ) -> torch.Tensor:
     """Return the loss of one step, with PROMPTS_PER_IMAGE prompts for each image."""
-    # One blob and one prompt each
     drawings = [augment(drawing, rng) for drawing in drawings]
-    masks = [
-        drawing.masks[rng.integers(len(drawing.masks))]
-        for drawing in drawings
-        for _ in range(PROMPTS_PER_IMAGE)
-    ]
-    if rng.random() < BOX_SHARE:
-        prompts = [make_prompt(box=mask_box(mask)) for mask in masks]
-    else:
-        prompts = [make_prompt([random_point(mask, rng)]) for mask in masks]
+    prompts, masks = draw_prompts(drawings, rng)
 
     # Image encoder, prompt encoder, mask decoder
     features = encode_with_gradients(predictor, [drawing.image.copy() for drawing in drawings])
-    repeated = Features(
-        features.image_embed.repeat_interleave(PROMPTS_PER_IMAGE, dim=0),
-        [feat.repeat_interleave(PROMPTS_PER_IMAGE, dim=0) for feat in features.high_res_feats],
-    )
-    sizes = [mask.shape for mask in masks]
-    prediction = predict_masks(predictor, repeated, prompts, sizes)
-    mask_logits, iou_scores = prediction.mask_logits[:, 1:], prediction.iou_scores[:, 1:]
+    repeated = features.of([i for i in range(len(drawings)) for _ in range(PROMPTS_PER_IMAGE)])
+    prediction = predict_masks(predictor, repeated, prompts, [mask.shape for mask in masks])
 
-    # Loss of the three masks, at the resolution of the logits
+    # The loss, at the resolution of the logits
     true_masks = torch.from_numpy(np.stack(masks)).float()[:, None]
-    true_masks = F.adaptive_avg_pool2d(true_masks, mask_logits.shape[-2:])
-    return calculate_loss(mask_logits, iou_scores, true_masks)
+    true_masks = F.adaptive_avg_pool2d(true_masks, prediction.mask_logits.shape[-2:])
+    return calculate_loss(prediction, true_masks)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Warm up, then fall along a cosine to a hundredth of the peak."""
     if step < WARMUP_STEPS:
-        return peak * (step + 1) / WARMUP_STEPS
+        return PEAK_LR * (step + 1) / WARMUP_STEPS
     done = (step - WARMUP_STEPS) / (steps - WARMUP_STEPS)
-    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+    return PEAK_LR * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def draw_held_out(seed: int, image_size: int) -> dict[str, list[Drawing]]:
+def draw_held_out(seed: int, image_size: int, workers: int | None) -> dict[str, list[Drawing]]:
     """Draw the images, easy ones and hard ones, that no training sees."""
     return {
-        name: draw_pool(seed + 1000, HELD_OUT, image_size, hardness)
+        name: draw_pool(seed + 1000, HELD_OUT, image_size, hardness, workers)
         for name, hardness in (("easy", 0.0), ("hard", 1.0))
     }
 
 
 @torch.no_grad()
 def evaluate(predictor: SAM2ImagePredictor, held_out: dict[str, list[Drawing]]) -> dict[str, float]:
-    """Return and print the mean IoU over all blobs, with one point (the center) and the box."""
-    ious: dict[str, list[float]] = {}
+    """Return and print the mean IoU over all blobs, with one point (the center) and the box.
+
+    best and single are the masks of choose_masks. nothing: of one point an image that is on no
+    blob, the share with a score below a half, and with the object's below it.
+    """
+    results = defaultdict(list)
+    rng = np.random.default_rng(0)
     for name, drawings in held_out.items():
-        for image, masks in drawings:
-            features = encode_images(predictor, [image])
-            for mask, kind in itertools.product(masks, ("center", "box")):
-                prompt = prompt_from_mask(mask, kind)
-                predicted, _ = segment(predictor, features, prompt, mask.shape)
-                ious.setdefault(f"{name} {kind}", []).append(calculate_iou(predicted, mask))
-    means = {name: float(np.mean(values)) for name, values in ious.items()}
-    reached = "  ".join(f"{name} {iou:.3f}" for name, iou in means.items())
-    print(f"held-out IoU: {reached}", flush=True)
+        for image, masks, background in drawings:
+            size = background.shape
+            features = encode_images(predictor, [image]).of([0] * len(masks))
+            for kind in ("center", "box"):
+                prompts = [prompt_from_mask(mask, kind) for mask in masks]
+                prediction = predict_masks(predictor, features, prompts, [size] * len(masks))
+                for choice in ("best", "single"):
+                    mask_logits, _ = choose_masks(predictor, prediction, choice)
+                    predicted = upscale_masks(predictor, mask_logits, size)[:, 0].numpy() > 0
+                    results[f"{name} {kind} {choice}"].extend(calculate_iou(predicted, masks))
+            if background.any():
+                prompts = [make_prompt([random_point(background, rng)])]
+                prediction = predict_masks(predictor, features.of([0]), prompts, [size])
+                _, score = choose_masks(predictor, prediction)
+                results[f"{name} nothing score"].append(score.item() < 0.5)
+                results[f"{name} nothing object"].append(prediction.object_logits.item() < 0)
+    means = {name: float(np.mean(values)) for name, values in results.items()}
+    reached = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+    print(f"held out: {reached}", flush=True)
     return means
 
 
@@ -205,12 +235,13 @@ def save(
     model: SAM2Base,
     optimizer: torch.optim.Optimizer,
     step: int,
-    ious: dict[str, float],
+    reached: dict[str, float],
 ) -> None:
     """Write the weights, in half precision (which load_state_dict undoes), and the state."""
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
     with atomic_write(output) as temporary:
-        torch.save({"model": weights, "model_name": "mini", "step": step, "iou": ious}, temporary)
+        facts = {"model_name": "mini", "step": step, "iou": reached}
+        torch.save({"model": weights, **facts}, temporary)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     with atomic_write(state_file) as temporary:
         torch.save(state, temporary)
@@ -221,9 +252,9 @@ def train_phase(
     optimizer: torch.optim.Optimizer,
     index: int,
     first_step: int,
-    lr: float,
     seed: int,
     every: int,
+    workers: int | None,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train from `first_step` to the end of a phase; yield what is reached every so many steps."""
     phase = PHASES[index]
@@ -231,13 +262,13 @@ def train_phase(
     last_step = sum(phase.steps for phase in PHASES[: index + 1])
     predictor = predictor_of_size(model, phase.image_size)
     print(f"drawing for {phase}", flush=True)
-    pool = draw_pool(seed + index, phase.pool, phase.image_size, phase.hardness)
-    held_out = draw_held_out(seed, phase.image_size)
+    pool = draw_pool(seed + index, phase.pool, phase.image_size, phase.hardness, workers)
+    held_out = draw_held_out(seed, phase.image_size, workers)
 
     start, losses = time.perf_counter(), []
     for step in range(first_step, last_step):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total_steps, lr)
+            group["lr"] = learning_rate(step, total_steps)
         rng = np.random.default_rng([seed, step])  # a resumed run draws the same
         drawings = [pool[index] for index in rng.choice(phase.pool, phase.batch_size)]
         loss = training_step(predictor, drawings, rng)
@@ -256,13 +287,7 @@ def train_phase(
 
 
 def pretrain(
-    output: Path,
-    state_file: Path,
-    resume: bool,
-    lr: float,
-    weight_decay: float,
-    seed: int,
-    every: int,
+    output: Path, state_file: Path, resume: bool, seed: int, every: int, workers: int | None
 ) -> None:
     """Run all phases, or what is left of them; evaluate and save every so many steps."""
     torch.manual_seed(seed)
@@ -270,7 +295,7 @@ def pretrain(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(TRAINED))
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, betas=(0.9, 0.98), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(learned, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     done = 0
     if resume:
         state = torch.load(state_file, weights_only=True)
@@ -281,8 +306,8 @@ def pretrain(
     for index in range(len(PHASES)):
         last_step = sum(phase.steps for phase in PHASES[: index + 1])
         if done < last_step:
-            for step, ious in train_phase(model, optimizer, index, done, lr, seed, every):
-                save(output, state_file, model, optimizer, step, ious)
+            for step, reached in train_phase(model, optimizer, index, done, seed, every, workers):
+                save(output, state_file, model, optimizer, step, reached)
             done = last_step
 
 
@@ -298,10 +323,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from --state")
     at_least_1 = number(int, at_least=1)
     parser.add_argument("--every", type=at_least_1, default=500, help="steps between evaluations")
-    parser.add_argument("--lr", type=number(float, above=0), default=1e-3, help="its peak")
-    parser.add_argument(
-        "--weight-decay", type=number(float, at_least=0), default=0.05, help="of AdamW"
-    )
+    parser.add_argument("--workers", type=at_least_1, help="that draw images (default: the cores)")
     parser.add_argument("--seed", type=seed, default=42, help="of weights, images and prompts")
     return parser.parse_args(argv)
 
@@ -310,11 +332,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.evaluate:
         predictor, _ = load_predictor("mini", args.output, torch.device("cpu"))
-        evaluate(predictor, draw_held_out(args.seed, predictor.model.image_size))
+        evaluate(predictor, draw_held_out(args.seed, predictor.model.image_size, args.workers))
         return
-    pretrain(
-        args.output, args.state, args.resume, args.lr, args.weight_decay, args.seed, args.every
-    )
+    pretrain(args.output, args.state, args.resume, args.seed, args.every, args.workers)
     print(f"wrote {args.output}")
 
 

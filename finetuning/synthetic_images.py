@@ -109,17 +109,24 @@ def paint(canvas: np.ndarray, color: np.ndarray, alpha: np.ndarray) -> None:
     canvas += (color - canvas) * alpha[..., None]
 
 
-def draw_pretraining_image(
-    rng: np.random.Generator, size: int, hardness: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw blobs of any colour on a textured background.
+class Drawing(NamedTuple):
+    """An image to pretrain on.
+
+    image: SxSx3 uint8 RGB.
+    masks: NxSxS bool, the visible part of every blob; N is at least 1.
+    background: SxS bool, what is clear of all blobs, also of hidden ones; it may be empty.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    background: np.ndarray
+
+
+def draw_pretraining_image(rng: np.random.Generator, size: int, hardness: float) -> Drawing:
+    """Draw blobs of any colour on a textured background: a few, a large one, or a crowd.
 
     `hardness` (0 to 1) is the share of images with small blobs, and of those with folds, vessels
     and reflections; it also sets how many blobs have nearly the background's colour.
-
-    Returns:
-      image: SxSx3 uint8 RGB.
-      masks: NxSxS bool, the visible part of every blob; N is at least 1.
     """
     while True:
         background = rng.uniform(0.05, 0.95, 3)
@@ -127,21 +134,18 @@ def draw_pretraining_image(
             background = np.sort(background)[::-1].copy()
         contrast = rng.uniform(0.02, 0.2)
         canvas = background + contrast * _colored_texture(rng, size)
-        smallest = 0.05 if chance(rng, hardness) else 0.09
         is_cavity = hardness > 0 and chance(rng, hardness)
         if is_cavity:
             _paint_relief(rng, canvas)
-        blobs = [
-            _paint_random_blob(rng, canvas, background, smallest, hardness)
-            for _ in range(rng.integers(1, 6))
-        ]
+        blobs = _paint_blobs(rng, canvas, background, hardness)
         _paint_highlights(rng, canvas, np.stack([blob.mask for blob in blobs]).any(axis=0))
         if is_cavity:
             _paint_sparkle(rng, canvas)
         lit = _shade_image(rng, canvas)
         masks = _visible_masks(blobs, lit)
         if len(masks):
-            return _to_uint8(rng, canvas, rng.uniform(0, 0.04)), masks
+            near = np.stack([blob.alpha(0.04 * size) > 0 for blob in blobs]).any(axis=0)
+            return Drawing(_to_uint8(rng, canvas, rng.uniform(0, 0.04)), masks, ~near)
 
 
 def _colored_texture(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -153,33 +157,91 @@ def _colored_texture(rng: np.random.Generator, size: int) -> np.ndarray:
     return colored
 
 
-def _paint_random_blob(
-    rng: np.random.Generator,
-    canvas: np.ndarray,
-    background: np.ndarray,
-    smallest: float,
-    hardness: float,
-) -> Blob:
-    size = len(canvas)
-    radius = rng.uniform(smallest, 0.32 if chance(rng, 0.4) else 0.2)
-    center = rng.uniform(0.05, 0.95, 2)
-    elongation = rng.uniform(1, 2.2)
-    blob = draw_blob(rng, size, center, radius, elongation, wobble=rng.uniform(0, 0.45))
+class Look(NamedTuple):
+    """What the blobs of one kind have in common.
 
+    body: SxSx3, colour and texture; light: (X,Y), how much brighter towards there; dome: how much
+    brighter inside than at the rim; softness: the edge's width in pixels; shadow: 0 is none.
+    """
+
+    body: np.ndarray
+    light: np.ndarray
+    dome: float
+    softness: float
+    shadow: float
+
+
+def _draw_look(
+    rng: np.random.Generator, size: int, background: np.ndarray, hardness: float
+) -> Look:
     camouflaged = chance(rng, 0.15 + 0.5 * hardness)
     distance = (0.03, 0.15) if camouflaged else (0.25, 0.9)
     color = _color_apart(rng, background, *distance)
-    body = color + rng.uniform(0.01, 0.15) * _colored_texture(rng, size)
-    light = direction(rng)
-    lit = blob.slope[0] * light[0] + blob.slope[1] * light[1]
-    body += rng.uniform(0.05 if camouflaged else 0, 0.22) * lit[..., None]
-    dome = np.sqrt(np.clip(blob.height, 0, 1))[..., None] - 0.6  # a dark or a bright rim
-    body += rng.uniform(-0.12, 0.3) * dome
+    return Look(
+        body=color + rng.uniform(0.01, 0.15) * _colored_texture(rng, size),
+        light=direction(rng) * rng.uniform(0.05 if camouflaged else 0, 0.22),
+        dome=rng.uniform(-0.12, 0.3),
+        softness=rng.uniform(1, 1 + 0.02 * size),
+        shadow=rng.uniform(0.1, 0.5) if chance(rng, 0.4) else 0.0,
+    )
 
-    if chance(rng, 0.4):  # a shadow around it
-        paint(canvas, background * 0.3, rng.uniform(0.1, 0.5) * blob.alpha(0.15 * size))
-    paint(canvas, body, blob.alpha(rng.uniform(1, 1 + 0.02 * size)))
-    return blob
+
+def _paint_blob(canvas: np.ndarray, background: np.ndarray, blob: Blob, look: Look) -> None:
+    lit = blob.slope[0] * look.light[0] + blob.slope[1] * look.light[1]
+    dome = look.dome * (np.sqrt(np.clip(blob.height, 0, 1)) - 0.6)
+    if look.shadow:
+        paint(canvas, background * 0.3, look.shadow * blob.alpha(0.15 * len(canvas)))
+    paint(canvas, look.body + (lit + dome)[..., None], blob.alpha(look.softness))
+
+
+def _paint_blobs(
+    rng: np.random.Generator, canvas: np.ndarray, background: np.ndarray, hardness: float
+) -> list[Blob]:
+    """Paint a crowd of one kind, or else a large blob and some others, or only others."""
+    size = len(canvas)
+    if chance(rng, 0.2):
+        look = _draw_look(rng, size, background, hardness)
+        rim = rng.uniform(0.12, 0.4) * rng.choice((-1, 1))  # tells those apart that touch
+        look = look._replace(dome=rim, softness=min(look.softness, 1.5))
+        blobs = _draw_crowd(rng, size)
+        for blob in blobs:
+            shade = rng.uniform(-0.06, 0.06)
+            _paint_blob(canvas, background, blob, look._replace(body=look.body + shade))
+        return blobs
+
+    smallest = 0.05 if chance(rng, hardness) else 0.09
+    radii = [
+        rng.uniform(smallest, 0.32 if chance(rng, 0.4) else 0.2) for _ in range(rng.integers(1, 6))
+    ]
+    if chance(rng, 0.25):
+        radii = [rng.uniform(0.28, 0.45), *radii[: rng.integers(3)]]
+    blobs = []
+    for radius in radii:
+        reach = max(0.05, radius - 0.2)  # large ones are near the middle
+        center, elongation = rng.uniform(reach, 1 - reach, 2), rng.uniform(1, 2.2)
+        if radius > 0.32:  # and not long, or nothing would be beside them
+            elongation = np.sqrt(elongation)
+        blob = draw_blob(rng, size, center, radius, elongation, wobble=rng.uniform(0, 0.45))
+        _paint_blob(canvas, background, blob, _draw_look(rng, size, background, hardness))
+        blobs.append(blob)
+    return blobs
+
+
+def _draw_crowd(rng: np.random.Generator, size: int) -> list[Blob]:
+    """Draw up to 12 blobs of nearly one size, side by side, as cells lie; most of them touch."""
+    radius, spread = rng.uniform(0.05, 0.11), rng.uniform(1, 1.5)
+    elongation, wobble = rng.uniform(1, 1.6), rng.uniform(0, 0.3)
+    centers = rng.uniform(0.2, 0.8, (1, 2))
+    for _ in range(rng.integers(10, 60)):
+        center = rng.choice(centers) + 2 * radius * rng.uniform(0.9, spread) * direction(rng)
+        distances = np.sqrt(np.square(centers - center).sum(axis=1))
+        if distances.min() > 1.75 * radius and center.min() > 0.05 and center.max() < 0.95:
+            centers = np.vstack([centers, center])
+    sizes = radius * rng.uniform(0.85, 1.15, 12)
+    return [
+        draw_blob(rng, size, center, one, elongation, wobble)
+        for center, one in zip(centers, sizes, strict=False)
+    ]
 
 
 def _paint_relief(rng: np.random.Generator, canvas: np.ndarray) -> None:
@@ -221,14 +283,14 @@ def _color_apart(
 
 
 def _visible_masks(blobs: list[Blob], lit: np.ndarray) -> np.ndarray:
-    """Return, of blobs painted in this order, the NxSxS visible masks that are large enough."""
+    """Return, of blobs painted in this order, the NxSxS visible masks of a fit size."""
     masks = np.stack([blob.mask for blob in blobs])
     covered = ~lit
     kept = []
     for mask in masks[::-1]:
         visible = mask & ~covered
         covered |= mask
-        if visible.sum() > max(0.4 * mask.sum(), 0.004 * mask.size):
+        if max(0.4 * mask.sum(), 0.004 * mask.size) < visible.sum() < 0.9 * mask.size:
             kept.append(visible)
     return np.stack(kept) if kept else masks[:0]
 
