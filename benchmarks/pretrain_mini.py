@@ -59,11 +59,11 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase(image_size=128, hardness=0.0, pool=6000, steps=1500, batch_size=16),
-    Phase(image_size=128, hardness=0.5, pool=6000, steps=1700, batch_size=16),
-    Phase(image_size=256, hardness=0.7, pool=3000, steps=1100, batch_size=8),
+    Phase(image_size=128, hardness=0.0, pool=6000, steps=2400, batch_size=8),
+    Phase(image_size=128, hardness=0.5, pool=6000, steps=1800, batch_size=16),
+    Phase(image_size=256, hardness=0.7, pool=3000, steps=1000, batch_size=8),
 )
-PEAK_LR = 1e-3
+PEAK_LR = 5e-4
 WARMUP_STEPS = 200
 WEIGHT_DECAY = 0.05
 PROMPTS_PER_IMAGE = 6  # which cost little: most of the time is the encoder's
