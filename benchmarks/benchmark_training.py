@@ -27,6 +27,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,8 +226,9 @@ def peak_gigabytes(device: torch.device) -> float | None:
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a fresh process, whose memory and caches are nobody else's."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    # Unlike a Pool's, its process may start others, which load the batches
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def measure_all(bench: Bench, sizes: list[int], guide_images: int) -> list[dict[str, Any]]:

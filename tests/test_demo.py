@@ -20,7 +20,7 @@ from finetuning.image_files import read_image, read_mask
 from finetuning.models import load_predictor
 from finetuning.pairs import split_pairs
 from finetuning.prompts import make_prompt, prompt_from_mask
-from finetuning.segmentation import encode_images, segment
+from finetuning.segmentation import encode_images, predict_masks, segment
 from finetuning.synthetic_images import draw_pretraining_image
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
@@ -33,15 +33,15 @@ def mini():
 
 @pytest.fixture(scope="module")
 def drawings():
-    """Draw images as those of the pretraining, which it has not seen: image and masks."""
+    """Draw images as those of the pretraining, which it has not seen."""
     rngs = [np.random.default_rng([77, i]) for i in range(12)]
-    return [draw_pretraining_image(rng, 256, 0.0)[:2] for rng in rngs]
+    return [draw_pretraining_image(rng, 256, 0.0) for rng in rngs]
 
 
 def mean_iou(predictor, drawings, make) -> float:
     """Return the mean IoU over all objects, prompted by make(mask)."""
     ious = []
-    for image, masks in drawings:
+    for image, masks, _ in drawings:
         features = encode_images(predictor, [image])
         for mask in masks:
             predicted, _ = segment(predictor, features, make(mask), mask.shape)
@@ -54,16 +54,26 @@ def test_the_pretrained_model_is_small_and_segments_what_is_clicked(mini, drawin
     clicked = mean_iou(mini, drawings, lambda mask: prompt_from_mask(mask, "center"))
     beside = mean_iou(mini, drawings, lambda mask: prompt_from_mask(~mask, "center"))
     boxed = mean_iou(mini, drawings, lambda mask: prompt_from_mask(mask, "box"))
-    assert clicked > 0.7
+    assert clicked > 0.6  # of blobs that touch, in crowds of up to twelve
     assert beside < 0.3
-    assert boxed > clicked
+    assert boxed > 0.8
+
+
+def test_the_pretrained_model_knows_where_no_object_is(mini, drawings):
+    here, nowhere = [], []
+    for image, masks, background in drawings:
+        features = encode_images(mini, [image])
+        for area, found in ((masks[0], here), (background, nowhere)):
+            prompt = prompt_from_mask(area, "center")
+            prediction = predict_masks(mini, features, [prompt], [area.shape])
+            found.append(prediction.object_logits.item() > 0)
+    assert np.mean(here) > 0.8 > 0.2 > np.mean(nowhere)
 
 
 def test_a_right_click_scores_higher_than_a_wrong_one(mini, drawings):
     right, wrong = [], []
-    for image, masks in drawings:
+    for image, masks, background in drawings:
         features = encode_images(mini, [image])
-        background = ~masks.any(axis=0)
         for mask in masks:
             inside = prompt_from_mask(mask, "center")
             contradiction = make_prompt(
