@@ -23,6 +23,7 @@ COMPUTING := automatic clicks compare decoding encoder_training epoch_report exp
 setup: $(READY)
 
 $(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed; make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --requirement requirements.txt --requirement requirements-dev.txt
 	$(BIN)/python -c "open('$(READY)', 'w').close()"

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 
+if sys.version_info < (3, 11):  # noqa: UP036, or hashlib.file_digest is missed late
+    print("error: this is Python 3.10 or older; make a .venv with 3.11 or newer", file=sys.stderr)
+    sys.exit(2)
 # Operators that MPS lacks run on the CPU.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 # A file of a few bytes may claim any size: OpenCV refuses what has more pixels, by its header. It

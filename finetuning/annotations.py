@@ -26,7 +26,7 @@ from finetuning.annotation_formats import (
 from finetuning.command_line import quoted
 from finetuning.files import require_file
 from finetuning.outlines import PATH_LIMIT, Outline, draw_outline, refuse_size
-from finetuning.pairs import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
+from finetuning.pairs import IMAGE_SUFFIXES
 
 OTHER_CLASSES = "objects of other classes"
 NOT_ANNOTATIONS = {"classes.txt", "notes.json"}  # what Label Studio writes beside them
@@ -101,7 +101,7 @@ def read_annotations(
         raise UserError(f"no such folder: {shown}; name that of the images with --images")
     names = names | {name for entry in entries for name, _ in entry.objects}
     wanted = _wanted_classes(path, classes, names)
-    return _assemble(path, kind, entries, wanted, _ImageFinder(folder, IMAGE_SUFFIXES))
+    return _assemble(path, kind, entries, wanted, _ImageFinder(folder))
 
 
 def _annotation_files(path: Path) -> list[Path]:
@@ -183,14 +183,15 @@ def _first(names: Sequence[str], count: int) -> str:
 class _ImageFinder:
     """Finds image files below a folder, and never elsewhere, by the names that tools write."""
 
-    def __init__(self, folder: Path, suffixes: set[str]) -> None:
+    def __init__(self, folder: Path) -> None:
         """List the images below `folder`, by each tail of their path: b/a.jpg and a.jpg."""
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.by_tail: dict[str, list[str]] = {}
         for file in sorted(folder.rglob("*")):
             path = file.relative_to(folder)
-            if path.suffix.lower() not in suffixes or _is_hidden(path) or not file.is_file():
+            is_image = path.suffix.lower() in IMAGE_SUFFIXES
+            if not is_image or _is_hidden(path) or not file.is_file():
                 continue
             name = normal(path.as_posix())
             self.files[name] = file
@@ -271,10 +272,6 @@ def _refuse_twice(image: Path, sources: set[Path]) -> NoReturn:
 
 
 def _refuse_missing(missing: list[Entry], folder: Path) -> NoReturn:
-    unreadable = _ImageFinder(folder, UNREADABLE_SUFFIXES)
-    for image in filter(None, map(unreadable.find, missing)):
-        file = quoted(image, PATH_LIMIT)
-        raise UserError(f"{file} is in a format that cannot be read; save it as JPEG or PNG")
     names = _first([entry.file_name or entry.source.stem for entry in missing], 3)
     raise UserError(
         f"{names}: annotated, but no such image in {quoted(folder, PATH_LIMIT)}; "

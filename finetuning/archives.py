@@ -139,7 +139,11 @@ def describe_problem(member: zipfile.ZipInfo) -> str | None:
 
 
 def describe_path_problem(name: str) -> str | None:
-    """Say why a path in an archive is none of a file below its folder, or None where it is."""
+    """Say why a path in an archive is none of a file below its folder, or None where it is.
+
+    zipfile mends paths only where it extracts, as nothing here does; and in some versions
+    zipfile.Path never comes back from //a/b (CVE-2024-8088).
+    """
     plain = PurePosixPath(name.replace("\\", "/"))
     if plain.is_absolute() or ".." in plain.parts or re.match("[A-Za-z]:", name):
         return f"has a member outside its folder: {quoted(name)}; do not trust it"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import itertools
 import pickletools
@@ -28,11 +27,8 @@ MAX_OPCODES = 100_000  # to look for them in
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, as hexadecimal digits."""
     require_file(path)
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        for block in iter(functools.partial(file.read, 1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.pairs import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
+from finetuning.pairs import IMAGE_SUFFIXES
 
 # What folders are called, in lower case; of images and masks also without blanks and the like
 SPLITS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -161,11 +161,6 @@ def pair_levels(images: Folder, masks: Folder) -> list[Level]:
 
 
 def by_stem(folder: Folder) -> dict[str, Path]:
-    for path in folder.others:
-        if suffix_of(path) in UNREADABLE_SUFFIXES:
-            raise UserError(
-                f"{shown(path)} is in a format that cannot be read; save it as JPEG or PNG"
-            )
     files: dict[str, Path] = {}
     for path in folder.files:
         if (other := files.setdefault(stem_of(path), path)) is not path:

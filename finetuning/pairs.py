@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
+from finetuning.decoding import require_heic_reader
 from finetuning.files import LARGEST, lies_in, read_file, require_file
 
 DEMO_DATA, DEMO_OUTPUT = Path("data/demo"), Path("output/demo")
 IMAGE_SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
-    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 SPLITS = ("train", "val", "test")  # the last of a set that comes with one
 SPLIT_FILE = "split.json"  # in every data folder that download_dataset.py has filled
-UNREADABLE_SUFFIXES = {".heic", ".heif"}  # of phones; OpenCV does not read them
 
 
 class Pair(NamedTuple):
@@ -69,8 +69,6 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
         raise UserError(f"no such folder: {folder}; check the path")
     for path in folder.iterdir():
         name = PurePath(path.name)
-        if name.suffix.lower() in UNREADABLE_SUFFIXES:
-            raise UserError(f"{path} is in a format that cannot be read; save it as JPEG or PNG")
         is_folder = with_folders and path.is_dir()
         if path.name.startswith(".") or not (is_folder or name.suffix.lower() in IMAGE_SUFFIXES):
             continue
@@ -83,6 +81,8 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
             )
         if not is_folder:
             require_file(path, LARGEST)
+            if name.suffix.lower() in (".heic", ".heif"):
+                require_heic_reader(path)
         files[stem] = path
     return files
 

@@ -17,7 +17,7 @@ from finetuning.checkpoints import file_sha256
 from finetuning.coco_results import coco_files
 from finetuning.csv_files import read_table
 from finetuning.files import atomic_write, read_file, write_csv
-from finetuning.pairs import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
+from finetuning.pairs import IMAGE_SUFFIXES
 from finetuning.prompts import Prompt, mask_box, prompt_text
 from finetuning.result_files import Segmented, file_names, remove_others, write_files
 
@@ -41,11 +41,11 @@ def list_images(folder: Path) -> list[FolderImage]:
 
     Where two differ only in suffix or case, the names of their results keep the suffix.
     """
-    suffixes = IMAGE_SUFFIXES | UNREADABLE_SUFFIXES  # the latter fail, and are so named
     paths = sorted(
         path
         for path in folder.iterdir()
-        if not (path.name.startswith(".") or path.is_dir()) and path.suffix.lower() in suffixes
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not (path.name.startswith(".") or path.is_dir())
     )
     if not paths:
         raise UserError(f"no images in {folder}; expected files like name.jpg or name.png")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetuning import command_line, language
+from finetuning import command_line, decoding, language
 from finetuning.checkpoints import save_checkpoint
 from finetuning.image_files import write_image
 from finetuning.models import build_predictor
@@ -45,6 +45,13 @@ class Outcome(NamedTuple):
     status: int
     out: str
     err: str
+
+
+@pytest.fixture
+def without_heic(monkeypatch) -> None:
+    """Let HEIC photos be unreadable, as where pillow-heif is not installed."""
+    known = [name for name in decoding.FORMATS if name != "HEIF"]
+    monkeypatch.setattr(decoding, "FORMATS", known)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from finetuning import decoding
 from finetuning.decoding import decode, orientation, tiff_directories
 from finetuning.image_files import read_image, read_mask, read_values
 from finetuning.pairs import require_equal_sizes
@@ -72,7 +75,7 @@ def turned(image: np.ndarray, turn: int) -> np.ndarray:
 def saved(kind: str, image: np.ndarray, turn: int, **options: object) -> bytes:
     file, exif = io.BytesIO(), Image.Exif()
     exif[274] = turn
-    Image.fromarray(image).save(file, kind, exif=exif, **options)
+    Image.fromarray(image).save(file, kind, exif=exif.tobytes(), **options)
     return file.getvalue()
 
 
@@ -92,6 +95,8 @@ LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
 FORMATS = {**LOSSLESS, "JPEG": {"quality": 95}}
 if features.check("avif") and cv2.haveImageWriter("a.avif"):
     FORMATS["AVIF"] = {"quality": 95}
+if "HEIF" in decoding.FORMATS:
+    FORMATS["HEIF"] = {"quality": 95}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -99,9 +104,10 @@ if features.check("avif") and cv2.haveImageWriter("a.avif"):
 def test_image_and_mask_of_any_format_are_turned_upright_alike(tmp_path, kind, turn):
     content = saved(kind, colours(), turn, **FORMATS[kind])
     with Image.open(io.BytesIO(content)) as image:
-        assert orientation(content) == turn == image.getexif().get(274, 1)
+        stored = 1 if kind == "HEIF" else turn  # Pillow turns it
+        assert orientation(content) == stored == image.getexif().get(274, 1)
     tolerance = 0 if kind in LOSSLESS else 60
-    path = write(tmp_path / "image", content)
+    path = write(tmp_path / "그림", content)
     for read in (read_image(path), read_values(path)[0]):
         assert read.shape == turned(colours(), turn).shape
         difference = np.abs(read.astype(int) - turned(colours(), turn))
@@ -135,7 +141,7 @@ def damaged(content: bytes, old: bytes, new: bytes) -> bytes:
     return content.replace(old, new, 1)
 
 
-def test_a_broken_orientation_is_none_and_nothing_is_warned_of(tmp_path, recwarn, capfd):
+def test_a_broken_orientation_is_none_and_nothing_is_printed(tmp_path):
     jpeg = saved("JPEG", colours(), 6)
     entry = b"\x01\x12\x00\x03\x00\x00\x00\x01"
     broken = [
@@ -146,10 +152,37 @@ def test_a_broken_orientation_is_none_and_nothing_is_warned_of(tmp_path, recwarn
         damaged(jpeg, b"Exif\0\0MM", b"Exif\0\0XX"),
         damaged(jpeg, b"Exif\0\0MM\0*\0\0\0\x08", b"Exif\0\0MM\0*\xff\xff\xff\xff"),
     ]
-    for content in broken:
+    for number, content in enumerate(broken):
         assert orientation(content) == 1
-        assert read_image(write(tmp_path / "a.jpg", content)).shape == (32, 48, 3)
-    assert not recwarn.list and capfd.readouterr() == ("", "")
+        assert read_image(write(tmp_path / f"{number}.jpg", content)).shape == (32, 48, 3)
+    code = (
+        "from pathlib import Path; from finetuning.image_files import read_image; "
+        f"[read_image(path) for path in Path({str(tmp_path)!r}).iterdir()]"
+    )
+    root = Path(decoding.__file__).parents[1]
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, b"", b"")
+
+
+@pytest.mark.skipif("HEIF" not in FORMATS, reason="pillow-heif is not installed")
+def test_a_photo_that_is_too_large_is_not_decoded(tmp_path, monkeypatch):
+    content = saved("HEIF", colours(), 6)
+    with pytest.raises(UserError, match="damaged, cut off"):
+        read_image(write(tmp_path / "a.heic", content[: len(content) // 2]))
+    monkeypatch.setattr(decoding, "MAX_MEGAPIXELS", 0)
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded in spite of its size"))
+    with pytest.raises(UserError, match="has 32x48 pixels, more than 0 megapixels"):
+        read_image(write(tmp_path / "사진.heic", content))
+
+
+def test_what_opencv_cannot_read_pillow_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    for kind in {"GIF", "AVIF"} & {*ANIMATED}:
+        read = read_image(write(tmp_path / "a", saved(kind, colours(), 1))).astype(int)
+        assert np.mean(np.abs(read - colours()).max(axis=2) > 60) < 0.1
+        assert read_image(tmp_path / "a").flags.writeable  # or torch warns
+    with pytest.raises(UserError, match="not a readable image"):
+        read_image(write(tmp_path / "a", saved("PNG", colours(), 1)))
 
 
 def test_exif_behind_the_pixels_of_a_png_counts(tmp_path):
@@ -335,8 +368,7 @@ def jpeg_2000_in_cmyk() -> bytes:
         (tiff(DEEP.astype(np.float16)), "a TIFF of 16-bit float values, which OpenCV"),
         (tiff(DEEP, tags={339: 5}), "a TIFF of 16-bit complex values"),
         (tiff(colours(), tags={259: 50_000}), "a TIFF of compression 50000"),
-        (b"\0\0\0\x18ftypheic" + bytes(100), "a HEIC photo"),
-        (b"GIF89a", "a GIF image"),
+        (b"GIF89a", "damaged, cut off"),
         (b"\x93NUMPY\x01\0", "a NumPy array"),
         (bytes(128) + b"DICM", "a DICOM file"),
         (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
@@ -349,6 +381,12 @@ def test_a_file_that_cannot_be_read_is_named_for_what_it_is(tmp_path, content, s
     for read in (read_image, read_mask):
         with pytest.raises(UserError, match=rf"a\.tif is not a readable image \({says}.*; "):
             read(write(tmp_path / "a.tif", content))
+
+
+def test_how_to_read_a_photo_is_said(tmp_path, without_heic):
+    path = write(tmp_path / "a.jpg", b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(UserError, match=r"a\.jpg is HEIC; pip install pillow-heif, or save it as"):
+        read_image(path)
 
 
 def test_jpeg_2000_in_cmyk_is_named(tmp_path):

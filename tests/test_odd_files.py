@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -158,6 +159,13 @@ def test_the_largest_image_may_be_set(monkeypatch, text, megapixels):
     spec.loader.exec_module(anew)
     assert megapixels == anew.MAX_MEGAPIXELS
     assert os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] == str(megapixels * 10**6)
+
+
+def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(sam2_utils.__file__)
+    assert capsys.readouterr().err.startswith("error: this is Python 3.10 or older; make a .venv")
 
 
 def test_a_file_as_large_as_allowed_is_read(tmp_path):
