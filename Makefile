@@ -2,6 +2,7 @@
 # make demo          trains a small model on drawn images, compares it, segments one image
 # make test          sets up what is missing, then runs the tests
 # make test-oldest   the tests that compute, with the oldest allowed versions of what they use
+# make test-tools    our models in the tools that people use them in; not part of make test
 # make lint          checks style and formatting
 
 ifeq ($(OS),Windows_NT)
@@ -18,7 +19,10 @@ COMPUTING := automatic clicks compare decoding encoder_training epoch_report exp
   learning_rate metrics no_prompt objects pretended_device prompts_of_training repeats report sam2_utils \
   train training_parts validation window
 
-.PHONY: setup demo test test-oldest lint
+# A third one, for test-tools
+TOOLS ?= .venv-tools
+
+.PHONY: setup demo test test-oldest test-tools lint
 
 setup: $(READY)
 
@@ -48,6 +52,16 @@ $(OLDEST)/ready: requirements-oldest.txt requirements-dev.txt
 
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/$(notdir $(BIN))/python -m pytest $(COMPUTING:%=tests/test_%.py)
+
+# samexporter requires older versions of torch and OpenCV, and does without
+$(TOOLS)/ready: requirements.txt requirements-tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/$(notdir $(BIN))/python -m pip install --requirement requirements.txt --requirement requirements-tools.txt
+	$(TOOLS)/$(notdir $(BIN))/python -m pip install --no-deps "samexporter>=0.5"
+	$(TOOLS)/$(notdir $(BIN))/python -c "open('$(TOOLS)/ready', 'w').close()"
+
+test-tools: $(TOOLS)/ready
+	$(TOOLS)/$(notdir $(BIN))/python -m pytest -n 0 tests_tools
 
 lint: $(READY)
 	$(BIN)/python -m ruff check
