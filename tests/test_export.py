@@ -177,6 +177,29 @@ def test_a_file_that_is_there_stays_as_it_is(run_script, random_mini, name):
     assert snapshot(Path("theirs")) == before
 
 
+@pytest.mark.parametrize("reached", ["config.json", "preprocessor_config.json"])
+def test_an_export_that_was_stopped_is_done_by_the_same_command(
+    run_script, monkeypatch, random_mini, reached
+):
+    options = ("--to", "transformers", "--finetuned", random_mini)
+
+    def stop(path: Path, content: bytes) -> None:
+        write(path, content)
+        if path.name == reached:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        write = export._write
+        patch.setattr(export, "_write", stop)
+        assert run_script(export.main, *options).status == 130
+    assert Path("output/export", reached).exists()
+    outcome = run_script(export.main, *options)
+    assert outcome.status == 0, outcome.err
+    left = snapshot(Path("output/export"))
+    assert run_script(export.main, *options, "--output", "at once").status == 0
+    assert snapshot(Path("at once")) == left
+
+
 def test_an_output_that_is_a_file_ends_in_one_line(run_script, random_mini):
     Path("taken").write_text("", encoding="utf-8")
     outcome = run_script(
