@@ -120,6 +120,7 @@ def test_the_folder_holds_the_weights_and_what_size_of_images_they_are_for(run_s
     assert vision["backbone_config"]["blocks_per_stage"] == [1, 2, 7, 2]
     assert vision["backbone_config"]["num_attention_heads_per_stage"] == [1, 2, 4, 8]
     assert processor["size"] == {"height": 512, "width": 512}
+    assert processor["mask_size"] == {"height": 128, "width": 128}  # of masks given as prompts
     expected = transformers_weights(load_predictor(None, random_tiny, CPU)[0].model.state_dict())
     weights = load_file(folder / "model.safetensors")
     assert weights.keys() == expected.keys()
