@@ -27,6 +27,7 @@ from finetuning.pairs import (
     IMAGE_SUFFIXES,
     SPLIT_FILE,
     SPLITS,
+    facts_text,
     find_pairs,
     read_facts,
     split_pairs,
@@ -62,7 +63,7 @@ def new_dataset(data: Path, facts: dict[str, Any]) -> Iterator[Path]:
             draw_overview(new / OVERVIEW_FILE, pairs)
             if not (new / COPIES_FILE).exists():
                 write_copies(new / COPIES_FILE, [], [])
-            (new / SPLIT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            (new / SPLIT_FILE).write_text(facts_text(facts), encoding="utf-8")
             for name in (SPLIT_FILE, *MOVED):
                 if (data / name).exists():
                     (data / name).replace(old / name)
@@ -84,7 +85,8 @@ def is_ours(folder: Path) -> bool:
     mark = folder / BEGUN_FILE
     if not mark.is_file():  # killed before it was written, unless there are files already
         return not any(path.is_file() for path in folder.rglob("*"))
-    return mark.read_bytes() == mark_of(folder).encode()
+    expected = mark_of(folder).encode()
+    return mark.stat().st_size == len(expected) and mark.read_bytes() == expected
 
 
 def settle(folder: Path) -> None:

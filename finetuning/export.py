@@ -151,14 +151,18 @@ def export_ultralytics(
 
 def export_transformers(output: Path, model: SAM2Base) -> list[str]:
     """Write the folder that Sam2Model.from_pretrained takes; return the Python that loads it."""
-    _require_new(*(output / name for name in (WEIGHTS, CONFIG, PROCESSOR)))
     configs = {CONFIG: transformers_config(model), PROCESSOR: processor_config(model.image_size)}
-    with atomic_write(output / WEIGHTS) as temporary:
-        # save_file would raise no OSError on a full disk
-        temporary.write_bytes(save(transformers_weights(model.state_dict()), {"format": "pt"}))
-    for name, config in configs.items():
-        with atomic_write(output / name) as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    contents = {
+        name: (json.dumps(config, indent=2) + "\n").encode() for name, config in configs.items()
+    }
+    _require_new(output / WEIGHTS)
+    for name, content in contents.items():
+        _require_new(output / name, content)
+    for name, content in contents.items():
+        _write(output / name, content)
+    weights = transformers_weights(model.state_dict())
+    # Last, so that all is there where they are; save_file would raise no OSError on a full disk
+    _write(output / WEIGHTS, save(weights, {"format": "pt"}))
     tell(f"wrote {', '.join((WEIGHTS, *configs))} to {output}")
     return [
         "from transformers import Sam2Model, Sam2Processor",
@@ -167,10 +171,16 @@ def export_transformers(output: Path, model: SAM2Base) -> list[str]:
     ]
 
 
-def _require_new(*paths: Path) -> None:
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path} exists already; remove it, or give another --output")
+def _require_new(path: Path, content: bytes = b"") -> None:
+    """Raise UserError where a file is there already, unless a stopped export has written it so."""
+    is_same = path.is_file() and path.stat().st_size == len(content) > 0
+    if path.exists() and not (is_same and path.read_bytes() == content):
+        raise UserError(f"{path} exists already; remove it, or give another --output")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -41,7 +41,10 @@ class FeatureSource(NamedTuple):
         if is_cached:
             return self.cache.read([image]).to(device, torch.float32)
         with autocast(device, self.precision):
-            return encode_images(self.predictor, [pixels]).to(device, torch.float32)
+            features = encode_images(self.predictor, [pixels])
+        if self.cache is not None:  # of which the same numbers come, whether it has these or not
+            features = features.to(device, torch.float16)
+        return features.to(device, torch.float32)
 
 
 def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:

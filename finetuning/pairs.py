@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import unicodedata
 from pathlib import Path, PurePath
@@ -19,6 +20,7 @@ IMAGE_SUFFIXES = {
 }  # fmt: skip
 SPLITS = ("train", "val", "test")  # the last of a set that comes with one
 SPLIT_FILE = "split.json"  # in every data folder that download_dataset.py has filled
+DIGEST = "sha256"  # in that file, of all else in it
 
 
 class Pair(NamedTuple):
@@ -122,8 +124,20 @@ def keep_out(data: Path, output: Path, cache: Path | None = None) -> None:
         raise UserError(f"--output {output} is in --cache {cache}, which may be deleted; part them")
 
 
+def facts_text(facts: dict[str, Any]) -> str:
+    """Return what a data folder's split.json is to hold, for read_facts."""
+    return json.dumps({**facts, DIGEST: _digest(facts)}, indent=1)
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def read_facts(data: Path) -> dict[str, Any]:
-    """Return what a data folder's split.json says of it; nothing where it has none."""
+    """Return what a data folder's split.json says of it; nothing where it has none.
+
+    Raises UserError where it is damaged; one of an earlier version has no digest to tell by.
+    """
     path = data / SPLIT_FILE
     if not path.is_file():
         return {}
@@ -131,13 +145,16 @@ def read_facts(data: Path) -> dict[str, Any]:
         facts = json.loads(read_file(path))
     except (ValueError, RecursionError):
         facts = None
-    if not isinstance(facts, dict):
+    if not isinstance(facts, dict) or facts.pop(DIGEST, None) not in (None, _digest(facts)):
         raise _damaged(path)
     return facts
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged; fill the folder anew with download_dataset.py --force")
+    return UserError(
+        f"{path} is damaged, or was edited; put the right one back, or fill the folder anew with "
+        "download_dataset.py --force"
+    )
 
 
 def require_equal_sizes(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +14,7 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.command_line import number, quoted
-from finetuning.csv_files import read_table
-from finetuning.files import write_csv
+from finetuning.csv_files import read_with_digest, write_with_digest
 from finetuning.pairs import Pair
 from finetuning.recipe import Recipe
 from finetuning.run_state import FINAL_FILE, MODELS, STATE_FILE, Log, best_of
@@ -25,6 +22,7 @@ from finetuning.splitting import make_folds
 
 RUNS_FILE, FOLDS_FILE = "runs.csv", "folds.csv"
 MAX_RUNS = 10_000  # more are no runs
+FOLD_COLUMNS = ("fold", "image")
 RUN_COLUMNS = ("run", "seed", "best_val_iou", "last_val_iou")
 
 
@@ -137,8 +135,7 @@ def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pa
     if not file.is_file():
         raise UserError(f"no {file}; run: python train_sam2_proper.py --folds 5")
     by_key, folds = keyed(pairs), {}
-    for row in read_table(file, ("fold", "image")):
-        image, fold = row.get("image", ""), row.get("fold", "")
+    for fold, image in read_with_digest(file, FOLD_COLUMNS):
         if image not in by_key or not fold.isdecimal():
             raise UserError(f"{file} has {quoted(image)}, which is not in this --data; train anew")
         model = fold_folder(output, int(fold)) / FINAL_FILE
@@ -163,26 +160,24 @@ def conclude_repeats(
             for number, training in enumerate(trainings, 1)
             for pair in training.pairs["val"]
         ]
-        write_csv(output / FOLDS_FILE, ("fold", "image"), rows)
+        write_with_digest(output / FOLDS_FILE, FOLD_COLUMNS, rows)
         before = spread([log[0]["val_iou"] for log in logs])
         return f"{folds} folds: val IoU {before} before training, {last} after the last epoch"
     rows = [
         (number, training.recipe.seed, best_of(log)["val_iou"], log[-1]["val_iou"])
         for number, (training, log) in enumerate(zip(trainings, logs, strict=True), 1)
     ]
-    write_csv(output / RUNS_FILE, RUN_COLUMNS, rows)
+    write_with_digest(output / RUNS_FILE, RUN_COLUMNS, rows)
     return f"{len(logs)} runs: val IoU {best} at best, {last} after the last epoch"
 
 
 def read_runs(path: Path) -> np.ndarray:
-    """Return the best and the last val IoU of R >= 2 runs, Rx2; raise ValueError for else."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(itertools.islice(csv.DictReader(file), MAX_RUNS + 1))
-    if not all(
-        set(RUN_COLUMNS) <= row.keys() and None not in (*row, *row.values()) for row in rows
-    ):  # None: there are more cells, or fewer
-        raise ValueError("other columns")
-    ious = np.array([[float(row[name]) for name in RUN_COLUMNS[2:]] for row in rows])
+    """Return the best and the last val IoU of R >= 2 runs, Rx2.
+
+    Raises ValueError, or UserError, for anything else.
+    """
+    rows = read_with_digest(path, RUN_COLUMNS)
+    ious = np.array([[float(iou) for iou in row[2:]] for row in rows])
     if not 2 <= len(ious) <= MAX_RUNS or not ((ious >= 0) & (ious <= 1)).all():  # nor NaN
         raise ValueError("no IoUs")
     return ious

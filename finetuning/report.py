@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
+
+from sam2_utils import UserError
 
 import numpy as np
 
@@ -220,7 +221,7 @@ def runs_sentence(path: Path, say: Language = ENGLISH) -> str:
     """
     try:
         ious = read_runs(path)
-    except (OSError, ValueError, csv.Error):
+    except (OSError, ValueError, UserError):
         return say(
             "warning: {path} is not what train_sam2_proper.py --runs writes; it is left out",
             path=quoted(path),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ FREE_SETTINGS = (
     "epochs", "checkpoint", "checkpoint_sha256", "data", "data_hash", "cache", "value_range",
 )  # fmt: skip
 
+LARGEST = 1e300  # of a number in a log; whole ones may be beyond all floats
 
 Log = list[dict[str, float]]  # a row an epoch; epoch 0 is the original, with its val metrics only
 
@@ -87,7 +87,7 @@ def are_settings(values: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < LARGEST  # nor NaN
 
 
 def _not_a_state(path: Path) -> str:

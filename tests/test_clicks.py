@@ -12,7 +12,7 @@ import torch
 from conftest import CPU, draw_pair, write_data
 
 from compare_models import main
-from finetuning import clicks, compared_models
+from finetuning import clicks, compared_models, segmentation
 from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import (
     clicks_table,
@@ -27,8 +27,8 @@ from finetuning.image_files import read_image
 from finetuning.models import load_predictor
 from finetuning.objects import Objects
 from finetuning.pairs import Pair
-from finetuning.prompts import corrective_click
-from finetuning.segmentation import encode_images
+from finetuning.prompts import corrective_click, make_prompt
+from finetuning.segmentation import Prediction, encode_images
 
 FOLDER = Path("output/comparison")
 
@@ -116,6 +116,20 @@ def test_the_clicks_give_what_sam2s_own_predict_gives(random_mini, use_mask_prom
         ious.append(calculate_iou(mask, true_mask))
     assert simulated == pytest.approx(ious, abs=1e-3)
     assert len(set(simulated)) > 1  # else the clicks would have made no difference
+
+
+def test_the_mask_that_is_given_with_the_next_click_is_clamped_as_sam2_does_it(
+    random_mini, monkeypatch
+):
+    predictor, _ = load_predictor("mini", random_mini, CPU)
+    logits = torch.linspace(-99, 99, 4 * 64 * 64).reshape(1, 4, 64, 64)
+    logits[:, 2] = 99 * logits[:, 2].sin()
+    answer = Prediction(logits, torch.tensor([[0.5, 0.1, 0.4, 0.2]]), torch.zeros(1, 1))
+    monkeypatch.setattr(segmentation, "predict_masks", lambda *_, **__: answer)
+    prompt = make_prompt([(1, 1)])
+    mask, score, given = segmentation.segment_with_logits(predictor, None, prompt, (64, 64))
+    assert torch.equal(given, logits[:, 2:3].clamp(-32, 32)) and (given.abs() == 32).any()
+    assert np.array_equal(mask, logits[0, 2] > 0) and score == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("use_mask_prompt", [True, False])

@@ -121,6 +121,20 @@ def test_a_damaged_model_is_not_compared(run_script, trained, tmp_path, random_m
     assert outcome.status == 2 and "damaged" in outcome.err
 
 
+def test_without_its_features_a_model_is_compared_with_the_same_numbers(
+    run_script, trained, tmp_path, random_mini
+):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    shutil.copytree(trained / "output", tmp_path / "output")
+    found = []
+    for _ in range(2):
+        outcome = run_script(compare_models.main, "--original", random_mini, "--figures", 0)
+        assert outcome.status == 0, outcome.err
+        found.append(Path("output/comparison/results.csv").read_bytes())
+        shutil.rmtree("output/cache", ignore_errors=True)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "crafted",
     [
@@ -154,6 +168,7 @@ def test_settings_that_somebody_made_up_end_in_no_traceback(
         {"log": [{"epoch": 1, "val_iou": 0.5}]},
         {"log": [{"epoch": 0, "val_iou": "high"}]},
         {"log": [{"epoch": 0, "val_iou": float("nan")}]},
+        {"log": [{"epoch": 0, "val_iou": 10**400}]},
         {"log": [0.5]},
         {"original_iou": [0.5]},
         {"optimizer": None},

@@ -120,6 +120,7 @@ def test_the_folder_holds_the_weights_and_what_size_of_images_they_are_for(run_s
     assert vision["backbone_config"]["blocks_per_stage"] == [1, 2, 7, 2]
     assert vision["backbone_config"]["num_attention_heads_per_stage"] == [1, 2, 4, 8]
     assert processor["size"] == {"height": 512, "width": 512}
+    assert processor["mask_size"] == {"height": 128, "width": 128}  # of masks given as prompts
     expected = transformers_weights(load_predictor(None, random_tiny, CPU)[0].model.state_dict())
     weights = load_file(folder / "model.safetensors")
     assert weights.keys() == expected.keys()
@@ -175,6 +176,29 @@ def test_a_file_that_is_there_stays_as_it_is(run_script, random_mini, name):
     )
     assert outcome.status == 2 and f"{name} exists already" in outcome.err
     assert snapshot(Path("theirs")) == before
+
+
+@pytest.mark.parametrize("reached", ["config.json", "preprocessor_config.json"])
+def test_an_export_that_was_stopped_is_done_by_the_same_command(
+    run_script, monkeypatch, random_mini, reached
+):
+    options = ("--to", "transformers", "--finetuned", random_mini)
+
+    def stop(path: Path, content: bytes) -> None:
+        write(path, content)
+        if path.name == reached:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        write = export._write
+        patch.setattr(export, "_write", stop)
+        assert run_script(export.main, *options).status == 130
+    assert Path("output/export", reached).exists()
+    outcome = run_script(export.main, *options)
+    assert outcome.status == 0, outcome.err
+    left = snapshot(Path("output/export"))
+    assert run_script(export.main, *options, "--output", "at once").status == 0
+    assert snapshot(Path("at once")) == left
 
 
 def test_an_output_that_is_a_file_ends_in_one_line(run_script, random_mini):

@@ -110,9 +110,11 @@ def test_of_epochs_that_are_equally_good_the_earliest_is_the_best():
 
 
 def test_the_best_model_is_replaced_by_a_better_one_only(tmp_path, monkeypatch):
-    saved = []
+    saved, to_go_on_from = [], []
     monkeypatch.setattr(run_state, "save_model", lambda path, _, row, __: saved.append((path, row)))
-    monkeypatch.setattr(run_state, "save_state", lambda *_: None)
+    monkeypatch.setattr(
+        run_state, "save_state", lambda _, __, log, ___: to_go_on_from.append(log[-1]["epoch"])
+    )
     monkeypatch.setattr(run_state, "write_log", lambda *_: None)
     log = [{"epoch": 0, "val_iou": 0.5}]
     for epoch, iou in enumerate((0.5, 0.6, 0.6, 0.4, 0.7), start=1):
@@ -122,6 +124,7 @@ def test_the_best_model_is_replaced_by_a_better_one_only(tmp_path, monkeypatch):
         ("sam2_best.pt", 2),
         ("sam2_best.pt", 5),
     ]
+    assert to_go_on_from == [1, 2, 3, 4, 5]
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_does_not_keep_a_worse_best(

@@ -1,10 +1,13 @@
 """An image with several objects: each is an example of its own, and the image is encoded once."""
 
+import contextlib
 import csv
 import json
 import re
 from collections import Counter
 from pathlib import Path
+
+from sam2_utils import UserError
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from finetuning.filling import write_objects
 from finetuning.image_files import read_image, write_image
 from finetuning.models import load_predictor
 from finetuning.objects import count_objects, limit_objects, read_objects
-from finetuning.pairs import Pair, split_pairs
+from finetuning.pairs import Pair, facts_text, read_facts, split_pairs
 from finetuning.segmentation import encode_images, predict_masks
 
 SIZE = (96, 128)
@@ -98,6 +101,21 @@ def test_what_split_json_says_decides_how_masks_are_read(tmp_path):
     (data / "split.json").write_text("[1, 2", encoding="utf-8")
     with pytest.raises(Exception, match="is damaged"):
         split_pairs(data, "train")
+
+
+def test_split_json_is_refused_whatever_character_of_it_has_changed(tmp_path):
+    data = write_disks(tmp_path / "data", {"train": [1]})
+    facts = {"source": "demo", "groups": {"train": {"disks_0": "patient 7"}}, "val_fraction": 0.2}
+    text = facts_text(facts)
+    (data / "split.json").write_text(text, encoding="utf-8")
+    assert read_facts(data) == facts
+    for place, character in enumerate(text):
+        for damaged in (chr(ord(character) ^ 1), chr(ord(character) ^ 16), ""):
+            changed = text[:place] + damaged + text[place + 1 :]
+            (data / "split.json").write_text(changed, encoding="utf-8")
+            with contextlib.suppress(UserError):
+                found = read_facts(data)
+                assert {name: found.get(name) for name in facts} == facts, changed
 
 
 def test_an_epoch_has_so_many_objects_of_an_image_and_all_have_their_turn():

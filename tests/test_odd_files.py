@@ -26,6 +26,7 @@ from finetuning.files import LARGEST, lies_in, read_file, require_file
 from finetuning.image_files import read_image, read_mask
 from finetuning.layouts import read_folder
 from finetuning.pairs import files_by_stem
+from finetuning.repeats import read_runs
 from finetuning.results import list_images
 
 TRAIN, COMPARE = train_sam2_proper.main, compare_models.main
@@ -38,6 +39,7 @@ READERS = {
     "archive": lambda path: open_archive(path).__enter__(),
     "table": lambda path: list(read_table(path, ("image",))),
     "annotations": read_annotations,
+    "runs": read_runs,
     "file of a data folder": lambda path: files_by_stem(path.parent),
 }
 

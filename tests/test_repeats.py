@@ -4,12 +4,15 @@ import csv
 import re
 from pathlib import Path
 
+from sam2_utils import UserError
+
 import pytest
 import torch
 from conftest import snapshot, write_data
 
 import train_sam2_proper
 from finetuning.checkpoints import load_checkpoint
+from finetuning.csv_files import read_with_digest, write_with_digest
 from finetuning.pairs import split_pairs
 from finetuning.recipe import Recipe
 from finetuning.repeats import plan_trainings
@@ -127,3 +130,23 @@ def test_a_model_that_a_run_would_overwrite_is_no_start(train):
     outcome = train("--epochs", 1, "--runs", 2, "--checkpoint", "output/run_2/sam2_best.pt")
     assert outcome.status == 2 and "would be overwritten" in outcome.err
     assert snapshot(Path("output")) == before
+
+
+def test_a_table_that_is_read_again_is_noticed_to_be_damaged_wherever_it_is(tmp_path):
+    table, columns = tmp_path / "folds.csv", ("fold", "image")
+    rows = [["1", "train/가, 나"], ["2", "val/\udcff"]]  # the last one is no UTF-8
+    write_with_digest(table, columns, rows)
+    readable = [rows[0], ["2", "val/\\udcff"]]
+    assert read_with_digest(table, columns) == readable
+    content = table.read_bytes()
+    for place in range(len(content)):
+        bits = [content[:place] + bytes([content[place] ^ 1 << bit]) for bit in range(8)]
+        damaged = [part + content[place + 1 :] for part in bits]
+        for each in (content[:place], *damaged):
+            table.write_bytes(each)
+            try:
+                assert read_with_digest(table, columns) == readable, each
+            except UserError as error:
+                assert "is damaged" in str(error)
+    table.write_text("fold,image\n1,val/a\n", encoding="utf-8-sig")  # of an earlier version
+    assert read_with_digest(table, columns) == [["1", "val/a"]]

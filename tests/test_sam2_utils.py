@@ -235,6 +235,11 @@ def test_the_next_click_goes_deepest_into_what_is_missing_or_too_much():
     assert corrective_click(at_the_border, true_mask) == (59, 0, 0)
     assert corrective_click(np.zeros_like(true_mask), true_mask) == (20, 20, 1)
     assert corrective_click(true_mask, true_mask) is None
+    with_more = true_mask.copy()
+    with_more[30, :] = True  # 60 pixels or so are missing, but they are nowhere deep
+    too_much = true_mask.copy()
+    too_much[2:7, 50:55] = True
+    assert corrective_click(too_much, with_more) == (52, 4, 0)
 
 
 def test_a_prompt_lists_the_box_first_then_foreground_then_background():
