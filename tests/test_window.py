@@ -128,6 +128,7 @@ def assert_shown(person: Person, one: WindowObject, number: int = 0, beside=Fals
     """The screen has the object's mask, where nothing else is drawn (beside: other masks)."""
     assert f"score {one.score:.3f}, area {one.mask.sum()} pixels" in person.title
     covered = (beside | np.zeros_like(one.mask)).astype(np.uint8)
+    covered = cv2.dilate(covered, np.ones((3, 3)))  # with its outline
     for point in one.prompt.point_coords.astype(int).tolist():
         cv2.circle(covered, point, 3, 1, -1)
     corners = one.prompt.point_coords[one.prompt.point_labels >= 2].astype(int).tolist()
