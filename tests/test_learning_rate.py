@@ -30,8 +30,9 @@ def train(run_script, tmp_path, random_mini):
     write_data(tmp_path / "data", train=8, val=2)
 
     def run(*options):
-        machine = ("--model", "mini", "--checkpoint", random_mini, "--precision", "float32")
-        return run_script(main, *machine, *options)
+        model = ("--model", "mini", "--checkpoint", random_mini)
+        machine = ("--precision", "float32", "--device", "cpu")  # the same runs, the same bits
+        return run_script(main, *model, *machine, *options)
 
     return run
 

@@ -162,17 +162,8 @@ def test_an_mps_that_computes_wrongly_is_left_for_the_cpu_unless_insisted_on(
     run_script, random_mini, data, monkeypatch, insists
 ):
     monkeypatch.setattr(device_check, "encode_images", wrong_features)
-    options = (
-        "--model",
-        "mini",
-        "--checkpoint",
-        random_mini,
-        "--epochs",
-        1,
-        "--precision",
-        "float32",
-    )
-    device = ("--device", "mps") if insists else ()
+    options = ("--model", "mini", "--checkpoint", random_mini, "--epochs", 1)
+    machine = ("--precision", "float32", *(("--device", "mps") if insists else ()))
     image = data / "images/val/pair_002.jpg"
     with pretend("mps"):
         for main, *more in (
@@ -180,7 +171,7 @@ def test_an_mps_that_computes_wrongly_is_left_for_the_cpu_unless_insisted_on(
             (compare_models.main, "--figures", 0),
             (test_my_image.main, "--image", image, "--point", "60,40"),
         ):
-            outcome = run_script(main, *more, *device)
+            outcome = run_script(main, *more, *machine)
             assert outcome.status == 0, outcome.err
             assert "MPS computes SAM 2 wrongly" in outcome.out and "features by 100%" in outcome.out
             assert ("as --device mps asks" in outcome.out) == insists

@@ -75,7 +75,7 @@ def test_a_resumed_pretraining_ends_in_the_same_weights(run_script, tmp_path, mo
 
     def pretrained(name: str, *options: str) -> tuple[int, dict[str, torch.Tensor]]:
         files = ("--output", tmp_path / f"{name}.pt", "--state", tmp_path / f"{name}_state.pt")
-        shared = ("--every", 1, "--workers", 1)
+        shared = ("--every", 1, "--workers", 1, "--device", "cpu")
         status = run_script(pretrain_mini.main, *files, *shared, *options).status
         return status, torch.load(files[1], weights_only=True)["model"]
 

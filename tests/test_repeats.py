@@ -23,7 +23,10 @@ from train_sam2_proper import main
 def train(run_script, tmp_path, random_mini):
     """Train on four and three drawn pairs."""
     write_data(tmp_path / "data", train=4, val=3)
-    options = ("--model", "mini", "--checkpoint", random_mini, "--lr", 1e-3, "--prompts", "inner")
+    options = (
+        "--model", "mini", "--checkpoint", random_mini, "--lr", 1e-3, "--prompts", "inner",
+        "--device", "cpu",  # where the same runs end in the same bits
+    )  # fmt: skip
     return lambda *more: run_script(main, *options, *more)
 
 
