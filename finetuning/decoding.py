@@ -72,7 +72,7 @@ def decode(path: Path, content: bytes, color: bool = False) -> np.ndarray:
         raise _too_large(path, f"{image.width}x{image.height} pixels, ")
     if (count := len(pages) or _count_frames(image)) > 1:
         raise UserError(f"{path} holds {count} pages; save the one that you want as its own file")
-    turn = orientation(content)
+    turn = _orientation(content, pages, image)
     if pages:
         _require_known_channels(path, pages[0])
         content = with_one_upright_page(content, pages[0])
@@ -97,7 +97,11 @@ def orientation(content: bytes) -> int:
 
     It names how to turn the stored pixels upright: 3 by a half, 6 by a quarter clockwise.
     """
-    directories = tiff_pages(content) or tiff_directories(_exif(content))
+    return _orientation(content, tiff_pages(content), _open(content))
+
+
+def _orientation(content: bytes, pages: list[Directory], image: Image.Image | None) -> int:
+    directories = pages or tiff_directories(_exif(content, image))
     value = directories[0].first(ORIENTATION) if directories else 1
     return value if value in range(1, 9) else 1
 
@@ -121,10 +125,11 @@ def _open(content: bytes) -> Image.Image | None:
     return None
 
 
-def _exif(content: bytes) -> bytes:
-    if not (image := _open(content)):
+def _exif(content: bytes, image: Image.Image | None) -> bytes:
+    if not image:
         return b""
-    if "exif" not in image.info and b"eXIf" in content:  # a PNG's, behind the pixels
+    if image.format == "PNG" and "exif" not in image.info and b"eXIf" in content:
+        # Behind the pixels
         with contextlib.suppress(Exception):
             image.load()
     return (image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
