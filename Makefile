@@ -53,11 +53,11 @@ $(OLDEST)/ready: requirements-oldest.txt requirements-dev.txt
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/$(notdir $(BIN))/python -m pytest $(COMPUTING:%=tests/test_%.py)
 
-# samexporter requires older versions of torch and OpenCV, and does without
+# Without what they require: samexporter older versions of torch and OpenCV, ISAT a window's
 $(TOOLS)/ready: requirements.txt requirements-tools.txt
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/$(notdir $(BIN))/python -m pip install --requirement requirements.txt --requirement requirements-tools.txt
-	$(TOOLS)/$(notdir $(BIN))/python -m pip install --no-deps "samexporter>=0.5"
+	$(TOOLS)/$(notdir $(BIN))/python -m pip install --no-deps "samexporter>=0.5" "isat-sam>=1.5.2"
 	$(TOOLS)/$(notdir $(BIN))/python -c "open('$(TOOLS)/ready', 'w').close()"
 
 test-tools: $(TOOLS)/ready

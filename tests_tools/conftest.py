@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -112,6 +114,27 @@ def tiny(tmp_path_factory) -> Trained:
     return Trained(original, finetuned, samples)
 
 
+@pytest.fixture(scope="session")
+def exported(tiny, tmp_path_factory) -> dict[Path, tuple[str, str]]:
+    """Return samexporter's ONNX encoder and decoder of each of tiny's checkpoints."""
+    folder, files = tmp_path_factory.mktemp("onnx"), {}
+    for path in (tiny.original, tiny.finetuned):
+        encoder, decoder = files[path] = tuple(
+            str(folder / f"{path.stem}.{part}.onnx") for part in ("encoder", "decoder")
+        )
+        command = [sys.executable, "-m", "samexporter.export_sam2", "--checkpoint", path]
+        options = ("--output_encoder", encoder, "--output_decoder", decoder)
+        subprocess.run([*command, *options, "--model_type", "sam2.1_hiera_tiny"], check=True)
+    return files
+
+
+def mark(place: tuple[float, ...]) -> dict[str, object]:
+    """Return a point or a box as the tools take it that run these files."""
+    if len(place) == 2:
+        return {"type": "point", "data": list(place), "label": 1}
+    return {"type": "rectangle", "data": list(place)}
+
+
 def draw_polyps(count: int, seed: list[int]) -> Sample:
     """Draw the demo's polyps side by side, each on 256x256 pixels."""
     rng = np.random.default_rng(seed)
@@ -183,24 +206,33 @@ def compare(
     open_tool: Callable[[Path], Segment],
     prompts: tuple[str, ...] = PROMPTS,
     at_least: float = SAME,
+    ours: Segment | None = None,
 ) -> None:
     """Assert that a tool gives our masks, and that in it the fine-tuned model is the better one.
 
     tool: its package, and which part of it. kind: the mask that it takes, best or single.
     at_least: the IoU with ours of resized images, where the tool resizes them in another way.
+    ours: how the fine-tuned model segments here, where that is more than one answer of that kind.
     """
-    ours = segment_all(own_masks(trained.finetuned, kind), trained.samples, prompts)
+    own_segment = ours or own_masks(trained.finetuned, kind)
+    own = segment_all(own_segment, trained.samples, prompts)
     original = segment_all(open_tool(trained.original), trained.samples, prompts)
     finetuned = segment_all(open_tool(trained.finetuned), trained.samples, prompts)
     failures = []
-    for (size, prompt), own in ours.items():
+    for (size, prompt), own_of_size in own.items():
         masks, masks_before = finetuned[size, prompt], original[size, prompt]
         true = [mask for sample in trained.samples[size] for mask in sample.masks]
         row = add_row(
-            tool, kind, prompt, size, ious(masks, own), ious(masks_before, true), ious(masks, true)
+            tool,
+            kind,
+            prompt,
+            size,
+            ious(masks, own_of_size),
+            ious(masks_before, true),
+            ious(masks, true),
         )
         enough = at_least if size == "resized" else SAME
-        told_apart = np.mean(ious(masks_before, own)) < enough
+        told_apart = np.mean(ious(masks_before, own_of_size)) < enough
         if not (row.ours >= enough and told_apart and row.finetuned > row.original):
             failures.append(str(row))
     assert not failures, "\n".join(failures)
