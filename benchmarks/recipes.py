@@ -41,7 +41,7 @@ from finetuning.command_line import ArgumentParser, add_device_option, number, r
 from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import FeatureSource, open_cache
-from finetuning.files import atomic_write, write_csv
+from finetuning.files import as_it_was, atomic_write, write_csv
 from finetuning.learner import make_learner
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
 from finetuning.objects import count_objects
@@ -210,7 +210,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         table = csv.DictReader(file)
         if tuple(table.fieldnames or ()) != RUN_COLUMNS:
             raise UserError(f"{path} has other columns than today's; use another --output")
-        return list(table)
+        return [{column: as_it_was(cell) for column, cell in row.items()} for row in table]
 
 
 def choose_learning_rates(names: list[str], epochs: int, bench: Bench) -> dict[str, Recipe]:

@@ -140,3 +140,8 @@ def _without_formula(cell: Any) -> Any:
     if is_formula and not re.fullmatch(r"[+-][\d.e+-]+", cell):
         return f"'{cell}"
     return cell
+
+
+def as_it_was(cell: str) -> str:
+    """Return a text of such a table without that apostrophe."""
+    return cell[1:] if cell.startswith(("'=", "'+", "'-", "'@", "'\t", "'\r")) else cell

@@ -16,7 +16,7 @@ from finetuning.automatic import Rule
 from finetuning.checkpoints import file_sha256
 from finetuning.coco_results import coco_files
 from finetuning.csv_files import read_table
-from finetuning.files import atomic_write, read_file, write_csv
+from finetuning.files import as_it_was, atomic_write, read_file, write_csv
 from finetuning.pairs import IMAGE_SUFFIXES
 from finetuning.prompts import Prompt, mask_box, prompt_text
 from finetuning.result_files import Segmented, file_names, remove_others, write_files
@@ -197,15 +197,10 @@ def _read_rows(file: Path) -> dict[str, list[dict[str, str]]]:
         for row in read_table(file, COLUMNS):
             if row.keys() != set(COLUMNS):
                 raise UserError(foreign)
-            found.setdefault(_as_it_was(row.pop("image")), []).append(row)
+            found.setdefault(as_it_was(row.pop("image")), []).append(row)
     except UserError as error:
         raise UserError(foreign) from error
     for rows in found.values():
         for row in rows:
-            row["object"] = _as_it_was(row["object"])
+            row["object"] = as_it_was(row["object"])
     return found
-
-
-def _as_it_was(cell: str) -> str:
-    """Return a text without the apostrophe of write_csv, by which no spreadsheet runs it."""
-    return cell[1:] if cell.startswith(("'=", "'+", "'-", "'@")) else cell
