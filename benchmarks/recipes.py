@@ -1,6 +1,6 @@
 """Compare recipes of fine-tuning: the same images, weights and number of images shown for all.
 
-    python benchmarks/recipes.py --model mini --epochs 6              # about an hour on 2 cores
+    python benchmarks/recipes.py --model mini --epochs 6              # two hours on 2 cores
     python benchmarks/recipes.py --model mini --epochs 2 --seeds 1    # a quick look
 
 Each recipe takes the learning rate that is best for it with one point: found on a quarter of the
@@ -269,7 +269,8 @@ def draw_recipes(path: Path, summaries: list[dict[str, Any]], title: str) -> Non
         spreads = [100 * summary[f"{column}, spread"] for summary in summaries]
         axes.errorbar(means, names, xerr=spreads, fmt="o")
         axes.axvline(means[0], color="gray", linestyle="--")
-        axes.set(title=column, xlabel="mean IoU, %")
+        axes.set_title(column, fontsize="medium")
+        axes.set_xlabel("mean IoU, %")
         axes.grid(alpha=0.3)
     axes.invert_yaxis()
     figure.suptitle(title)
