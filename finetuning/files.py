@@ -23,6 +23,7 @@ else:
 
 # Bytes of a file that is read whole: more than the pixels allowed of three channels of 16 bits have
 LARGEST = MAX_MEGAPIXELS * 10**7
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, in a spreadsheet
 LARGEST_TABLE = LARGEST // 4  # its text takes many times that
 MAKE_SMALLER = (
     "make it smaller or, with much more than 8 GB of memory, set the environment variable "
@@ -136,7 +137,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> No
 
 
 def _without_formula(cell: Any) -> Any:
-    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    is_formula = isinstance(cell, str) and cell.startswith(FORMULA_STARTS)
     if is_formula and not re.fullmatch(r"[+-][\d.e+-]+", cell):
         return f"'{cell}"
     return cell
@@ -144,4 +145,4 @@ def _without_formula(cell: Any) -> Any:
 
 def as_it_was(cell: str) -> str:
     """Return a text of such a table without that apostrophe."""
-    return cell[1:] if cell.startswith(("'=", "'+", "'-", "'@", "'\t", "'\r")) else cell
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(FORMULA_STARTS) else cell

@@ -206,33 +206,27 @@ def compare(
     open_tool: Callable[[Path], Segment],
     prompts: tuple[str, ...] = PROMPTS,
     at_least: float = SAME,
-    ours: Segment | None = None,
+    answer: Segment | None = None,
 ) -> None:
     """Assert that a tool gives our masks, and that in it the fine-tuned model is the better one.
 
     tool: its package, and which part of it. kind: the mask that it takes, best or single.
     at_least: the IoU with ours of resized images, where the tool resizes them in another way.
-    ours: how the fine-tuned model segments here, where that is more than one answer of that kind.
+    answer: how the fine-tuned model segments here, where that is more than one answer of that kind.
     """
-    own_segment = ours or own_masks(trained.finetuned, kind)
-    own = segment_all(own_segment, trained.samples, prompts)
+    answer = answer or own_masks(trained.finetuned, kind)
+    ours = segment_all(answer, trained.samples, prompts)
     original = segment_all(open_tool(trained.original), trained.samples, prompts)
     finetuned = segment_all(open_tool(trained.finetuned), trained.samples, prompts)
     failures = []
-    for (size, prompt), own_of_size in own.items():
+    for (size, prompt), own in ours.items():
         masks, masks_before = finetuned[size, prompt], original[size, prompt]
         true = [mask for sample in trained.samples[size] for mask in sample.masks]
         row = add_row(
-            tool,
-            kind,
-            prompt,
-            size,
-            ious(masks, own_of_size),
-            ious(masks_before, true),
-            ious(masks, true),
+            tool, kind, prompt, size, ious(masks, own), ious(masks_before, true), ious(masks, true)
         )
         enough = at_least if size == "resized" else SAME
-        told_apart = np.mean(ious(masks_before, own_of_size)) < enough
+        told_apart = np.mean(ious(masks_before, own)) < enough
         if not (row.ours >= enough and told_apart and row.finetuned > row.original):
             failures.append(str(row))
     assert not failures, "\n".join(failures)

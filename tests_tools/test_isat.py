@@ -65,5 +65,7 @@ def test_it_gives_our_single_mask_of_a_box(tiny, tmp_path):
 
 
 def test_it_gives_our_mask_of_a_point_and_the_best_mask(tiny, tmp_path):
-    ours, prompts = ask_twice(tiny.finetuned), ("point",)
-    compare("isat-sam", "twice", tiny, lambda path: open_isat(path, tmp_path), prompts, ours=ours)
+    answer, prompts = ask_twice(tiny.finetuned), ("point",)
+    compare(
+        "isat-sam", "twice", tiny, lambda path: open_isat(path, tmp_path), prompts, answer=answer
+    )

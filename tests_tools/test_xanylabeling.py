@@ -34,9 +34,8 @@ def open_model(files: tuple[str, str], folder: Path) -> Segment:
     model = SegmentAnything2(str(path), print)
 
     def segment(image, places):
-        file = str(
-            folder / f"{len(list(folder.iterdir()))}.png"
-        )  # a name of which it has no features
+        # A name each, by which it keeps features
+        file = str(folder / f"{len(list(folder.iterdir()))}.png")
         cv2.imwrite(file, image[..., ::-1])
         masks = []
         for place in places:
