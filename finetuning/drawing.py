@@ -77,7 +77,8 @@ def _draw_prompt(canvas: np.ndarray, prompt: Prompt, line: int) -> None:
 
 def draw_learning_curve(path: Path, log: list[dict[str, float]]) -> None:
     """Draw the loss and the mean IoU over the epochs."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4))
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.96)
     loss_axes, iou_axes = figure.subplots(1, 2)
     for axes, column, label in (
         (loss_axes, "loss", "training loss"),

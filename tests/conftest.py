@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process a core
 
@@ -16,11 +19,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from sam2.build_sam import build_sam2
+from sam2.modeling.sam2_base import SAM2Base
 
-from finetuning import command_line, decoding, language
+from finetuning import command_line, decoding, language, models
 from finetuning.checkpoints import save_checkpoint
 from finetuning.image_files import write_image
-from finetuning.models import build_predictor
+from finetuning.models import MODELS, build_predictor
 
 CPU = torch.device("cpu")
 
@@ -45,6 +50,29 @@ class Outcome(NamedTuple):
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mini_is_built_once() -> Iterator[None]:
+    """Copy the mini that a test process has built: building it takes longer than most tests."""
+
+    @functools.cache
+    def build_once(config: str, overrides: tuple[str, ...]) -> SAM2Base:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build_sam2(config, None, device="cpu", hydra_overrides_extra=list(overrides))
+
+    def build(
+        config: str, _: None, device: torch.device, hydra_overrides_extra: list[str]
+    ) -> SAM2Base:
+        if not set(MODELS["mini"].overrides) <= set(hydra_overrides_extra):
+            return build_sam2(
+                config, None, device=device, hydra_overrides_extra=hydra_overrides_extra
+            )
+        return copy.deepcopy(build_once(config, tuple(hydra_overrides_extra))).to(device)
+
+    with mock.patch.object(models, "build_sam2", build):
+        yield
 
 
 @pytest.fixture
@@ -76,7 +104,6 @@ def run_script(capsys, tmp_path, monkeypatch) -> Callable[..., Outcome]:
 def random_mini(tmp_path_factory) -> Path:
     """Return a checkpoint of mini with random weights."""
     path = tmp_path_factory.mktemp("checkpoints") / "random_mini.pt"
-    torch.manual_seed(0)
     save_checkpoint(path, build_predictor("mini", CPU).model)
     return path
 

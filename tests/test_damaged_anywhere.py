@@ -4,9 +4,7 @@ FUZZ_EXAMPLES=300 tries so many damages with each command, others each time.
 """
 
 import contextlib
-import copy
 import csv
-import functools
 import io
 import itertools
 import os
@@ -20,13 +18,12 @@ import pytest
 from conftest import Outcome, write_pairs
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from sam2.modeling.sam2_base import SAM2Base
 
 import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
-from finetuning import command_line, language, models, run_state
+from finetuning import command_line, language, run_state
 from finetuning.checkpoints import load_checkpoint
 from finetuning.image_files import read_mask
 
@@ -122,19 +119,9 @@ COMMANDS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Build a model once, which takes half of the time; draw no curves of training."""
-    build = models.build_sam2
-
-    @functools.cache
-    def build_once(config: str, overrides: tuple[str, ...]) -> SAM2Base:
-        return build(config, None, device="cpu", hydra_overrides_extra=list(overrides))
-
-    def build_copy(config: str, _: None, device: object, hydra_overrides_extra: list[str]):
-        return copy.deepcopy(build_once(config, tuple(hydra_overrides_extra)))
-
+    """Draw no curves of training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language, "system_language", lambda: "en")
-        patch.setattr(models, "build_sam2", build_copy)
         patch.setattr(run_state, "draw_learning_curve", lambda path, log: path.touch())
         yield
 

@@ -7,8 +7,7 @@ from sam2_utils import copy_to
 import pytest
 import torch
 from conftest import CPU, draw_pair, write_data
-from pretended_device import device_of, pretend
-from torch.utils._pytree import tree_leaves
+from pretended_device import device_of, pretend, tensors_in
 
 import compare_models
 import test_my_image
@@ -43,20 +42,22 @@ def test_training_comparison_and_inference_run_on_a_gpu(
     save = torch.save
 
     def record(checkpoint, path):
-        tensors = [leaf for leaf in tree_leaves(checkpoint) if torch.is_tensor(leaf)]
-        saved_from.update(map(device_of, tensors))
+        saved_from.update(map(device_of, tensors_in(checkpoint)))
         save(checkpoint, path)
 
+    commands = [
+        (*train, "--epochs", 1),
+        (*train, "--epochs", 2, "--resume", "--cache-in", "disk"),
+        (*train, "--epochs", 1, "--no-cache", "--output", "no-cache"),
+        (*train, "--epochs", 1, "--train-encoder", "lora", "--output", "lora"),
+        (compare_models.main, *machine, "--clicks", 2, "--figures", 1),
+        (test_my_image.main, "--device", device, "--image", image, "--point", "60,40"),
+    ]
+    if precision == "float16":
+        del commands[2:]  # what is its own is how it learns
     monkeypatch.setattr(torch, "save", record)
     with pretend(device):
-        for main, *options in (
-            (*train, "--epochs", 1),
-            (*train, "--epochs", 2, "--resume", "--cache-in", "disk"),
-            (*train, "--epochs", 1, "--no-cache", "--output", "no-cache"),
-            (*train, "--epochs", 1, "--train-encoder", "lora", "--output", "lora"),
-            (compare_models.main, *machine, "--clicks", 2, "--figures", 1),
-            (test_my_image.main, "--device", device, "--image", image, "--point", "60,40"),
-        ):
+        for main, *options in commands:
             outcome = run_script(main, *options)
             assert outcome.status == 0, outcome.err
             if main is train_sam2_proper.main:
