@@ -22,7 +22,7 @@ import torch
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
-from finetuning import command_line, decoding, language, models
+from finetuning import command_line, decoding, language, models, run_state
 from finetuning.checkpoints import save_checkpoint
 from finetuning.image_files import write_image
 from finetuning.models import MODELS, build_predictor
@@ -84,8 +84,12 @@ def without_heic(monkeypatch) -> None:
 
 @pytest.fixture
 def run_script(capsys, tmp_path, monkeypatch) -> Callable[..., Outcome]:
-    """Run a script's main with options, in the test's own folder, as the command line would."""
+    """Run a script's main with options, in the test's own folder, as the command line would.
+
+    Its learning curve is left empty, for drawing them all would take a tenth of the tests' time.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_state, "draw_learning_curve", lambda path, log: path.touch())
     monkeypatch.setattr(language, "system_language", lambda: "en")
 
     def run(main, *options: object) -> Outcome:

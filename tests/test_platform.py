@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import write_pairs
 
+from finetuning.image_files import read_image
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("download_dataset.py", "train_sam2_proper.py", "compare_models.py", "test_my_image.py")
 
@@ -55,6 +57,7 @@ def test_all_four_scripts_run_from_a_hangul_folder_on_old_consoles(tmp_path, ran
         if script == "compare_models.py":
             assert "┌" not in text  # in a Korean code page it may be two columns wide
             assert "|  improvement:" in text and "NoC@85" in text
+    assert read_image(folder / "결과/learning_curve.png").ndim == 3
     assert (folder / "결과/내 것/pair_000_001_mask.png").is_file()
     assert len(list((folder / "결과/비교").glob("comparison_*.png"))) == 1
 

@@ -17,7 +17,8 @@ from sam2.build_sam import build_sam2, build_sam2_video_predictor
 import train_sam2_proper
 from finetuning import run_state
 from finetuning.batches import Batch, EpochSampler, TrainingSet, make_loader
-from finetuning.image_files import write_image
+from finetuning.drawing import draw_learning_curve
+from finetuning.image_files import read_image, write_image
 from finetuning.learner import Learner, make_learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.losses import batch_loss, image_losses
@@ -357,6 +358,16 @@ def test_training_raises_the_iou_far_above_where_it_started(run_script, data, ra
     assert float(last["train_iou"]) > float(first["train_iou"]) + 0.3
     assert float(last["seg_loss"]) < 0.5 * float(first["seg_loss"])
     assert [int(row["epoch"]) for row in log] == list(range(16))
+
+
+def test_the_learning_curve_has_a_line_of_its_own_color_for_each_column(tmp_path):
+    log = [{"epoch": n, "loss": 0.5, "train_iou": 0.6, "val_iou": 0.5 + n / 10} for n in range(3)]
+    orange, green = (255, 127, 14), (44, 160, 44)
+    for column, expected in (("loss", [True, False]), ("val_iou_no_prompt", [True, True])):
+        draw_learning_curve(tmp_path / "curve.png", [{column: 0.3, **row} for row in log])
+        curve = read_image(tmp_path / "curve.png")
+        assert curve.shape == (400, 1000, 3)
+        assert [bool((curve == color).all(axis=2).any()) for color in (orange, green)] == expected
 
 
 def test_results_are_written_and_load_in_sam2s_own_builders(run_script, data, random_mini):
