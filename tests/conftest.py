@@ -38,7 +38,11 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used."""
+    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used.
+
+    And do not wait for the disk: no file of a test has to outlive a power cut.
+    """
+    os.fsync = lambda descriptor: None
     if config.getoption("--device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.backends.mps.is_available = lambda: False

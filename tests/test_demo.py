@@ -108,7 +108,7 @@ def test_the_demo_learns_what_the_original_does_not_know(run_script, monkeypatch
     early = run_script(test_my_image.main, "--demo")
     assert early.status == 2 and "python train_sam2_proper.py --demo" in early.err
 
-    outcome = run_script(train_sam2_proper.main, "--demo", "--limit", 24, "--epochs", 8)
+    outcome = run_script(train_sam2_proper.main, "--demo", "--limit", 24, "--epochs", 3)
     assert outcome.status == 0, outcome.err
     assert len(split_pairs(Path("data/demo"), "train")) == 120
     assert len(split_pairs(Path("data/demo"), "val")) == 40
