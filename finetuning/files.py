@@ -23,8 +23,8 @@ else:
 
 # Bytes of a file that is read whole: more than the pixels allowed of three channels of 16 bits have
 LARGEST = MAX_MEGAPIXELS * 10**7
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, in a spreadsheet
 LARGEST_TABLE = LARGEST // 4  # its text takes many times that
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, in a spreadsheet
 MAKE_SMALLER = (
     "make it smaller or, with much more than 8 GB of memory, set the environment variable "
     f"SAM2_MAX_MEGAPIXELS to more than {MAX_MEGAPIXELS}"

@@ -38,11 +38,7 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used.
-
-    And do not wait for the disk: no file of a test has to outlive a power cut.
-    """
-    os.fsync = lambda descriptor: None
+    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used."""
     if config.getoption("--device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.backends.mps.is_available = lambda: False
@@ -57,8 +53,12 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def mini_is_built_once() -> Iterator[None]:
-    """Copy the mini that a test process has built: building it takes longer than most tests."""
+def quick() -> Iterator[None]:
+    """Leave out what takes long and what few tests look at.
+
+    mini is built once and copied, learning curves are empty, and nobody waits for the disk: no
+    file of a test has to outlive a power cut.
+    """
 
     @functools.cache
     def build_once(config: str, overrides: tuple[str, ...]) -> SAM2Base:
@@ -75,7 +75,11 @@ def mini_is_built_once() -> Iterator[None]:
             )
         return copy.deepcopy(build_once(config, tuple(hydra_overrides_extra))).to(device)
 
-    with mock.patch.object(models, "build_sam2", build):
+    with (
+        mock.patch.object(models, "build_sam2", build),
+        mock.patch.object(run_state, "draw_learning_curve", lambda path, log: path.touch()),
+        mock.patch.object(os, "fsync"),
+    ):
         yield
 
 
@@ -88,12 +92,8 @@ def without_heic(monkeypatch) -> None:
 
 @pytest.fixture
 def run_script(capsys, tmp_path, monkeypatch) -> Callable[..., Outcome]:
-    """Run a script's main with options, in the test's own folder, as the command line would.
-
-    Its learning curve is left empty, for drawing them all would take a tenth of the tests' time.
-    """
+    """Run a script's main with options, in the test's own folder, as the command line would."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_state, "draw_learning_curve", lambda path, log: path.touch())
     monkeypatch.setattr(language, "system_language", lambda: "en")
 
     def run(main, *options: object) -> Outcome:

@@ -23,7 +23,7 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
-from finetuning import command_line, language, run_state
+from finetuning import command_line, language
 from finetuning.checkpoints import load_checkpoint
 from finetuning.image_files import read_mask
 
@@ -118,11 +118,9 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Draw no curves of training."""
+def in_english() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language, "system_language", lambda: "en")
-        patch.setattr(run_state, "draw_learning_curve", lambda path, log: path.touch())
         yield
 
 

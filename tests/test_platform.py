@@ -69,7 +69,7 @@ def test_a_mistake_in_a_real_process_is_one_line_and_status_2(tmp_path):
     assert done.stderr.startswith(b"error: ") and done.stderr.strip().count(b"\n") == 0
 
 
-# Says what torch would read when it is first imported, and ends there.
+# Ends where torch is first imported; with status 0 where it would fall back to the CPU.
 PROBE = """
 import os, runpy, sys
 class Probe:
