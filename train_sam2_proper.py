@@ -57,7 +57,6 @@ from finetuning.learner import (
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.models import load_predictor, own_image_size
-from finetuning.objects import limit_objects
 from finetuning.pairs import keep_out, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.repeats import (
@@ -73,7 +72,7 @@ from finetuning.repeats import (
 from finetuning.resuming import load_state
 from finetuning.run_state import Start
 from finetuning.segmentation import encode_images, predict_masks
-from finetuning.validation import Validation
+from finetuning.validation import MOST_OBJECTS, Validation
 
 
 def train_one_epoch(
@@ -216,8 +215,7 @@ def train(
     size = predictor.model.image_size
     training_set = TrainingSet(pairs["train"], cache, size, recipe.seed, recipe.prompt_mix)
     objects = training_objects(pairs["train"], cache)
-    val_pairs = limit_objects(pairs["val"], recipe.seed)
-    validation = Validation(val_pairs, without_prompt=recipe.none_share > 0)
+    validation = Validation(pairs["val"], recipe.none_share > 0, most=MOST_OBJECTS)
 
     # Epoch 0, the model as it is; and the learning rate
     log = state["log"] if state else [{"epoch": 0}]

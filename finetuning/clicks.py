@@ -77,7 +77,7 @@ def measure_clicks(
     for of_image in tqdm(group_by_image(results), desc="Clicking", unit="image"):
         pair, models = of_image[0].pair, of_image[0].models
         objects = read_objects(pair)
-        all_features = features_for(models, pair, objects.size)
+        all_features = features_for(models, [(pair.image, objects.size)])
         for result in of_image:
             true_mask = objects[result.object]
             for of_model, model, features in zip(ious, models, all_features, strict=True):

@@ -1,10 +1,16 @@
-"""How good models are: the same prompts for all of them, and metrics of their masks."""
+"""How good models are: the same prompts for all of them, and metrics of their masks.
+
+Training's validation and the comparison both measure here, on the same batches in the same order:
+in bfloat16 a batch of another size has other last digits.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from sam2_utils import autocast
 
@@ -16,10 +22,14 @@ from finetuning.feature_source import FeatureSource
 from finetuning.metrics import METRICS, Metric
 from finetuning.objects import read_objects
 from finetuning.pairs import Pair
-from finetuning.prompts import Prompt, prompt_from_mask
-from finetuning.segmentation import Features, segment
+from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
+from finetuning.segmentation import Features, segment_together
 
+AT_ONCE = {"cuda": 16}  # images, and prompts, that are decoded together
+AT_ONCE_ON_CPU = 4
 RESAMPLES = 10_000  # of the bootstrap
+
+T = TypeVar("T")
 
 
 class Model(NamedTuple):
@@ -29,12 +39,31 @@ class Model(NamedTuple):
     source: FeatureSource  # models with one encoder share it
 
 
+class Example(NamedTuple):
+    """An object to find: its image, its prompt, and its true mask, packed to a kB or so."""
+
+    index: int  # of its image among the pairs
+    object: int  # its number in its image, from 0
+    pair: Pair
+    prompt_kind: str  # as in prompt_from_mask
+    prompt: Prompt
+    size: tuple[int, int]  # (H,W) of the image
+    packed: bytes
+
+    def mask(self) -> np.ndarray:
+        """Return the HxW bool mask."""
+        height, width = self.size
+        bits = np.frombuffer(zlib.decompress(self.packed), np.uint8)
+        return np.unpackbits(bits, count=height * width).reshape(self.size).view(bool)
+
+
 class Result(NamedTuple):
     """What one or more models made of one object."""
 
     index: int  # of its image among the pairs
     object: int  # its number in its image, from 0
     pair: Pair
+    prompt_kind: str
     prompt: Prompt
     area_fraction: float  # of the image that the true mask covers, 0 to 1
     metrics: list[dict[str, float]]  # of each model, by their names
@@ -73,50 +102,131 @@ def measure(
       metrics: by name.
       first_index: of the first pair.
     """
-    results = []
     progress = tqdm(pairs, desc=description, unit="image", leave=False)
-    for index, pair in enumerate(progress, first_index):
-        pair = pair._replace(as_one=prompt_kind == "none")
-        objects = read_objects(pair)
-        if not objects:
-            continue
-        features = features_for(models, pair, objects.size)
-        for k, true_mask in enumerate(objects):
-            prompt = prompt_from_mask(
-                true_mask, prompt_kind, np.random.default_rng([seed, index, k])
-            )
-            masks = segment_with_all(models, features, prompt, objects.size, mask_kind)
-            of_models = [
-                {name: float(metric(mask, true_mask)) for name, metric in metrics.items()}
-                for mask in masks
-            ]
-            area = float(true_mask.mean())
-            results.append(Result(index, k, pair, prompt, area, of_models, models))
-    return results
+    examples = (
+        read_examples(pair, [prompt_kind], index, seed)
+        for index, pair in enumerate(progress, first_index)
+    )
+    return list(measure_examples(models, examples, mask_kind, metrics))
 
 
-def features_for(models: Sequence[Model], pair: Pair, mask_size: tuple[int, int]) -> list[Features]:
-    """Return an image's features for each model; models with one source have the same.
+def count_found(models: Sequence[Model], pairs: list[Pair], mask_kind: str) -> list[int]:
+    """Count in how many images without any object each model finds something without a prompt."""
+    nothing = [
+        [Example(index, 0, pair, "none", make_prompt(), mask.shape, pack_mask(mask))]
+        for index, pair in enumerate(pairs)
+        for mask in [np.zeros(read_objects(pair).size, bool)]
+    ]
+    found = {"found": lambda predicted, _: predicted.any()}
+    results = measure_examples(models, nothing, mask_kind, found)
+    counts = np.array([[model["found"] for model in result.metrics] for result in results])
+    return counts.sum(axis=0).astype(int).tolist()
 
-    mask_size: (H,W) of the pair's mask. Raises UserError where the image has another.
+
+def read_examples(
+    pair: Pair, prompt_kinds: Sequence[str], index: int = 0, seed: int = 0
+) -> list[Example]:
+    """Return each object of an image with a prompt of each kind; its mask file is read once.
+
+    Without a prompt (none), all objects are one, whether they are chosen or not.
+    """
+    objects = read_objects(pair._replace(chosen=None, as_one=False))
+    examples = []
+    for kind in prompt_kinds:
+        as_one = pair.as_one or kind == "none"
+        chosen = objects if pair.chosen is None else objects.only(pair.chosen)
+        for k, mask in enumerate(objects.together() if as_one else chosen):
+            prompt = prompt_from_mask(mask, kind, np.random.default_rng([seed, index, k]))
+            of_kind = index, k, pair._replace(as_one=as_one), kind
+            examples.append(Example(*of_kind, prompt, objects.size, pack_mask(mask)))
+    return examples
+
+
+def pack_mask(mask: np.ndarray) -> bytes:
+    """Return an HxW bool mask packed, as Example keeps it."""
+    return zlib.compress(np.packbits(mask), level=1)
+
+
+def measure_examples(
+    models: Sequence[Model],
+    images: Iterable[list[Example]],
+    mask_kind: str = "best",
+    metrics: Mapping[str, Metric] = METRICS,
+) -> Iterator[Result]:
+    """Measure models on the examples of each image, in batches that follow from these alone.
+
+    images: read as they are needed; those without an example are passed over.
+    """
+    at_once = AT_ONCE.get(models[0].predictor.device.type, AT_ONCE_ON_CPU)
+    for together in in_parts(filter(None, images), at_once):
+        features = features_for(models, [(one.pair.image, one.size) for one, *_ in together])
+        rows = [(row, example) for row, examples in enumerate(together) for example in examples]
+        for kind in dict.fromkeys(example.prompt_kind for _, example in rows):
+            of_kind = [(row, example) for row, example in rows if example.prompt_kind == kind]
+            for part in in_parts(of_kind, at_once):
+                yield from _measure(models, features, part, mask_kind, metrics)
+
+
+def _measure(
+    models: Sequence[Model],
+    features: Sequence[Features],
+    part: Sequence[tuple[int, Example]],
+    mask_kind: str,
+    metrics: Mapping[str, Metric],
+) -> Iterator[Result]:
+    """Measure models on examples, each with its row of the features, all in one batch."""
+    rows, examples = zip(*part, strict=True)
+    prompts, sizes = [one.prompt for one in examples], [one.size for one in examples]
+    of_rows = [of_model.of(list(rows)) for of_model in features]
+    masks = segment_with_all(models, of_rows, prompts, sizes, mask_kind)
+    for example, of_example in zip(examples, zip(*masks, strict=True), strict=True):
+        true_mask = example.mask()
+        of_models = [
+            {name: float(metric(mask, true_mask)) for name, metric in metrics.items()}
+            for mask in of_example
+        ]
+        area = float(true_mask.mean())
+        yield Result(*example[:5], area, of_models, models)
+
+
+def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of so many items, the last perhaps shorter."""
+    items = iter(items)
+    while part := list(itertools.islice(items, size)):
+        yield part
+
+
+def features_for(
+    models: Sequence[Model], images: Sequence[tuple[Path, tuple[int, int]]]
+) -> list[Features]:
+    """Return the features of B images for each model; models with one source share them.
+
+    images: each one's file, and the (H,W) of its mask. Raises UserError where the image has
+    another size.
     """
     sources = {model.source for model in models}
-    of_source = {source: source.features(pair.image, mask_size) for source in sources}
+    of_source = {
+        source: Features.join([source.features(*image) for image in images]) for source in sources
+    }
     return [of_source[model.source] for model in models]
 
 
 def segment_with_all(
     models: Sequence[Model],
     features: Sequence[Features],
-    prompt: Prompt,
-    image_size: tuple[int, int],
+    prompts: list[Prompt],
+    image_sizes: list[tuple[int, int]],
     mask_kind: str = "best",
-) -> list[np.ndarray]:
-    """Return each model's HxW bool mask for one prompt, of features_for it of an image of (H,W)."""
+) -> list[list[np.ndarray]]:
+    """Return each model's HxW bool masks for B prompts of as many points each.
+
+    features: of each model, for B images of these (H,W).
+    """
     masks = []
     for model, of_model in zip(models, features, strict=True):
         with autocast(model.predictor.device, model.source.precision):
-            masks.append(segment(model.predictor, of_model, prompt, image_size, mask_kind)[0])
+            predicted = segment_together(model.predictor, of_model, prompts, image_sizes, mask_kind)
+        masks.append(predicted)
     return masks
 
 

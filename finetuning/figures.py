@@ -50,13 +50,13 @@ def draw_comparisons(
     for rank, of_image in enumerate(tqdm(chosen, desc="Drawing", unit="figure"), start=1):
         pair, models = of_image[0].pair, of_image[0].models
         image, objects = read_pair(pair)
-        features = features_for(models, pair, objects.size)
+        features = features_for(models, [(pair.image, objects.size)])
         panels = [image.copy() for _ in range(1 + len(models))]
         for result in of_image:
             true_mask = objects[result.object]
-            masks = segment_with_all(models, features, result.prompt, objects.size, mask_kind)
+            masks = segment_with_all(models, features, [result.prompt], [objects.size], mask_kind)
             draw_object(panels[0], prompt=result.prompt, true_mask=true_mask)
-            for panel, mask in zip(panels[1:], masks, strict=True):
+            for panel, (mask,) in zip(panels[1:], masks, strict=True):
                 draw_object(panel, mask, true_mask=true_mask, number=result.object)
         ious = tuple(mean_metrics(of_image, model)["IoU"] for model in (0, 1))
         titles = [

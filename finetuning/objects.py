@@ -14,7 +14,7 @@ from tqdm import tqdm
 from finetuning.image_files import read_image, read_mask, read_values
 from finetuning.pairs import Pair, files_by_stem, require_equal_sizes
 
-MOST_VALIDATED = 2000  # objects, after each epoch
+DRAW_SEED = 42  # of limit_objects: the same objects in every run, whatever its seed
 
 
 class Objects(Sequence):
@@ -114,7 +114,7 @@ def count_objects(
     return counts
 
 
-def limit_objects(pairs: list[Pair], seed: int, most: int = MOST_VALIDATED) -> list[Pair]:
+def limit_objects(pairs: list[Pair], most: int, seed: int = DRAW_SEED) -> list[Pair]:
     """Choose at most so many of all objects, drawn by seed; say so where some are left out.
 
     Where every image has one object at most, all are kept.
@@ -125,7 +125,9 @@ def limit_objects(pairs: list[Pair], seed: int, most: int = MOST_VALIDATED) -> l
     everyone = [(index, k) for index, count in counts.items() for k in range(count)]
     if len(everyone) <= max(most, len(counts)):
         return pairs
-    print(f"val IoU is that of {most} of the {len(everyone)} val objects, drawn by seed")
+    print(
+        f"val IoU is that of {most} of the {len(everyone)} val objects, the same ones in every run"
+    )
     drawn = np.random.default_rng(seed).choice(len(everyone), most, replace=False)
     chosen: dict[int, list[int]] = {}
     for index, k in (everyone[i] for i in sorted(drawn)):

@@ -204,11 +204,15 @@ def segment_together(
     features: Features,
     prompts: list[Prompt],
     image_sizes: list[tuple[int, int]],
+    kind: str = "best",
 ) -> list[np.ndarray]:
-    """Do what segment does for B images at once, whose prompts have as many points each."""
+    """Segment B images at once, whose prompts have as many points each; return HxW bool masks.
+
+    kind: as in choose_masks. Raises NotFiniteError where the scores are not finite.
+    """
     prediction = predict_masks(predictor, features, prompts, image_sizes)
     require_finite(prediction)
-    mask_logits, _ = choose_masks(predictor, prediction)
+    mask_logits, _ = choose_masks(predictor, prediction, kind)
     return [
         (upscale_masks(predictor, logits[None], size)[0, 0] > 0).cpu().numpy()
         for logits, size in zip(mask_logits, image_sizes, strict=True)

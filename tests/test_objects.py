@@ -222,14 +222,14 @@ def test_an_image_of_many_objects_counts_for_all_of_them_in_the_interval():
 
 def test_validation_takes_some_of_very_many_objects(tmp_path, capsys):
     pairs = split_pairs(write_disks(tmp_path / "data", {"val": [8, 0, 9, 1]}), "val")
-    assert limit_objects(pairs, seed=0, most=18) == pairs
+    assert limit_objects(pairs, most=18) == pairs
     assert capsys.readouterr().out == ""
-    some = limit_objects(pairs, seed=0, most=6)
+    some = limit_objects(pairs, most=6)
     assert sum(len(read_objects(pair)) for pair in some) == 6
-    assert some == limit_objects(pairs, seed=0, most=6) != limit_objects(pairs, seed=1, most=6)
+    assert some == limit_objects(pairs, most=6) != limit_objects(pairs, most=6, seed=1)
     assert "6 of the 18 val objects" in capsys.readouterr().out
     binary = split_pairs(write_data(tmp_path / "binary"), "val")
-    assert limit_objects(binary, seed=0, most=1) == binary
+    assert limit_objects(binary, most=1) == binary
 
 
 def test_training_and_comparison_count_the_same_objects(run_script, tmp_path, random_mini):

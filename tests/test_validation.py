@@ -1,5 +1,6 @@
 """Validation finds what compare_models.py measures, and reads its masks once."""
 
+import copy
 from pathlib import Path
 
 from sam2_utils import NotFiniteError, UserError
@@ -9,15 +10,15 @@ import pytest
 import torch
 from conftest import CPU, draw_pair
 
-from finetuning import validation
-from finetuning.evaluation import Model, mean_metrics, measure
+from finetuning import evaluation
+from finetuning.evaluation import AT_ONCE_ON_CPU, Model, count_found, mean_metrics, measure
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import FeatureSource
 from finetuning.image_files import write_image
 from finetuning.metrics import LOGGED
 from finetuning.models import load_predictor
 from finetuning.pairs import Pair
-from finetuning.validation import AT_ONCE_ON_CPU, Validation
+from finetuning.validation import Validation
 
 # (H,W), and how many objects: more images than are decoded at once, and more objects in one of them
 IMAGES = [
@@ -56,24 +57,26 @@ def model(predictor) -> Model:
     return Model(predictor, FeatureSource(predictor, torch.float32))
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_means_are_those_of_the_comparison(pairs, predictor, model, tmp_path, is_cached):
+def test_means_are_those_of_the_comparison_to_the_last_digit(
+    pairs, predictor, tmp_path, is_cached, precision
+):
+    model = Model(predictor, FeatureSource(predictor, precision))
     assert sum(count > 0 for _, count in IMAGES) > AT_ONCE_ON_CPU
     assert max(count for _, count in IMAGES) > AT_ONCE_ON_CPU
     if is_cached:
-        cache = FeatureCache(tmp_path / "cache", predictor, torch.float32)
+        cache = FeatureCache(tmp_path / "cache", predictor, precision)
         cache.fill([pair.image for pair in pairs[:4]], predictor, "val")  # the others are encoded
-        model = Model(predictor, FeatureSource(predictor, torch.float32, cache))
+        model = Model(predictor, FeatureSource(predictor, precision, cache))
     expected = {}
     for kind in ("center", "none"):
-        results = measure([model], pairs, kind, metrics=LOGGED)
+        # Beside another model, as the comparison does
+        results = measure([model, model], pairs, kind)
         assert len({result.metrics[0]["IoU"] for result in results}) > 3
         expected[kind] = mean_metrics(results)
-    with_point = {
-        "val_iou": pytest.approx(expected["center"]["IoU"], abs=1e-6),
-        "val_dice": pytest.approx(expected["center"]["Dice"], abs=1e-6),
-    }
-    without = {"val_iou_no_prompt": pytest.approx(expected["none"]["IoU"], abs=1e-6)}
+    with_point = {"val_iou": expected["center"]["IoU"], "val_dice": expected["center"]["Dice"]}
+    without = {"val_iou_no_prompt": expected["none"]["IoU"]}
     assert Validation(pairs).measure(model) == with_point
     both = Validation(pairs, without_prompt=True)
     for _ in range(2):
@@ -85,27 +88,27 @@ def test_chosen_objects_are_measured_and_without_a_prompt_all_of_their_images(pa
     found = Validation(chosen, without_prompt=True).measure(model)
     for kind, name in (("center", "val_iou"), ("none", "val_iou_no_prompt")):
         results = measure([model], chosen, kind, metrics=LOGGED)
-        assert found[name] == pytest.approx(mean_metrics(results)["IoU"], abs=1e-6)
+        assert found[name] == mean_metrics(results)["IoU"]
 
 
 @pytest.mark.parametrize("without_prompt", [True, False])
 def test_masks_are_read_once_however_often_it_measures(pairs, model, monkeypatch, without_prompt):
-    read, read_objects = [], validation.read_objects
+    read, read_objects = [], evaluation.read_objects
 
     def note_what_is_read(pair):
-        read.append((pair.name, pair.as_one))
+        read.append(pair.name)
         return read_objects(pair)
 
-    monkeypatch.setattr(validation, "read_objects", note_what_is_read)
+    monkeypatch.setattr(evaluation, "read_objects", note_what_is_read)
     measured = Validation(pairs, without_prompt)
     assert read == []
     first = measured.measure(model)
-    assert len(set(read)) == len(read) == len(pairs) * (1 + without_prompt)
+    assert len(set(read)) == len(read) == len(pairs)
     # Nor are they needed any more
     for pair in pairs:
         pair.mask.unlink()
     assert measured.measure(model) == first
-    assert len(read) == len(pairs) * (1 + without_prompt)
+    assert len(read) == len(pairs)
 
 
 def test_a_model_that_has_learnt_is_measured_as_it_is_now(pairs, predictor, model):
@@ -117,7 +120,7 @@ def test_a_model_that_has_learnt_is_measured_as_it_is_now(pairs, predictor, mode
     after = measured.measure(model)
     assert after != before
     expected = mean_metrics(measure([model], pairs, "center", metrics=LOGGED))
-    assert after["val_iou"] == pytest.approx(expected["IoU"], abs=1e-6)
+    assert after["val_iou"] == expected["IoU"]
 
 
 def test_a_mask_of_another_size_than_its_image_is_refused(pairs, predictor, model, tmp_path):
@@ -133,6 +136,31 @@ def test_without_any_object_there_is_nothing_to_measure(pairs, model):
     for without_prompt in (True, False):
         with pytest.raises(UserError, match="every validation mask is empty"):
             Validation([pairs[2]], without_prompt).measure(model)
+
+
+def test_images_without_an_object_are_counted(pairs, model, capsys):
+    Validation(pairs).measure(model)
+    assert capsys.readouterr().out == ("skipped 1 of 7 validation images: their masks are empty\n")
+    Validation(pairs[:2]).measure(model)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_found_where_nothing_is_is_counted(pairs, predictor, model):
+    with torch.no_grad():  # masks of the first model are all empty, of the second all full
+        empty, full = (load_and_shift(model, logit) for logit in (-1e4, 1e4))
+    assert count_found([empty, full, empty], [pairs[2], pairs[2]], "best") == [0, 2, 0]
+
+
+def load_and_shift(model: Model, logit: float) -> Model:
+    """Return a copy of a model whose mask logits are all near `logit`."""
+    predictor = copy.deepcopy(model.predictor)
+    for mlp in predictor.model.sam_mask_decoder.output_hypernetworks_mlps:
+        mlp.layers[-1].weight.zero_()
+        mlp.layers[-1].bias.fill_(logit)
+    upscaling = predictor.model.sam_mask_decoder.output_upscaling
+    upscaling[3].weight.zero_()
+    upscaling[3].bias.fill_(1.0)
+    return Model(predictor, model.source)
 
 
 def test_scores_that_are_not_finite_are_an_error(pairs, predictor, model):
