@@ -18,6 +18,7 @@ report.html, which holds all that is printed; results.csv, scatter.png and the p
 
 from __future__ import annotations
 
+import itertools
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -45,7 +46,7 @@ from finetuning.command_line import (
 )
 from finetuning.compared_models import load_models
 from finetuning.detection import AUTO_FILE, compare_automatic
-from finetuning.evaluation import Model, Result, measure, unit_of
+from finetuning.evaluation import Model, Result, find_in_empty, measure, unit_of
 from finetuning.figures import draw_comparisons, remove_earlier
 from finetuning.language import Language, add_language_option
 from finetuning.models import MODELS
@@ -53,8 +54,10 @@ from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, SPLITS, Pair, keep_out, spl
 from finetuning.repeats import RUNS_FILE, read_folds
 from finetuning.report import format_files, format_summary, summarize
 from finetuning.report_page import Setup, write_page
+from finetuning.report_sentences import empty_sentence
 from finetuning.result_tables import size_of, write_results
 from finetuning.scatter import draw_scatter
+from finetuning.seen_images import add_overlaps, count_overlap, require_unseen
 from finetuning.tables import Table, format_table, print_anywhere
 
 
@@ -83,13 +86,32 @@ def measure_all(
 ) -> list[Result]:
     """Measure the original and each of the fine-tuned models on the pairs of the latter."""
     results: list[Result] = []
+    done = 0
     for model, pairs in zip(finetuned, pairs_of, strict=True):
-        done = results[-1].index + 1 if results else 0
-        models = [original, model]
-        results += measure(
-            models, pairs, prompt_kind, mask_kind, seed, "Comparing", first_index=done
-        )
+        how = prompt_kind, mask_kind, seed, "Comparing"
+        results += measure([original, model], pairs, *how, first_index=done)
+        done += len(pairs)
     return results
+
+
+def describe_empty(
+    results: list[Result],
+    original: Model,
+    finetuned: list[Model],
+    pairs_of: list[list[Pair]],
+    prompt_kind: str,
+    mask_kind: str,
+    say: Language,
+) -> list[str]:
+    """Say how many images have no object and, without a prompt, in how many one is found."""
+    measured, numbers = {result.index for result in results}, itertools.count()
+    count, found = 0, []
+    for model, pairs in zip(finetuned, pairs_of, strict=True):
+        empty = [pair for pair in pairs if next(numbers) not in measured]
+        count += len(empty)
+        if prompt_kind == "none":
+            found += find_in_empty([original, model], empty, mask_kind)
+    return [empty_sentence(count, np.sum(found, axis=0).tolist(), say)] if count else []
 
 
 def compare_clicks(
@@ -136,6 +158,9 @@ def add_data_options(parser: ArgumentParser) -> None:
         default="best",
         help="best: of the three masks, the one that the model scores highest; single: the single "
         "mask, or the best where that is not stable, as video and other tools take it",
+    )
+    data.add_argument(
+        "--allow-seen", action="store_true", help="measure test images that were trained on, too"
     )
     data.add_argument("--seed", type=seed, default=42, help="of random points and of the interval")
     data.add_argument(
@@ -244,13 +269,19 @@ def main(argv: list[str] | None = None) -> None:
     images = args.data / "images" / ("" if args.folds else split)
     print(format_files(files, images, split == "test" and not args.split, say))
 
+    overlap = add_overlaps(list(map(count_overlap, pairs_of.values(), files.facts)))
+    if split == "test" and not args.allow_seen:
+        require_unseen(overlap, files.finetuned_name)
+
     # The same prompts for both
     how = args.prompt, args.mask, args.seed
     results = measure_all(original, finetuned, list(pairs_of.values()), *how)
     if not results:
         raise UserError("every mask is empty; check that objects are white (255)")
     runs_file = None if args.folds else args.finetuned.with_name(RUNS_FILE)
-    summary = summarize(results, split, args.mask, args.seed, runs_file, say)
+    summary = summarize(results, split, overlap, args.mask, args.seed, runs_file, say)
+    empty = original, finetuned, list(pairs_of.values()), args.prompt, args.mask, say
+    summary.sentences.extend(describe_empty(results, *empty))
     print_anywhere(format_summary(summary, say))
     write_results(args.output / "results.csv", results)
     remove_earlier(args.output)
@@ -263,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         print_anywhere("\n" + format_table(clicks))
     automatic = None
     if args.auto:
-        of_models = [original, *finetuned], files.facts, *pairs_of.values()
+        of_models = [original, *finetuned], files.facts[0], *pairs_of.values()
         automatic = compare_automatic(args.output, *of_models, training, args.seed, say)
         print_anywhere("\n" + format_table(automatic))
     setup = Setup(args.data, split, args.prompt, args.mask, args.seed, ["compare_models.py", *argv])

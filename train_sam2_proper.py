@@ -41,6 +41,7 @@ from finetuning.clicks import add_clicks
 from finetuning.command_line import ArgumentParser, run, tell
 from finetuning.detection import keep_rule
 from finetuning.device_check import trusted_device
+from finetuning.earlier_runs import remove_run, require_elsewhere, set_aside
 from finetuning.epoch_report import EpochReport
 from finetuning.evaluation import Model
 from finetuning.feature_source import FeatureSource, open_cache
@@ -57,7 +58,7 @@ from finetuning.learner import (
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.models import load_predictor, own_image_size
-from finetuning.pairs import keep_out, split_pairs
+from finetuning.pairs import DEMO_OUTPUT, keep_out, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.repeats import (
     Training,
@@ -65,12 +66,13 @@ from finetuning.repeats import (
     check_outputs,
     conclude_repeats,
     describe_training,
-    forget_repeats,
+    forget_conclusion,
     plan_trainings,
     which_resume,
 )
 from finetuning.resuming import load_state
 from finetuning.run_state import Start
+from finetuning.seen_images import seen_before
 from finetuning.segmentation import encode_images, predict_masks
 from finetuning.validation import MOST_OBJECTS, Validation
 
@@ -250,17 +252,27 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.process_group(device), contextlib.ExitStack() as locks:
         checkpoint = run_state.prepare(args.data, args.model, args.checkpoint, args.demo)
         size = args.image_size or own_image_size(args.model)
-        start = Start(args.model, checkpoint, args.data, args.limit, args.cache, precision, size)
         pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
         trainings = plan_trainings(args.recipe, pairs, args.output, args.runs, args.folds)
         resumed = which_resume(trainings, args.resume)
         check_outputs(trainings, checkpoint)
-        predictor, _ = load_predictor(args.model, checkpoint, device, size)
+        require_elsewhere(checkpoint, args.output)
+        predictor, facts = load_predictor(args.model, checkpoint, device, size)
+        start = Start(
+            *(args.model, checkpoint, args.data, args.limit, args.cache, precision, size),
+            seen_before(facts, checkpoint),
+        )
         device = trusted_device(predictor, device, insists=args.device == "mps")
         if distributed.rank() == 0:
-            for folder in dict.fromkeys([args.output, *(each.output for each in trainings)]):
+            locks.enter_context(only_run_in(args.output))
+            if args.resume:
+                forget_conclusion(args.output, args.folds)
+            elif args.demo and args.output == DEMO_OUTPUT:  # which anybody can make again
+                remove_run(args.output)
+            else:
+                set_aside(args.output, args.cache)
+            for folder in {each.output for each in trainings} - {args.output}:
                 locks.enter_context(only_run_in(folder))
-            forget_repeats(args.output, trainings, args.folds, args.resume)
         logs = []
         for training, resume in zip(trainings, resumed, strict=True):
             if logs:  # as it was, for another training

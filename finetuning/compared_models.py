@@ -15,7 +15,7 @@ from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model
 from finetuning.feature_cache import FeatureCache, hash_encoder
 from finetuning.feature_source import FeatureSource
-from finetuning.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.models import find_original, is_published, load_predictor
 
 
 class Files(NamedTuple):
@@ -24,9 +24,10 @@ class Files(NamedTuple):
     model_name: str
     original: Path
     finetuned: list[Path]  # several: of folds
-    facts: dict[str, Any]  # what the (first) fine-tuned file holds beside its weights
+    facts: list[dict[str, Any]]  # what each of these holds beside its weights
     image_size: int  # what both resize images to, in pixels a side
     is_published: bool | None = None  # the original, by its SHA-256; None: no such model is
+    is_start: bool | None = None  # whether training started from the original; None: not known
 
     @property
     def finetuned_name(self) -> str:
@@ -48,23 +49,23 @@ def load_models(
     All resize images as the (first) fine-tuned file says. Where the files are not given, the
     original is what training started from, the precision (auto) and the folder of the features are
     those of the training. Where MPS computes wrongly, unless insisted on, all are on the CPU.
+    Raises UserError where training started from another file than is there.
     """
     first, facts = load_predictor(model_name, finetuned_files[0], device)
     device = trusted_device(first, device, insists_on_mps)
-    name, started_from = facts["model_name"], Path(setting(facts, "checkpoint") or "")
-    checkpoint = original_file or (
-        started_from if started_from.is_file() else ensure_checkpoint(name)
-    )
+    name = facts["model_name"]
+    checkpoint = original_file or find_original(facts)
     size = first.model.image_size
     original, _ = load_predictor(name, checkpoint, device, size)
     precision = choose_precision(precision_name, setting(facts, "precision"), device)
     folder, own = cache_folder or setting(facts, "cache"), FeatureSource(original, precision)
     cached = own._replace(cache=FeatureCache(Path(folder), original, precision)) if folder else own
-    frozen, models = hash_encoder(original.model), []
+    frozen, models, all_facts = hash_encoder(original.model), [], []
     for file in finetuned_files:
-        predictor = (
-            first if file == finetuned_files[0] else load_predictor(name, file, device, size)[0]
-        )
+        predictor, of_file = first, facts
+        if file != finetuned_files[0]:
+            predictor, of_file = load_predictor(name, file, device, size)
+        all_facts.append(of_file)
         source = FeatureSource(predictor, precision)
         if hash_encoder(predictor.model) == frozen:
             predictor.model.image_encoder = original.model.image_encoder  # in memory once
@@ -72,15 +73,11 @@ def load_models(
         models.append(Model(predictor, source))
     is_shared = any(model.source is cached for model in models)
     models.insert(0, Model(original, cached if is_shared else own))
+    starts = {setting(of_file, "checkpoint_sha256") for of_file in all_facts}
     return models, Files(
-        name, checkpoint, finetuned_files, facts, size, is_published(checkpoint, name)
+        *(name, checkpoint, finetuned_files, all_facts, size, is_published(checkpoint, name)),
+        is_start=None if None in starts else starts == {file_sha256(checkpoint)},
     )
-
-
-def is_published(checkpoint: Path, model_name: str) -> bool | None:
-    """Say whether a file is SAM 2.1's own of that size; None where there is none to download."""
-    sha256 = MODELS[model_name].sha256
-    return None if sha256 is None else file_sha256(checkpoint) == sha256
 
 
 def choose_precision(name: str, trained_in: str | None, device: torch.device) -> torch.dtype:

@@ -110,8 +110,13 @@ def measure(
     return list(measure_examples(models, examples, mask_kind, metrics))
 
 
-def count_found(models: Sequence[Model], pairs: list[Pair], mask_kind: str) -> list[int]:
-    """Count in how many images without any object each model finds something without a prompt."""
+def find_in_empty(
+    models: Sequence[Model], pairs: list[Pair], mask_kind: str = "best"
+) -> list[list[float]]:
+    """Say of each image without an object whether each model finds something without a prompt.
+
+    Returns a row an image: 1.0 for a mask that is not empty, else 0.0, of each model.
+    """
     nothing = [
         [Example(index, 0, pair, "none", make_prompt(), mask.shape, pack_mask(mask))]
         for index, pair in enumerate(pairs)
@@ -119,8 +124,7 @@ def count_found(models: Sequence[Model], pairs: list[Pair], mask_kind: str) -> l
     ]
     found = {"found": lambda predicted, _: predicted.any()}
     results = measure_examples(models, nothing, mask_kind, found)
-    counts = np.array([[model["found"] for model in result.metrics] for result in results])
-    return counts.sum(axis=0).astype(int).tolist()
+    return [[of_model["found"] for of_model in result.metrics] for result in results]
 
 
 def read_examples(

@@ -21,6 +21,7 @@ KOREAN = {
     "which is the original: no epoch of the training was better": (
         "원본과 같습니다. 학습에서 원본보다 나은 에폭이 없었습니다"
     ),
+    "which is not the file that training started from": "학습을 시작한 파일이 아닙니다",
     "both see images of {size}x{size} pixels, as in training; the original's own size is "
     "{own}x{own}": (
         "두 모델 모두 학습할 때처럼 {size}x{size} 픽셀로 줄인 이미지를 봅니다. 원본의 본래 크기는 "
@@ -38,6 +39,9 @@ KOREAN = {
     "original SAM 2:": "원본 SAM 2:",
     "fine-tuned SAM 2:": "파인튜닝한 SAM 2:",
     "improvement:": "향상:",
+    "trained on:": "학습한 이미지:",
+    "masks changed:": "바뀐 마스크:",
+    "{count} of {images} images": "{images}장 중 {count}장",
     # Sentences
     "images {count}: {better} better, {equal} equal, {worse} worse": (
         "이미지 {count}장: 향상 {better}, 동일 {equal}, 저하 {worse}"
@@ -74,6 +78,30 @@ KOREAN = {
         "folds: 각 이미지를 그 이미지를 학습하지 않은 모델의 마지막 에폭으로 평가했습니다"
     ),
     "train: the model has learnt these images": "train: 모델이 이미 학습한 이미지입니다",
+    "warning: the model was trained on {count} of these {images} images; how good it is on new "
+    "images this does not say": (
+        "경고: 이미지 {images}장 중 {count}장은 모델이 이미 학습한 이미지입니다. 새 이미지에서의 "
+        "성능은 이 수치로 알 수 없습니다"
+    ),
+    "the best epoch was chosen by {count} of these {images} images": (
+        "이미지 {images}장 중 {count}장은 가장 좋은 에폭을 고르는 데 쓰였습니다"
+    ),
+    "warning: the masks of {count} of these {images} images have changed since training": (
+        "경고: 이미지 {images}장 중 {count}장의 마스크가 학습 이후 바뀌었습니다"
+    ),
+    "whether the model was trained on these images is not known in full: its file, or that of the "
+    "model it started from, does not say": (
+        "모델이 이 이미지들을 학습했는지 확인할 수 없습니다. 모델 파일이나 그 출발 모델의 파일에 "
+        "기록이 없습니다"
+    ),
+    "{count} more images have no object, and are not measured": (
+        "객체가 없는 이미지 {count}장은 평가하지 않았습니다"
+    ),
+    "{count} more images have no object; the original finds something in {original} of them, "
+    "the fine-tuned model in {finetuned}": (
+        "객체가 없는 이미지 {count}장 중 원본은 {original}장, 파인튜닝한 모델은 {finetuned}장에서 "
+        "무언가를 찾았습니다"
+    ),
     "{count} trainings with different seeds: val IoU best {best:.4f} ± {best_spread:.4f} "
     "({lowest:.4f} to {highest:.4f}), last {last:.4f} ± {last_spread:.4f}; "
     "the 95% interval over images does not contain this": (
@@ -167,6 +195,9 @@ KOREAN = {
     "{file} (epoch {epoch})": "{file} (에폭 {epoch})",
     "Data": "데이터",
     "Split": "데이터 분할",
+    "Trained on": "학습에 쓴 이미지",
+    "Masks changed since training": "학습 이후 바뀐 마스크",
+    "not known": "알 수 없음",
     "Prompt": "프롬프트",
     "a point, the deepest inside the object": "점 하나(객체 안에서 경계와 가장 먼 점)",
     "a random point in the object": "객체 안의 무작위 점 하나",

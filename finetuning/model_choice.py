@@ -12,18 +12,8 @@ import torch
 
 from finetuning.checkpoints import setting
 from finetuning.device_check import trusted_device
-from finetuning.models import MODELS, load_predictor
+from finetuning.models import load_predictor, locate_original
 from finetuning.segmenter import Segmenter
-
-
-def find_original(facts: dict[str, Any]) -> Path | None:
-    """Return the file that training started from, or the original of that size, if it is there.
-
-    facts: what load_predictor returns beside the predictor.
-    """
-    started_from = Path(setting(facts, "checkpoint") or "")
-    published = Path("checkpoints", MODELS[facts["model_name"]].filename)
-    return next((file for file in (started_from, published) if file.is_file()), None)
 
 
 def value_range_of(facts: dict[str, Any]) -> tuple[float, float] | None:
@@ -48,7 +38,7 @@ def load_segmenters(
     """
     predictor, facts = load_predictor(model_name, checkpoint, device)
     device = trusted_device(predictor, device, insists_on_mps)
-    precision, original = select_precision(precision_name, device), find_original(facts)
+    precision, original = select_precision(precision_name, device), locate_original(facts)
     is_original = original is not None and original.samefile(checkpoint)
     segmenters = {"original" if is_original else "fine-tuned": Segmenter(predictor, precision)}
     if with_original and original and not is_original:

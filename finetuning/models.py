@@ -18,7 +18,7 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.checkpoints import load_checkpoint, setting
+from finetuning.checkpoints import file_sha256, load_checkpoint, setting
 from finetuning.command_line import number
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
@@ -148,6 +148,45 @@ def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Pa
         raise UserError(f"{path} is missing; it comes with this project: run from its folder")
     download_file(spec.url, path, spec.sha256, by_hand=f"put that file at {path} by hand")
     return path
+
+
+def is_published(checkpoint: Path, model_name: str) -> bool | None:
+    """Say whether a file is SAM 2.1's own of that size; None where there is none to download."""
+    sha256 = MODELS[model_name].sha256
+    return None if sha256 is None else file_sha256(checkpoint) == sha256
+
+
+def locate_original(facts: dict[str, Any]) -> Path | None:
+    """Return the file that the training of a model started from, if it is there.
+
+    facts: what load_predictor returns beside the predictor. The file is recognised by its SHA-256;
+    where the facts have none, as those of other programs, it is the one at the path that they
+    name, or SAM 2.1's own.
+    """
+    sha256 = setting(facts, "checkpoint_sha256")
+    started_from = Path(setting(facts, "checkpoint") or "")
+    published = Path("checkpoints", MODELS[facts["model_name"]].filename)
+    present = (path for path in (started_from, published) if path.is_file())
+    return next((path for path in present if sha256 in (None, file_sha256(path))), None)
+
+
+def find_original(facts: dict[str, Any]) -> Path:
+    """Return the file that locate_original finds; download it where it is SAM 2.1's own.
+
+    Raises UserError where it is missing, or another file is in its place.
+    """
+    if found := locate_original(facts):
+        return found
+    spec, sha256 = MODELS[facts["model_name"]], setting(facts, "checkpoint_sha256")
+    if sha256 in (None, spec.sha256) and not Path("checkpoints", spec.filename).is_file():
+        return ensure_checkpoint(facts["model_name"])
+    started_from = Path(setting(facts, "checkpoint") or "")
+    problem = "has changed since training started from it"
+    if not started_from.is_file():
+        problem = "is missing, which training started from"
+    raise UserError(
+        f"{started_from} {problem}; put that file back, or name the original with --original FILE"
+    )
 
 
 def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:

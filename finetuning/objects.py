@@ -125,9 +125,7 @@ def limit_objects(pairs: list[Pair], most: int, seed: int = DRAW_SEED) -> list[P
     everyone = [(index, k) for index, count in counts.items() for k in range(count)]
     if len(everyone) <= max(most, len(counts)):
         return pairs
-    print(
-        f"val IoU is that of {most} of the {len(everyone)} val objects, the same ones in every run"
-    )
+    print(f"val IoU is that of {most} of the {len(everyone)} val objects, the same in every run")
     drawn = np.random.default_rng(seed).choice(len(everyone), most, replace=False)
     chosen: dict[int, list[int]] = {}
     for index, k in (everyone[i] for i in sorted(drawn)):

@@ -13,6 +13,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
+from finetuning.checkpoints import file_sha256
 from finetuning.command_line import number, quoted
 from finetuning.csv_files import read_with_digest, write_with_digest
 from finetuning.pairs import Pair
@@ -22,7 +23,7 @@ from finetuning.splitting import make_folds
 
 RUNS_FILE, FOLDS_FILE = "runs.csv", "folds.csv"
 MAX_RUNS = 10_000  # more are no runs
-FOLD_COLUMNS = ("fold", "image")
+FOLD_COLUMNS = ("fold", "image", "sha256")
 RUN_COLUMNS = ("run", "seed", "best_val_iou", "last_val_iou")
 
 
@@ -98,16 +99,9 @@ def which_resume(trainings: Sequence[Training], resume: bool) -> list[bool]:
     return [resume and (is_begun or not any(begun)) for is_begun in begun]
 
 
-def forget_repeats(
-    output: Path, trainings: Sequence[Training], folds: int | None, resume: bool
-) -> None:
-    """Remove what earlier repeats in this folder have concluded: it will not be true any more.
-
-    Unless they are resumed, what they were at is removed, too, lest it be resumed later.
-    """
+def forget_conclusion(output: Path, folds: int | None) -> None:
+    """Remove what the repeats in this folder have concluded: going on makes it untrue."""
     (output / (FOLDS_FILE if folds else RUNS_FILE)).unlink(missing_ok=True)
-    for training in trainings[1:] if not resume else ():
-        (training.output / STATE_FILE).unlink(missing_ok=True)
 
 
 def describe_training(training: Training, data: Path) -> str:
@@ -128,18 +122,25 @@ def fold_folder(output: Path, number: int) -> Path:
 def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pair]]:
     """Return the pairs of each fold, by the model of its last epoch, which has not seen them.
 
-    The best epoch is none to take here: the fold itself chose it. Raises UserError where the folds
-    are not there, are not those of these pairs, or are not all trained.
+    Images are matched by their content: another split or name changes nothing. The best epoch is
+    none to take here: the fold itself chose it. Raises UserError where the folds are not there, are
+    not those of these pairs, or are not all trained.
     """
     file = output / FOLDS_FILE
     if not file.is_file():
         raise UserError(f"no {file}; run: python train_sam2_proper.py --folds 5")
-    by_key, folds = keyed(pairs), {}
-    for fold, image in read_with_digest(file, FOLD_COLUMNS):
-        if image not in by_key or not fold.isdecimal():
-            raise UserError(f"{file} has {quoted(image)}, which is not in this --data; train anew")
-        model = fold_folder(output, int(fold)) / FINAL_FILE
-        folds.setdefault(model, []).append(by_key[image])
+    folds: dict[Path, list[Pair]] = {}
+    of_content: dict[str, dict[str, Pair]] = {}  # several by their keys, where some are the same
+    for key, pair in keyed(pairs).items():
+        of_content.setdefault(file_sha256(pair.image), {})[key] = pair
+    for fold, key, sha256 in read_with_digest(file, FOLD_COLUMNS):
+        same = of_content.get(sha256)
+        if not same or not fold.isdecimal():
+            raise UserError(f"{file} has {quoted(key)}, which is not in this --data; train anew")
+        pair = same.pop(key if key in same else next(iter(same)))
+        folds.setdefault(fold_folder(output, int(fold)) / FINAL_FILE, []).append(pair)
+    if left := sum(map(len, of_content.values())):
+        print(f"images that are in no fold, and so are not measured: {left}")
     for model in folds:
         if not model.is_file():
             raise UserError(f"{model} is missing; train with --folds to the end (--resume goes on)")
@@ -156,7 +157,7 @@ def conclude_repeats(
     )
     if folds:
         rows = [
-            (number, f"{pair.image.parent.name}/{pair.name}")
+            (number, f"{pair.image.parent.name}/{pair.name}", file_sha256(pair.image))
             for number, training in enumerate(trainings, 1)
             for pair in training.pairs["val"]
         ]

@@ -28,6 +28,7 @@ from finetuning.image_files import read_image
 from finetuning.language import ENGLISH, Language
 from finetuning.pairs import read_facts
 from finetuning.report import Summary
+from finetuning.seen_images import SEEN, Overlap
 from finetuning.sources import DATASET_URL
 from finetuning.tables import Table
 
@@ -97,9 +98,9 @@ def write_page(
         clicks_chart=embed_chart(output / "clicks.png") if clicks else None,
         best=[embed_picture(picture) for picture in best],
         worst=[embed_picture(picture) for picture in worst],
-        compared=describe_models(files, setup, say),
+        compared=describe_models(files, setup, summary.overlap, say),
         versions=describe_machine(files, model, say),
-        settings=training_settings(files.facts),
+        settings=training_settings(files.facts[0]),
         command=quote_command(["python", *setup.command]),
         is_kvasir=read_facts(setup.data).get("source") == DATASET_URL,
     )
@@ -149,9 +150,9 @@ def short(value: Any) -> str:
     return quoted(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
 
 
-def describe_models(files: Files, setup: Setup, say: Language) -> dict[str, str]:
+def describe_models(files: Files, setup: Setup, overlap: Overlap, say: Language) -> dict[str, str]:
     """Return what was compared, on what, and how."""
-    epoch = files.facts.get("epoch")
+    epoch = files.facts[0].get("epoch")
     finetuned = short(files.finetuned_name)
     if isinstance(epoch, int):
         finetuned = say("{file} (epoch {epoch})", file=finetuned, epoch=epoch)
@@ -165,12 +166,18 @@ def describe_models(files: Files, setup: Setup, say: Language) -> dict[str, str]
         "best": say("of three masks, the one that the model scores highest"),
         "single": say("the single mask"),
     }
+    trained_on, changed = (
+        say("{count} of {images} images", count=count, images=overlap.images)
+        for count in (overlap.trained_on, overlap.changed_masks)
+    )
     return {
         say("Model"): f"SAM 2.1 {files.model_name}, {files.image_size}x{files.image_size}",
         say("Original"): short(files.original),
         say("Fine-tuned"): finetuned,
         say("Data"): short(setup.data),
         say("Split"): setup.split,
+        say("Trained on"): trained_on if overlap.is_known else say("not known"),
+        say("Masks changed since training"): changed if overlap.is_known else say("not known"),
         say("Prompt"): prompts[setup.prompt_kind],
         say("Mask"): masks[setup.mask_kind],
     }
@@ -206,7 +213,11 @@ def training_settings(facts: dict[str, Any]) -> dict[str, str]:
     settings = facts.get("settings")
     if not isinstance(settings, dict):
         return {}
-    return {short(name): "-" if value is None else short(value) for name, value in settings.items()}
+    return {
+        short(name): "-" if value is None else short(value)
+        for name, value in settings.items()
+        if name != SEEN
+    }
 
 
 def quote_command(command: Sequence[str]) -> str:

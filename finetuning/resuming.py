@@ -18,6 +18,7 @@ STATE_FILE, BEST_FILE = "train_state.pt", "sam2_best.pt"
 # What a resumed run may have otherwise than the run that it goes on with.
 FREE_SETTINGS = (
     "epochs", "checkpoint", "checkpoint_sha256", "data", "data_hash", "cache", "value_range",
+    "seen",
 )  # fmt: skip
 
 LARGEST = 1e300  # of a number in a log; whole ones may be beyond all floats
@@ -81,7 +82,7 @@ def read_log(state: dict[str, Any]) -> Log | None:
 
 def are_settings(values: Any) -> bool:
     """Say whether a value is settings: plain values by name, with a learning rate that is one."""
-    plain = str | int | float | list | None
+    plain = str | int | float | list | dict | None
     are_plain = isinstance(values, dict) and all(isinstance(v, plain) for v in values.values())
     return are_plain and _is_number(values.get("lr", 0.0))
 

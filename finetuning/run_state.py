@@ -25,6 +25,7 @@ from finetuning.models import ensure_checkpoint, parse_image_size
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts, split_pairs
 from finetuning.recipe import Recipe
 from finetuning.resuming import BEST_FILE, STATE_FILE, Log, restore
+from finetuning.seen_images import SEEN, Contents, record_seen
 
 FINAL_FILE = "sam2_final.pt"
 LOG_FILES = ("train_log.csv", "learning_curve.png")
@@ -86,6 +87,7 @@ class Start(NamedTuple):
     cache: Path | None
     precision: torch.dtype
     image_size: int
+    seen_before: Contents | None  # what the model to start from was trained on
 
 
 def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> dict[str, Any]:
@@ -106,6 +108,7 @@ def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> 
         "data": str(start.data),
         "value_range": read_facts(start.data).get("value_range"),  # for images to come
         "data_hash": hashlib.sha256(repr(contents).encode()).hexdigest(),
+        SEEN: record_seen(pairs, start.seen_before),
     }
 
 

@@ -26,8 +26,10 @@ from finetuning.figures import choose_figures
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.pairs import Pair
 from finetuning.prompts import make_prompt
-from finetuning.report import format_box, format_interval, summarize
+from finetuning.report import format_box, summarize
+from finetuning.report_sentences import format_interval
 from finetuning.result_tables import sizes_table
+from finetuning.seen_images import Overlap
 from finetuning.tables import print_anywhere
 
 
@@ -62,6 +64,7 @@ def made_up_results(
             i,
             0,
             Pair(str(i), Path(f"{i}.png"), Path(f"{i}.png")),
+            "center",
             prompt,
             area,
             [dict.fromkeys(METRICS, iou) for iou in ious],
@@ -72,7 +75,7 @@ def made_up_results(
 
 def test_the_table_is_the_guides_box():
     results = made_up_results([0.6592, 0.6592], [0.8333, 0.8333])
-    assert format_box(summarize(results, "val")) == (
+    assert format_box(summarize(results, "val", Overlap(1))) == (
         "┌────────────────────────────────────────┐\n"
         "│             mean IoU (val)             │\n"
         "├────────────────────────────────────────┤\n"
@@ -299,7 +302,7 @@ def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
 def test_a_console_without_box_characters_gets_a_box_all_the_same(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", console)
-    print_anywhere(format_box(summarize(made_up_results([0.5], [0.75]), "val")))
+    print_anywhere(format_box(summarize(made_up_results([0.5], [0.75]), "val", Overlap(1))))
     console.flush()
     text = console.buffer.getvalue().decode("ascii")
     assert "|  improvement:       +25.0%p            |" in text

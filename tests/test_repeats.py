@@ -132,6 +132,9 @@ def test_a_model_that_a_run_would_overwrite_is_no_start(train):
     before = snapshot(Path("output"))
     outcome = train("--epochs", 1, "--runs", 2, "--checkpoint", "output/run_2/sam2_best.pt")
     assert outcome.status == 2 and "would be overwritten" in outcome.err
+    # Nor one that it would move aside
+    outcome = train("--epochs", 1, "--checkpoint", "output/run_2/sam2_best.pt")
+    assert outcome.status == 2 and "belongs to the earlier run in output" in outcome.err
     assert snapshot(Path("output")) == before
 
 

@@ -21,30 +21,34 @@ import compare_models
 from compare_models import main
 from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import clicks_table
-from finetuning.compared_models import Files, is_published
+from finetuning.compared_models import Files
 from finetuning.evaluation import Model, Result
 from finetuning.feature_source import FeatureSource
 from finetuning.figures import Picture
 from finetuning.image_files import write_image
 from finetuning.language import ENGLISH, KOREAN, Language, parse_language
 from finetuning.metrics import METRICS
-from finetuning.models import MODELS, load_predictor
-from finetuning.pairs import Pair
+from finetuning.models import MODELS, is_published, load_predictor
+from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import make_prompt
 from finetuning.repeats import RUNS_FILE
 from finetuning.report import (
     format_box,
     format_files,
-    format_interval,
     format_summary,
-    group_numbers,
-    runs_sentence,
-    split_sentence,
     summarize,
 )
 from finetuning.report_page import TEMPLATE, Setup, write_page
+from finetuning.report_sentences import (
+    empty_sentence,
+    format_interval,
+    group_numbers,
+    runs_sentence,
+    split_sentences,
+)
 from finetuning.result_tables import metrics_table
 from finetuning.scatter import draw_scatter
+from finetuning.seen_images import SEEN, Overlap, record_seen
 from finetuning.sources import DATASET_URL
 from finetuning.tables import (
     BOX_CHARACTERS,
@@ -59,6 +63,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAY_KOREAN = Language("ko")
 HARMFUL = "<script>alert(1)</script>\"'&.png"
 PAGE = Path("output/comparison/report.html")
+UNSEEN = Overlap(4)
 
 
 def made_up(*objects: tuple[int, float, float], groups: dict[int, str] | None = None):
@@ -69,7 +74,7 @@ def made_up(*objects: tuple[int, float, float], groups: dict[int, str] | None = 
             str(index), Path(f"{index}.png"), Path("m.png"), group=(groups or {}).get(index)
         )
         metrics = [{name: 100 * iou if name == "HD95" else iou for name in METRICS} for iou in ious]
-        results.append(Result(index, k, pair, make_prompt([(1, 2)]), 0.1, metrics))
+        results.append(Result(index, k, pair, "center", make_prompt([(1, 2)]), 0.1, metrics))
     return results
 
 
@@ -103,7 +108,7 @@ def test_an_image_with_many_objects_counts_once_among_the_images_medians():
         "IoU, each image's median", "0.4000", "0.6000", "0.4000", "0.6000",
     ]  # fmt: skip
     assert len(metrics_table(SOME).rows) == len(METRICS)
-    assert summarize(results, "val").sentences[0] == (
+    assert summarize(results, "val", UNSEEN).sentences[0] == (
         "objects 4 in 2 images: 3 better, 1 equal, 0 worse"
     )
 
@@ -114,11 +119,43 @@ def test_images_are_counted_and_what_the_split_means_is_said():
         ("test", "no training has read these images"),
         ("train", "the model has learnt these images"),
     ):
-        summary = summarize(SOME, split)
+        overlap = Overlap(4, trained_on=4) if split == "train" else UNSEEN
+        summary = summarize(SOME, split, overlap)
         assert summary.sentences[0] == "images 4: 2 better, 1 equal, 1 worse"
-        assert words in summary.sentences[2] and split_sentence(split) == summary.sentences[2]
+        assert words in summary.sentences[2] and len(summary.sentences) == 3
+        assert split_sentences(split, overlap) == summary.sentences[2:]
         assert f"mean IoU ({split})" in format_box(summary)
-    assert "mean IoU (val, single mask)" in format_box(summarize(SOME, "val", "single"))
+        assert "trained on" not in format_box(summary)
+    assert "mean IoU (val, single mask)" in format_box(summarize(SOME, "val", UNSEEN, "single"))
+
+
+@pytest.mark.parametrize("split", ["val", "test", "2 folds"])
+def test_what_the_model_has_seen_is_said_in_the_box_and_below_it(split):
+    good = ("flatters a little", "no training has read", "had not seen it")
+    seen = summarize(SOME, split, Overlap(4, trained_on=3, changed_masks=2))
+    text = " ".join(seen.sentences)
+    assert "the model was trained on 3 of these 4 images" in text
+    assert "the masks of 2 of these 4 images have changed" in text
+    assert not any(words in text for words in good)
+    box = format_box(seen)
+    assert "trained on:        3 of 4 images" in box and "masks changed:     2 of 4 images" in box
+    assert {len(line) for line in box.splitlines()} == {42}
+
+    unknown = " ".join(split_sentences(split, Overlap(4, is_known=False)))
+    assert "is not known in full" in unknown
+    assert not any(words in unknown for words in good[1:])  # of val, the training chose its epoch
+
+
+def test_a_test_split_that_chose_the_epoch_is_no_test():
+    (sentence,) = split_sentences("test", Overlap(4, validated_on=2))
+    assert sentence == "the best epoch was chosen by 2 of these 4 images"
+
+
+def test_images_without_an_object_are_counted_in_a_sentence():
+    assert empty_sentence(3, []) == "3 more images have no object, and are not measured"
+    assert "the original finds something in 2 of them, the fine-tuned model in 1" in (
+        empty_sentence(3, [2, 1])
+    )
 
 
 def test_images_of_one_group_are_drawn_together():
@@ -128,15 +165,20 @@ def test_images_of_one_group_are_drawn_together():
     apart, together = made_up(*objects), made_up(*objects, groups=groups)
     assert len(set(group_numbers(apart))) == 180
     assert group_numbers(together).tolist() == [k // 3 for k in range(180)]
-    interval = summarize(together, "val", seed=3).interval
-    assert interval == format_interval(gains, seed=3)[0] != summarize(apart, "val", seed=3).interval
+    interval = summarize(together, "val", UNSEEN, seed=3).interval
     assert (
-        "paired bootstrap over 60 groups of 180 images" in (summarize(together, "val").sentences[1])
+        interval
+        == format_interval(gains, seed=3)[0]
+        != summarize(apart, "val", UNSEEN, seed=3).interval
+    )
+    assert (
+        "paired bootstrap over 60 groups of 180 images"
+        in (summarize(together, "val", UNSEEN).sentences[1])
     )
     # An image alone is no group's, whatever that is called
     some = made_up((0, 0, 0), (1, 0, 0), (2, 0, 0), groups={1: "0", 2: "0"})
     assert group_numbers(some).tolist() == [0, 1, 1]
-    one = summarize(made_up((0, 0.1, 0.2), (1, 0.1, 0.2), groups={0: "a", 1: "a"}), "val")
+    one = summarize(made_up((0, 0.1, 0.2), (1, 0.1, 0.2), groups={0: "a", 1: "a"}), "val", UNSEEN)
     assert one.interval == "" and one.sentences[1].endswith(
         "of one group of images: too few for an interval"
     )
@@ -150,8 +192,8 @@ def test_trainings_with_other_seeds_are_summed_up_in_a_line(tmp_path):
         "3 trainings with different seeds: val IoU best 0.6000 ± 0.0100 (0.5900 to 0.6100), last "
         "0.5900 ± 0.0100; the 95% interval over images does not contain this"
     )
-    assert summarize(SOME, "val", runs_file=path).sentences[3] == runs_sentence(path)
-    assert len(summarize(SOME, "val", runs_file=tmp_path / "absent.csv").sentences) == 3
+    assert summarize(SOME, "val", UNSEEN, runs_file=path).sentences[3] == runs_sentence(path)
+    assert len(summarize(SOME, "val", UNSEEN, runs_file=tmp_path / "absent.csv").sentences) == 3
 
 
 @pytest.mark.parametrize(
@@ -171,7 +213,7 @@ def test_trainings_with_other_seeds_are_summed_up_in_a_line(tmp_path):
 def test_a_file_of_runs_that_is_damaged_or_foreign_is_left_out_with_a_warning(tmp_path, content):
     path = tmp_path / RUNS_FILE
     path.write_bytes(content)
-    sentence = summarize(SOME, "val", runs_file=path).sentences[3]
+    sentence = summarize(SOME, "val", UNSEEN, runs_file=path).sentences[3]
     assert sentence.startswith("warning: ") and "it is left out" in sentence
     assert sentence.isprintable()
 
@@ -226,7 +268,7 @@ def test_in_korean_all_lines_of_the_box_and_of_a_table_are_equally_wide():
     assert display_width("한글 IoU") == 8 and display_width("e\u0301") == 1
     results = made_up((0, 0.1, 0.2), (0, 0.2, 0.4), (1, 0.6, 0.8))
     for mask_kind in ("best", "single"):
-        summary = summarize(results, "val", mask_kind, say=SAY_KOREAN)
+        summary = summarize(results, "val", UNSEEN, mask_kind, say=SAY_KOREAN)
         lines = format_box(summary, SAY_KOREAN).splitlines()
         assert {display_width(line) for line in lines} == {42}
         assert "평균 IoU" in lines[1] and "파인튜닝한 SAM 2" in lines[4]
@@ -239,7 +281,7 @@ def test_in_korean_all_lines_of_the_box_and_of_a_table_are_equally_wide():
 
 def test_where_box_characters_may_be_wide_or_lacking_the_box_is_ascii(monkeypatch):
     for say in (ENGLISH, SAY_KOREAN):
-        text = format_summary(summarize(SOME, "val", say=say), say) + "\n±"
+        text = format_summary(summarize(SOME, "val", UNSEEN, say=say), say) + "\n±"
         for encoding in (*sorted(WIDE_ENCODINGS), "ms949"):
             shown = on_console(monkeypatch, text, encoding)
             assert not set(BOX_CHARACTERS) & set(shown)
@@ -247,7 +289,7 @@ def test_where_box_characters_may_be_wide_or_lacking_the_box_is_ascii(monkeypatc
             assert "±" in shown
         assert "┌" in on_console(monkeypatch, text, "utf-8")
         assert on_console(monkeypatch, text, "utf-8").rstrip() == text
-    text = format_box(summarize(SOME, "val")) + "\n0.1 ± 0.2"
+    text = format_box(summarize(SOME, "val", UNSEEN)) + "\n0.1 ± 0.2"
     assert "+/-" in on_console(monkeypatch, text, "ascii")
 
 
@@ -284,7 +326,7 @@ def test_the_language_is_that_of_the_system_where_the_console_can_show_it(monkey
 
 
 def test_what_is_compared_is_said_first():
-    files = Files("mini", Path("a.pt"), [Path("b.pt")], {"epoch": 0}, 256)
+    files = Files("mini", Path("a.pt"), [Path("b.pt")], [{"epoch": 0}], 256)
     text = format_files(files, Path("images"), True, ENGLISH)
     assert text.splitlines() == [
         "original:   a.pt",
@@ -292,7 +334,9 @@ def test_what_is_compared_is_said_first():
         "            which is the original: no epoch of the training was better",
         "images:     images (where there is a test split it is taken; --split val: the others)",
     ]
-    korean = format_files(files._replace(facts={}), Path("images"), False, SAY_KOREAN).splitlines()
+    korean = format_files(
+        files._replace(facts=[{}]), Path("images"), False, SAY_KOREAN
+    ).splitlines()
     assert korean == ["원본:     a.pt", "파인튜닝: b.pt (SAM 2.1 mini)", "이미지:   images"]
 
 
@@ -303,7 +347,7 @@ def test_it_is_said_whether_the_original_is_the_published_one(tmp_path, monkeypa
     own = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setitem(MODELS, "small", MODELS["small"]._replace(sha256=own))
     assert is_published(file, "small") is True
-    files = Files("small", Path("a.pt"), [Path("b.pt")], {}, 1024, is_published=True)
+    files = Files("small", Path("a.pt"), [Path("b.pt")], [{}], 1024, is_published=True)
     first = format_files(files, Path("images"), False, ENGLISH).splitlines()[0]
     assert first == "original:   a.pt (SAM 2.1 small, as published)"
     foreign = format_files(files._replace(is_published=False), Path("images"), False, ENGLISH)
@@ -360,10 +404,10 @@ def make_page(tmp_path, model, random_mini):
         ious = np.array([[of_model["IoU"] for of_model in r.metrics] for r in results])
         for name in ("scatter.png", *(["clicks.png"] if clicks else [])):
             draw_scatter(tmp_path / name, ious, ["medium"] * len(results), "image")
-        files = Files("mini", random_mini, [random_mini], facts or {}, 256)
+        files = Files("mini", random_mini, [random_mini], [facts or {}], 256)
         command = ["compare_models.py", "--data", data]
         setup = Setup(Path(data), "val", "box", "best", 42, command)
-        summary = summarize(results, "val", say=say)
+        summary = summarize(results, "val", UNSEEN, say=say)
         write_page(tmp_path, summary, files, model, setup, clicks, pictures, say)
         return Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
 
@@ -380,7 +424,7 @@ def write_picture(path: Path, name: str, gain: float, size=(40, 120)) -> Picture
 def test_the_page_has_the_numbers_that_are_printed(make_page, say):
     table = clicks_table(np.array([[[0.2, 0.4]], [[0.6, 0.88]]]), True, "image", say)
     page = make_page(say=say, clicks=table)
-    summary = summarize(SOME, "val", say=say)
+    summary = summarize(SOME, "val", UNSEEN, say=say)
     assert page.all("html") == [{"lang": say.code}]
     for text in (summary.original, summary.finetuned, summary.improvement, summary.interval):
         assert text in page.words and text in format_summary(summary, say)
@@ -464,7 +508,8 @@ def trained(run_script, tmp_path, random_mini):
     with torch.no_grad():
         for weight in model.sam_mask_decoder.output_hypernetworks_mlps.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    settings = {"lr": 0.125}
+    train = split_pairs(tmp_path / "data", "train")
+    settings = {"lr": 0.125, SEEN: record_seen({"train": train, "val": []}, before=[])}
     save_checkpoint(tmp_path / "output/sam2_best.pt", model, epoch=2, settings=settings)
     return "--original", random_mini
 
@@ -491,6 +536,7 @@ def test_the_page_of_a_comparison_says_what_the_console_says(run_script, trained
     assert len(page.all("img")) == 4
     assert "--language ko" in page.text and "0.125" in page.text and "에폭 2" in page.text
     assert re.search(r"[0-9a-f]{64}", page.text)
+    assert "학습에 쓴 이미지" in page.text and "2장 중 0장" in page.text
 
     Path("output/sam2_best.pt").with_name(RUNS_FILE).write_bytes(b"\xff")
     outcome = run_script(main, *options, "--language", "en")

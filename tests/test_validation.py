@@ -11,7 +11,7 @@ import torch
 from conftest import CPU, draw_pair
 
 from finetuning import evaluation
-from finetuning.evaluation import AT_ONCE_ON_CPU, Model, count_found, mean_metrics, measure
+from finetuning.evaluation import AT_ONCE_ON_CPU, Model, find_in_empty, mean_metrics, measure
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import FeatureSource
 from finetuning.image_files import write_image
@@ -148,7 +148,7 @@ def test_images_without_an_object_are_counted(pairs, model, capsys):
 def test_what_is_found_where_nothing_is_is_counted(pairs, predictor, model):
     with torch.no_grad():  # masks of the first model are all empty, of the second all full
         empty, full = (load_and_shift(model, logit) for logit in (-1e4, 1e4))
-    assert count_found([empty, full, empty], [pairs[2], pairs[2]], "best") == [0, 2, 0]
+    assert find_in_empty([empty, full, empty], [pairs[2], pairs[2]]) == [[0, 1, 0]] * 2
 
 
 def load_and_shift(model: Model, logit: float) -> Model:

@@ -1,0 +1,79 @@
+"""An earlier run in the output folder: moved aside, so that a new run overwrites nothing of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from sam2_utils import UserError
+
+from finetuning.command_line import tell
+from finetuning.files import lies_in, only_run_in
+from finetuning.repeats import FOLDS_FILE, RUNS_FILE
+from finetuning.resuming import STATE_FILE
+from finetuning.run_state import RESULTS
+
+RUN_FILES = {*RESULTS, STATE_FILE, RUNS_FILE, FOLDS_FILE}
+REPEAT_FOLDER = re.compile(r"(run|fold)_\d+")
+EARLIER_FOLDER = re.compile(r"earlier_(\d+)")
+
+
+def find_run(output: Path) -> list[Path]:
+    """Return what runs have left in a folder: files, and the folders of further runs and folds.
+
+    The cache, comparisons and segmented images are not among them.
+    """
+    if not output.is_dir():
+        return []
+    return sorted(
+        path
+        for path in output.iterdir()
+        if (path.name in RUN_FILES and path.is_file())
+        or (REPEAT_FOLDER.fullmatch(path.name) and path.is_dir())
+    )
+
+
+def require_elsewhere(checkpoint: Path, output: Path) -> None:
+    """Raise UserError where the model to start from belongs to the earlier run of a folder."""
+    if any(lies_in(checkpoint, path) for path in find_run(output)):
+        raise UserError(
+            f"{checkpoint} belongs to the earlier run in {output}, which a new run moves aside; "
+            "use another --output"
+        )
+
+
+def set_aside(output: Path, cache: Path | None) -> None:
+    """Move an earlier run to the next free output/earlier_N, and say how to go on with it.
+
+    cache: the folder of its features, if it may have one. Raises UserError where a further run in
+    the folder is still writing.
+    """
+    found = find_run(output)
+    if not found:
+        return
+    require_idle(found)
+    matches = map(EARLIER_FOLDER.fullmatch, (path.name for path in output.iterdir()))
+    number = 1 + max((int(match[1]) for match in matches if match), default=0)
+    folder = output / f"earlier_{number}"
+    folder.mkdir()
+    # The state goes last: where this is stopped halfway, --resume finds it and names what is gone
+    for path in sorted(found, key=lambda path: path.name == STATE_FILE):
+        path.rename(folder / path.name)
+    go_on = f"--resume --output {folder}" + (f" --cache {cache}" if cache else "")
+    tell(f"the earlier run in {output} is now in {folder}; to go on with it, add {go_on}")
+
+
+def remove_run(output: Path) -> None:
+    """Remove an earlier run; raises UserError as set_aside does."""
+    found = find_run(output)
+    require_idle(found)
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def require_idle(found: list[Path]) -> None:
+    """Raise UserError where a run is writing to one of the folders among some paths."""
+    for folder in filter(Path.is_dir, found):
+        with only_run_in(folder):
+            pass

@@ -1,0 +1,103 @@
+"""Which images a model has seen in training: recorded in its file, and counted in a comparison.
+
+Images and masks are known by the SHA-256 of their files, so that neither another name nor another
+split hides an image that the model was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sam2_utils import UserError
+
+from finetuning.checkpoints import file_sha256, setting
+from finetuning.models import is_published
+from finetuning.pairs import Pair
+
+SEEN = "seen"  # the record, among the settings of a model's file
+
+Contents = list[list[str]]  # of each pair: the hash of its image, and that of its masks
+
+
+def hash_pair(pair: Pair) -> list[str]:
+    """Return the SHA-256 of a pair's image, and that of its mask; of several masks, one of all."""
+    masks = [file_sha256(path) for path in pair.mask_files()]
+    return [file_sha256(pair.image), masks[0] if len(masks) == 1 else _hash_of(masks)]
+
+
+def _hash_of(hashes: list[str]) -> str:
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def seen_before(facts: dict[str, Any], checkpoint: Path) -> Contents | None:
+    """Return what the model that a training starts from was trained on; None: it is not known.
+
+    facts: what load_predictor returns beside the predictor. SAM 2.1's own files and mini have seen
+    none of a user's images.
+    """
+    record = setting(facts, SEEN, dict)
+    if record is None:
+        return None if is_published(checkpoint, facts["model_name"]) is False else []
+    before = _contents(record, "before")
+    return None if before is None else [*before, *(_contents(record, "train") or [])]
+
+
+def record_seen(pairs: dict[str, list[Pair]], before: Contents | None) -> dict[str, Any]:
+    """Return the record of a training on pairs of train and val; before: as from seen_before."""
+    return {"before": before, **{split: list(map(hash_pair, of)) for split, of in pairs.items()}}
+
+
+class Overlap(NamedTuple):
+    """How many images of a comparison a model has seen in training."""
+
+    images: int  # that are compared
+    trained_on: int = 0
+    validated_on: int = 0  # not trained on, but the best epoch was chosen by them
+    changed_masks: int = 0  # seen with other masks than they have now
+    is_known: bool = True  # False: the model's file does not say all that it was trained on
+
+
+def count_overlap(pairs: Sequence[Pair], facts: dict[str, Any]) -> Overlap:
+    """Count what a fine-tuned model has seen of some pairs; facts: as from load_predictor."""
+    record = setting(facts, SEEN, dict) or {}
+    before, train, val = (_contents(record, name) for name in ("before", "train", "val"))
+    is_known = None not in (before, train, val)
+    learnt, validated = [*(before or []), *(train or [])], val or []
+    learnt_images, validated_images = ({image for image, _ in of} for of in (learnt, validated))
+    seen = set(map(tuple, [*learnt, *validated]))
+    trained_on = validated_on = changed = 0
+    for pair in pairs:
+        image, mask = hash_pair(pair)
+        trained_on += image in learnt_images
+        validated_on += image in validated_images - learnt_images
+        is_seen = image in learnt_images or image in validated_images
+        changed += is_seen and (image, mask) not in seen
+    return Overlap(len(pairs), trained_on, validated_on, changed, is_known)
+
+
+def add_overlaps(overlaps: Sequence[Overlap]) -> Overlap:
+    """Return the counts of several models, each with images of its own, together."""
+    *counts, are_known = zip(*overlaps, strict=True)
+    return Overlap(*map(sum, counts), all(are_known))
+
+
+def require_unseen(overlap: Overlap, model_name: str) -> None:
+    """Raise UserError where a model, named for the message, was trained on what is to test it."""
+    if overlap.trained_on:
+        raise UserError(
+            f"{model_name} was trained on {overlap.trained_on} of these {overlap.images} test "
+            "images; train again on this split, or add --allow-seen to measure them all the same"
+        )
+
+
+def _contents(record: dict[str, Any], name: str) -> Contents | None:
+    """Return a part of a record, which a file may hold anything for; None: there is none."""
+    rows = record.get(name)
+    are_pairs = isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == 2 and all(isinstance(text, str) for text in row)
+        for row in rows
+    )
+    return rows if are_pairs else None
