@@ -22,6 +22,7 @@ from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_p
 from finetuning.prompts import (
     corrective_click,
     deepest_point,
+    distance_inside,
     make_prompt,
     mask_box,
     prompt_from_mask,
@@ -240,6 +241,39 @@ def test_the_next_click_goes_deepest_into_what_is_missing_or_too_much():
     too_much = true_mask.copy()
     too_much[2:7, 50:55] = True
     assert corrective_click(too_much, with_more) == (52, 4, 0)
+
+
+def click_of_whole_images(predicted: np.ndarray, true_mask: np.ndarray) -> tuple[int, int, int]:
+    """Return the click by the distances in whole images, as RITM computes them."""
+    depths = distance_inside(predicted & ~true_mask), distance_inside(true_mask & ~predicted)
+    label = int(depths[1].max() >= depths[0].max())
+    y, x = np.unravel_index(depths[label].argmax(), true_mask.shape)
+    return int(x), int(y), label
+
+
+def test_the_next_click_looks_no_farther_than_what_is_wrong(monkeypatch):
+    rng, looked_at = np.random.default_rng(0), []
+
+    def look(mask):
+        looked_at.append(mask.shape)
+        return distance_inside(mask)
+
+    monkeypatch.setattr("finetuning.prompts.distance_inside", look)
+    for _ in range(200):  # of squares, many pixels are equally deep
+        masks = np.zeros((2, *rng.integers(1, 40, 2)), bool)
+        for mask in (masks[0], masks[1]) * 3:
+            (top, bottom), (left, right) = np.sort(rng.integers(0, 40, (2, 2)))
+            mask[top:bottom, left:right] = True
+        masks ^= rng.random(masks.shape) < rng.choice([0, 0.02, 0.5])
+        if (masks[0] != masks[1]).any():
+            assert corrective_click(*masks) == click_of_whole_images(*masks)
+    looked_at.clear()
+    true_mask = np.zeros((300, 400), bool)
+    true_mask[100:150, 200:220] = True
+    missing = true_mask.copy()
+    missing[110:130, 205:210] = False
+    assert corrective_click(missing, true_mask) == (207, 112, 1)
+    assert looked_at == [(20, 5)]
 
 
 def test_a_prompt_lists_the_box_first_then_foreground_then_background():
