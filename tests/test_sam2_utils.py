@@ -276,6 +276,19 @@ def test_the_next_click_looks_no_farther_than_what_is_wrong(monkeypatch):
     assert looked_at == [(20, 5)]
 
 
+def test_a_pixel_that_was_clicked_is_not_clicked_again():
+    true_mask, nothing = np.zeros((40, 60), bool), np.zeros((40, 60), bool)
+    true_mask[10:15, 20:25] = True
+    assert corrective_click(nothing, true_mask) == (22, 12, 1)
+    # The region stays as deep as it is: the next one lies beside, not in a corner of what is left
+    assert corrective_click(nothing, true_mask, [(22, 12)]) == (21, 11, 1)
+    assert corrective_click(nothing, true_mask, [(22, 12), (0, 0), (59, 39)]) == (21, 11, 1)
+    predicted = true_mask.copy()
+    predicted[12, 22], predicted[30, 50] = False, True
+    assert corrective_click(predicted, true_mask, [(22, 12)]) == (50, 30, 0)
+    assert corrective_click(predicted, true_mask, [(22, 12), (50, 30)]) is None
+
+
 def test_a_prompt_lists_the_box_first_then_foreground_then_background():
     prompt = make_prompt([(1, 2)], [(3, 4)], (5, 6, 7, 8))
     assert prompt.point_coords.tolist() == [[5, 6], [7, 8], [1, 2], [3, 4]]
