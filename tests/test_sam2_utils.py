@@ -53,6 +53,7 @@ def predictor(random_mini):
 def test_auto_takes_mps_then_cuda_then_cpu(monkeypatch, mps, cuda, expected):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     assert select_device("auto").type == expected
     assert select_device("cpu").type == "cpu"
 
@@ -61,6 +62,7 @@ def test_an_absent_or_unknown_device_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     assert select_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(UserError, match="mps is not available here; use one of: auto, cuda, cpu"):
         select_device("mps")
@@ -69,6 +71,49 @@ def test_an_absent_or_unknown_device_is_a_clear_error(monkeypatch):
     for name in ("gpu", "xpu", ""):
         with pytest.raises(UserError, match="unknown"):
             select_device(name)
+
+
+CUDA_13 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((6, 1), CUDA_13, False),  # GTX 10xx
+        ((7, 0), CUDA_13, False),  # V100
+        ((7, 5), CUDA_13, True),
+        ((8, 9), CUDA_13, True),  # as 8.6, of the same major
+        ((10, 3), CUDA_13, True),
+        ((12, 1), CUDA_13, True),
+        ((11, 0), CUDA_13, False),  # no PTX of so early a card
+        ((13, 0), CUDA_13, True),  # by PTX
+        ((8, 0), "sm_86", False),
+        ((9, 0), "sm_90a", True),
+        ((10, 3), "sm_100f compute_75", True),
+        ((12, 0), "sm_80 sm_90", False),
+        ((9, 0), "gfx90a gfx1100", True),  # ROCm
+        ((6, 1), "", True),
+    ],
+)
+def test_a_gpu_that_torch_was_not_built_for_is_passed_over_and_refused_by_name(
+    monkeypatch, capsys, capability, built_for, runs
+):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built_for.split)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GTX 1080")
+    assert select_device("cpu") == CPU
+    assert select_device("auto").type == ("cuda" if runs else "cpu")
+    out = capsys.readouterr().out
+    if runs:
+        assert select_device("cuda:0") == torch.device("cuda:0") and not out
+        return
+    assert out.startswith("warning: ") and out.count("\n") == 1
+    assert "GTX 1080" in out and "install a build for that card" in out
+    with pytest.raises(UserError, match=r"--device cuda: .* GTX 1080 .* or use --device cpu"):
+        select_device("cuda")
 
 
 def test_threads_are_as_many_as_asked_for(run_script):
