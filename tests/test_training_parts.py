@@ -147,7 +147,7 @@ def test_steps_show_what_the_recipe_says(tmp_path, monkeypatch):
     def note_what_is_shown(_learner, _model, loader, validation, *_):
         found.append((list(loader), validation))
 
-    for name in ("make_learner", "speed_up", "keep_rule"):
+    for name in ("make_learner", "speed_up"):
         monkeypatch.setattr(train_sam2_proper, name, lambda *_: None)
     monkeypatch.setattr(run_state, "start", lambda *_: None)
     monkeypatch.setattr(Validation, "measure", lambda *_: {"val_iou": 0.5})
