@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import warnings
 
@@ -52,7 +53,8 @@ def select_device(name: str = "auto", threads: int | None = None) -> torch.devic
     """Return the device called `name`: auto (MPS, else CUDA, else CPU), mps, cuda, cuda:N, cpu.
 
     threads: of the CPU, for all that torch and OpenCV compute there from now on; None: as they are.
-    Raises UserError when that device is unknown or absent.
+    auto passes over a CUDA GPU that this PyTorch was not built for, and says so. Raises UserError
+    when a device that is named is unknown, absent, or such a GPU.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -63,7 +65,12 @@ def select_device(name: str = "auto", threads: int | None = None) -> torch.devic
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, present in available.items() if present))
+        device = torch.device(next(kind for kind, present in available.items() if present))
+        if problem := _lack_of_kernels(device):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: {problem}; until then the CPU computes, only slower")
+            return torch.device("cpu")
+        return device
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -76,7 +83,35 @@ def select_device(name: str = "auto", threads: int | None = None) -> torch.devic
         raise UserError(f"--device {name} is not available here; use one of: auto, {present}")
     if device.index:
         torch.cuda.set_device(device)  # or what names no GPU takes memory of the first one
+    if problem := _lack_of_kernels(device):
+        raise UserError(f"--device {name}: {problem}, or use --device cpu")
     return device
+
+
+def _lack_of_kernels(device: torch.device) -> str | None:
+    """Say that this PyTorch cannot compute on a CUDA GPU, and what to do; None where it can.
+
+    Kernels for sm_XY run on GPUs of capability X.Y and later ones of the same X. compute_XY is PTX,
+    which the driver compiles for X.Y and all later ones.
+    """
+    if device.type != "cuda":
+        return None
+    names = [
+        re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch) for arch in torch.cuda.get_arch_list()
+    ]
+    built_for = [(name[1], (int(name[2]), int(name[3]))) for name in names if name]
+    if not built_for:  # as for ROCm, whose names are others
+        return None
+    with warnings.catch_warnings(action="ignore"):  # torch says it as well, in many lines
+        capability = torch.cuda.get_device_capability(device)
+    for kind, first in built_for:
+        if first <= capability and (kind == "compute" or first[0] == capability[0]):
+            return None
+    return (
+        f"PyTorch {torch.__version__} cannot compute on the {torch.cuda.get_device_name(device)} "
+        f"(capability {capability[0]}.{capability[1]}); install a build for that card "
+        "(https://pytorch.org/get-started; for CUDA 12.6 where it is older than the RTX 20 series)"
+    )
 
 
 def select_precision(name: str, device: torch.device) -> torch.dtype:

@@ -215,7 +215,8 @@ def choose_rule(
     if not known and min_score is None:
         tell(
             f"warning: {checkpoint} does not say which masks are objects, so SAM 2's own rule for "
-            "the original is taken; train with --background-share 0.5, or give a --min-score"
+            "the original is taken; repeat the training's command with --resume "
+            "--choose-thresholds, or give a --min-score"
         )
     given = {"min_score": min_score, "min_area": min_area}
     given = {name: value for name, value in given.items() if value is not None}

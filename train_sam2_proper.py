@@ -35,11 +35,10 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from finetuning import distributed, encoder_training, run_state
+from finetuning import detection, distributed, encoder_training, run_state
 from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_objects
 from finetuning.clicks import add_clicks
 from finetuning.command_line import ArgumentParser, run, tell
-from finetuning.detection import keep_rule
 from finetuning.device_check import trusted_device
 from finetuning.earlier_runs import remove_run, require_elsewhere, set_aside
 from finetuning.epoch_report import EpochReport
@@ -162,7 +161,9 @@ def fit(
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
-    add_repeat_options(run_state.add_file_options(parser))
+    files = run_state.add_file_options(parser)
+    add_repeat_options(files)
+    detection.add_threshold_option(files)
     add_recipe_options(parser)
     encoder_training.add_encoder_options(parser)
     add_machine_options(parser)
@@ -237,9 +238,6 @@ def train(
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, predictor.device)
     fit(learner, model, loader, validation, recipe, log, settings, output)
-    if recipe.background_share and distributed.rank() == 0:
-        best = output / run_state.BEST_FILE
-        keep_rule(best, predictor.device, machine.precision, pairs["train"], recipe.seed)
     return log
 
 
@@ -282,6 +280,9 @@ def main(argv: list[str] | None = None) -> None:
             at = f" at {size}x{size} pixels" * (size != own_image_size(args.model))
             print(f"SAM 2.1 {args.model}{at} on {device} in {settings['precision']}")
             logs.append(train(predictor, training, machine, settings, resume))
+            if args.choose_thresholds and distributed.rank() == 0:
+                best, images = training.output / run_state.BEST_FILE, training.pairs["train"]
+                detection.keep_rule(best, device, precision, images, training.recipe.seed)
             tell(f"wrote {', '.join(run_state.RESULTS)} to {training.output}")
         if distributed.rank() == 0 and len(logs) > 1:
             print(conclude_repeats(args.output, trainings, logs, args.folds))

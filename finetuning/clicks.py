@@ -1,8 +1,9 @@
 """Interactive segmentation, simulated: how good a mask gets from one click to the next.
 
 The first click goes to the point deepest inside the object, each following one to where the
-model's own last mask is most wrong: the protocol of RITM (Sofiiuk et al., Reviving Iterative
-Training with Mask Guidance, 2021), which SAM and SAM 2 are measured with as well.
+model's own last mask is most wrong, and none to a pixel that was clicked before: the protocol of
+RITM (Sofiiuk et al., Reviving Iterative Training with Mask Guidance, 2021), which SAM and SAM 2 are
+measured with as well.
 """
 
 from __future__ import annotations
@@ -53,11 +54,15 @@ def simulate_clicks(
       use_mask_prompt: give the logits of the previous mask to the model with the clicks.
       kind: which of the model's masks, as in choose_masks.
 
-    Once a mask is perfect nothing is left to click, and its IoU counts for the clicks to come.
+    No pixel is clicked twice. Once a mask is perfect, or only wrong in pixels that were clicked,
+    nothing is left to click, and its IoU counts for the clicks to come.
     """
     mask, logits = np.zeros_like(true_mask), None
     clicks, ious = [], []
-    while len(ious) < count and (click := corrective_click(mask, true_mask)):
+    while len(ious) < count:
+        click = corrective_click(mask, true_mask, [(x, y) for x, y, _ in clicks])
+        if click is None:
+            break
         clicks.append(click)
         points = np.array(clicks)
         prompt = Prompt(points[:, :2].astype(np.float32), points[:, 2].astype(np.int32))

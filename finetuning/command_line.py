@@ -157,7 +157,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             _fail(f"{error}; remove that link, or name another folder")
         if not is_memory_error(error):
             raise
-        _fail("the memory is full; use a smaller --batch-size or --model, or --device cpu")
+        _fail(
+            "the memory is full; use a smaller --batch-size, --objects-per-image or --model; "
+            "on a GPU also --cache-in disk, or --device cpu"
+        )
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)

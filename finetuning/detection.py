@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +86,16 @@ def iou_table(found: Sequence[Found], objects: Objects) -> np.ndarray:
             overlap = np.count_nonzero(found[row].mask[inside] & true_mask[inside])
             ious[row, column] = overlap / (areas[row] + true_area - overlap)
     return ious
+
+
+def add_threshold_option(parser: argparse._ActionsContainer) -> None:
+    """Add --choose-thresholds, for keep_rule."""
+    parser.add_argument(
+        "--choose-thresholds",
+        action="store_true",
+        help="after training, choose the score and area thresholds of test_my_image.py --auto "
+        f"objects on {MOST_TUNED} training images (slow)",
+    )
 
 
 def choose_rule(model: Model, pairs: list[Pair], seed: int) -> Rule:

@@ -14,6 +14,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from finetuning import distributed
 from finetuning.command_line import tell
 from finetuning.feature_cache import FeatureCache
+from finetuning.files import remove_abandoned
 from finetuning.image_files import read_image
 from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.segmentation import Features, encode_images
@@ -70,7 +71,8 @@ def open_cache(
 ) -> FeatureCache:
     """Return the cache in a folder, after encoding what is not yet there.
 
-    cache_in: where to read features from, as in choose_place.
+    What killed runs left half-written is removed. cache_in: where to read features from, as in
+    choose_place.
 
     Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
     """
@@ -79,6 +81,7 @@ def open_cache(
     everyone = list(dict.fromkeys(image for of_split in images.values() for image in of_split))
     place = choose_place(cache_in, predictor.device, cache.bytes_of(len(everyone)))
     if distributed.rank() == 0:
+        remove_abandoned(folder)
         check_room(cache, everyone, folder)
     try:
         for split, of_split in images.items():

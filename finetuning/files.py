@@ -7,6 +7,7 @@ import csv
 import math
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ else:
 # Bytes of a file that is read whole: more than the pixels allowed of three channels of 16 bits have
 LARGEST = MAX_MEGAPIXELS * 10**7
 LARGEST_TABLE = LARGEST // 4  # its text takes many times that
+PARTIAL = ".*.partial"  # names of files that are being written
+ABANDONED_AFTER = 3600
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, in a spreadsheet
 MAKE_SMALLER = (
     "make it smaller or, with much more than 8 GB of memory, set the environment variable "
@@ -100,12 +103,23 @@ def only_run_in(folder: Path) -> Iterator[None]:
                 "run writes there"
             )
         try:
-            for leftover in folder.glob(".*.partial"):
+            for leftover in folder.glob(PARTIAL):
                 leftover.unlink()
             yield
         finally:
             with contextlib.suppress(OSError):  # it has no lock
                 _unlock(file.fileno())
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed runs left half-written in a folder that other runs may be writing to.
+
+    That is what nobody has written to for ABANDONED_AFTER seconds.
+    """
+    for leftover in folder.glob(PARTIAL):
+        with contextlib.suppress(OSError):  # another run was faster, or it may not be removed
+            if time.time() - leftover.stat().st_mtime > ABANDONED_AFTER:
+                leftover.unlink()
 
 
 def _lock(file: int) -> None:

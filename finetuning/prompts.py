@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import cv2
@@ -59,10 +60,22 @@ def distance_to_zero(values: np.ndarray, dtype: type) -> np.ndarray:
 
 def deepest_point(mask: np.ndarray) -> tuple[int, int]:
     """Return the (X,Y) pixel farthest from the outline of an HxW bool mask that is not empty."""
+    _, x, y = _deepest(mask)
+    return x, y
+
+
+def _deepest(mask: np.ndarray, clicked: Collection[tuple[int, int]] = ()) -> tuple[float, int, int]:
+    """Return the depth in pixels, and the (X,Y), of the deepest pixel of a mask that is not empty.
+
+    Of several, it is the first one, row by row. clicked: (X,Y) pixels that count as of depth 0.
+    """
     x1, y1, x2, y2 = mask_box(mask)  # nothing is outside of it, and it is soon gone through
-    distance = distance_inside(mask[y1 : y2 + 1, x1 : x2 + 1])
-    y, x = np.unravel_index(distance.argmax(), distance.shape)
-    return x1 + int(x), y1 + int(y)
+    depth = distance_inside(mask[y1 : y2 + 1, x1 : x2 + 1])
+    for x, y in clicked:
+        if x1 <= x <= x2 and y1 <= y <= y2:
+            depth[y - y1, x - x1] = 0
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return float(depth[y, x]), x1 + int(x), y1 + int(y)
 
 
 def random_point(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
@@ -90,20 +103,25 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(x[0]), int(y[0]), int(x[-1]), int(y[-1])
 
 
-def corrective_click(predicted: np.ndarray, true_mask: np.ndarray) -> tuple[int, int, int] | None:
-    """Return the (X,Y) pixel to click next, and its label; None where the masks are equal.
+def corrective_click(
+    predicted: np.ndarray, true_mask: np.ndarray, clicked: Collection[tuple[int, int]] = ()
+) -> tuple[int, int, int] | None:
+    """Return the (X,Y) pixel to click next, and its label; None where there is nothing to correct.
 
     Of all pixels that two HxW bool masks do not share, it is the one deepest inside a region that
     is missing (label 1) or too much (label 0), as interactive segmentation is commonly measured
-    (Sofiiuk et al., Reviving Iterative Training with Mask Guidance, 2021).
+    (Sofiiuk et al., Reviving Iterative Training with Mask Guidance, 2021). Where both are equally
+    deep, it is what is missing.
+
+    clicked: (X,Y) pixels that are not clicked again; regions are as deep as they would be without.
     """
-    if not (predicted ^ true_mask).any():
-        return None
-    too_much, missing = predicted & ~true_mask, true_mask & ~predicted
-    depths = distance_inside(too_much), distance_inside(missing)
-    label = int(depths[1].max() >= depths[0].max())
-    y, x = np.unravel_index(depths[label].argmax(), true_mask.shape)
-    return int(x), int(y), label
+    deepest = 0.0, None
+    for label, wrong in ((1, true_mask & ~predicted), (0, predicted & ~true_mask)):
+        if wrong.any():
+            depth, x, y = _deepest(wrong, clicked)
+            if depth > deepest[0]:
+                deepest = depth, (x, y, label)
+    return deepest[1]
 
 
 def prompt_from_mask(mask: np.ndarray, kind: str, rng: np.random.Generator | None = None) -> Prompt:

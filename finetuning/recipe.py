@@ -126,7 +126,7 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "background_share",
         "of the steps with a point have another where no object is, to be scored 0: for "
-        "test_my_image.py --auto objects, whose thresholds are then chosen after training",
+        "test_my_image.py --auto objects, whose thresholds --choose-thresholds chooses",
         {"type": number(float, at_least=0, below=1)},
     ),
     ("seed", "of the order and the prompts", {"type": seed}),

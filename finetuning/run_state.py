@@ -20,6 +20,7 @@ from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
 from finetuning.files import write_csv
 from finetuning.learner import Learner
+from finetuning.learning_rate import learning_rate_factor
 from finetuning.models import MODELS as MODEL_SIZES
 from finetuning.models import ensure_checkpoint, parse_image_size
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts, split_pairs
@@ -143,6 +144,7 @@ def start(
     if state:
         restore(learner, state, output / STATE_FILE)
         print(f"going on after epoch {done}")
+        tell_jump(recipe, state["settings"].get("epochs"), done)
     if done >= recipe.epochs:
         print(f"all {done} epochs are done; for more, raise --epochs")
     if len(learner.weights.encoder):
@@ -150,6 +152,24 @@ def start(
         print(
             f"the image encoder learns too ({recipe.train_encoder}, {count / 1e6:.2f} M weights): "
             "its features change, so no cache; each image is encoded in each epoch (slow)"
+        )
+
+
+def tell_jump(recipe: Recipe, epochs_before: Any, done: int) -> None:
+    """Say so where the learning rate jumps after `done` epochs, as the schedule has other ones now.
+
+    epochs_before: that it had, by the run's file, which may hold anything.
+    """
+    is_known = isinstance(epochs_before, int) and done <= epochs_before < 10**9
+    if not is_known or epochs_before == recipe.epochs or not 0 < done < recipe.epochs:
+        return
+    steps = 1000  # an epoch: the share of the highest rate hardly depends on it
+    last = learning_rate_factor(done * steps - 1, epochs_before * steps, recipe.schedule)
+    following = learning_rate_factor(done * steps, recipe.epochs * steps, recipe.schedule)
+    if f"{last:.0%}" != f"{following:.0%}":
+        print(
+            f"the learning rate jumps from {last:.0%} to {following:.0%} of its highest: its "
+            f"schedule now spans {recipe.epochs} epochs, not {epochs_before}"
         )
 
 

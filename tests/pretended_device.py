@@ -165,6 +165,8 @@ def pretend(kind: str) -> Iterator[None]:
         (torch.cuda, "set_device", lambda device: None),
         (torch.cuda, "device", lambda device: contextlib.nullcontext()),
         (torch.cuda, "get_device_name", lambda device: "a pretended GPU"),
+        (torch.cuda, "get_arch_list", lambda: ["sm_90"]),
+        (torch.cuda, "get_device_capability", lambda device: (9, 0)),
         (torch.cuda, "mem_get_info", lambda device=None: (8 * 10**9, 8 * 10**9)),
         (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),

@@ -294,7 +294,7 @@ def test_a_model_without_a_rule_is_said_to_have_sam2s_own(run_script, tmp_path, 
     make_folder(tmp_path / "folder")
     outcome = segment(run_script, random_mini)
     assert (
-        outcome.status == 0 and "warning: " in outcome.out and "--background-share" in outcome.out
+        outcome.status == 0 and "warning: " in outcome.out and "--choose-thresholds" in outcome.out
     )
     assert "a score above 0.8 " in outcome.out
 
@@ -323,19 +323,28 @@ def test_thresholds_are_of_that_way_only(run_script, tmp_path, random_mini):
     assert outcome.status == 2 and "--auto objects" in outcome.err
 
 
-def test_training_keeps_the_rule_in_the_best_model_and_a_comparison_takes_it(
+def test_a_rule_is_kept_in_the_best_model_where_asked_for_and_a_comparison_takes_it(
     run_script, tmp_path, random_mini
 ):
-    data = write_data(tmp_path / "data", train=4, val=2)
+    data, best = write_data(tmp_path / "data", train=4, val=2), Path("output/sam2_best.pt")
     options = ("--model", "mini", "--checkpoint", random_mini, "--epochs", 1)
-    outcome = run_script(train_sam2_proper.main, *options, "--background-share", 0.9)
+    options = (*options, "--background-share", 0.9)
+    outcome = run_script(train_sam2_proper.main, *options)
     assert outcome.status == 0, outcome.err
-    rule = rule_of(load_checkpoint(Path("output/sam2_best.pt")))
+    without = load_checkpoint(best)
+    assert RULE not in without and "for --auto objects" not in outcome.out
+    # It is no setting of the run, which may have ended before it is asked for
+    outcome = run_script(train_sam2_proper.main, *options, "--choose-thresholds", "--resume")
+    assert outcome.status == 0, outcome.err
+    with_rule = load_checkpoint(best)
+    assert with_rule["settings"] == without["settings"]
+    assert with_rule["epoch"] == without["epoch"]
+    rule = rule_of(with_rule)
     assert rule is not None and "for --auto objects" in outcome.out
 
     outcome = run_script(compare_models.main, "--auto", "--original", random_mini, "--figures", 0)
     assert outcome.status == 0, outcome.err
-    predictor = load_predictor(None, Path("output/sam2_best.pt"), CPU)[0]
+    predictor = load_predictor(None, best, CPU)[0]
     rows = read_rows(Path("output/comparison/auto.csv"))
     for row, pair in zip(rows[1::2], split_pairs(data, "val"), strict=True):
         masks = find_objects(predictor, torch.float32, segmenting.read_image(pair.image), rule)

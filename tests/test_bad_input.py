@@ -654,3 +654,13 @@ def test_names_that_a_spreadsheet_would_run_are_texts(tmp_path):
         assert list(csv.reader(file))[1:] == [
             ["'=1+1.png", "-0.5"], ["'@a", "-1"], ["'+b", "+2e-3"], ["용종.png", "1,2:1"],
         ]  # fmt: skip
+
+
+def test_where_memory_runs_out_one_line_names_what_takes_less(run_script):
+    def main(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    outcome = run_script(main)
+    ways = ("--batch-size", "--objects-per-image", "--model", "--cache-in disk", "--device cpu")
+    assert outcome.status == 2 and outcome.err.startswith("error: the memory is full; ")
+    assert outcome.err.count("\n") == 1 and all(way in outcome.err for way in ways)

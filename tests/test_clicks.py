@@ -106,7 +106,7 @@ def test_the_clicks_give_what_sam2s_own_predict_gives(random_mini, use_mask_prom
     predictor.set_image(image)
     mask, logits, points, labels, ious = np.zeros_like(true_mask), None, [], [], []
     for _ in range(4):
-        x, y, label = corrective_click(mask, true_mask)
+        x, y, label = corrective_click(mask, true_mask, points)
         points, labels = [*points, (x, y)], [*labels, label]
         masks, scores, low_res_logits = predictor.predict(
             np.array(points), np.array(labels), mask_input=logits if use_mask_prompt else None
@@ -148,6 +148,21 @@ def test_a_perfect_mask_is_clicked_no_more(monkeypatch, use_mask_prompt):
     # All of the image is wrong after the first click: the background is the deeper of the two.
     previous = "first" if use_mask_prompt else None
     assert asked == [([1], (96, 128), None), ([1, 0], (96, 128), previous)]
+
+
+def test_a_model_that_ignores_clicks_is_asked_elsewhere_until_nothing_is_left(monkeypatch):
+    true_mask = np.zeros((9, 9), bool)
+    true_mask[4, 2:6] = True
+    asked = []
+
+    def find_nothing(_predictor, _features, prompt, *_):
+        asked.append(prompt.point_coords.tolist())
+        return np.zeros_like(true_mask), 0.5, None
+
+    monkeypatch.setattr(clicks, "segment_with_logits", find_nothing)
+    assert simulate_clicks(None, None, true_mask, 20, False) == [0.0] * 20
+    pixels = [[2, 4], [3, 4], [4, 4], [5, 4]]
+    assert asked == [pixels[: click + 1] for click in range(4)]
 
 
 def test_each_object_has_the_clicks_on_its_own_mask_by_each_model(monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from finetuning.batches import (
     mask_on_grid,
 )
 from finetuning.feature_cache import FeatureCache, hash_encoder
-from finetuning.feature_source import FeatureSource, check_room, choose_place
+from finetuning.feature_source import FeatureSource, check_room, choose_place, open_cache
 from finetuning.files import only_run_in
 from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.learner import compiling_pays
@@ -488,6 +489,23 @@ def test_a_run_killed_in_the_middle_of_a_file_leaves_whole_ones_only(
         assert_fresh(fill(folder, predictor, pairs), predictor, pairs)
     assert encoded == SIZES[2:]
     assert not list(folder.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_clears_a_cache_of_what_has_been_half_written_for_an_hour(
+    predictor, folder, monkeypatch, rank
+):
+    monkeypatch.setenv("RANK", str(rank))
+    folder.mkdir()
+    ages = {".old.partial": 4000, ".new.partial": 3000, "mine.partial": 4000}  # in seconds
+    for name, age in ages.items():
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    (folder / ".folder.partial").mkdir()
+    os.utime(folder / ".folder.partial", (0, 0))
+    open_cache(predictor, folder, torch.float32, {})
+    left = {path.name for path in folder.glob("*.partial")}
+    assert left == {".folder.partial", *ages} - ({".old.partial"} if rank == 0 else set())
 
 
 def test_a_file_takes_its_name_after_it_has_reached_the_disk(predictor, pairs, folder, monkeypatch):

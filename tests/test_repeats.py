@@ -127,6 +127,29 @@ def test_folds_are_written_once_all_are_trained(train, monkeypatch):
     assert train("--epochs", 1, "--folds", 3, "--runs", 2).status == 2
 
 
+def test_thresholds_of_each_training_are_chosen_on_its_own_images_and_seed(train, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        train_sam2_proper.detection,
+        "keep_rule",
+        lambda best, _device, _precision, pairs, seed: chosen.append((best, pairs, seed)),
+    )
+    assert train("--epochs", 1, "--runs", 2, "--background-share", 0.5).status == 0
+    assert not chosen
+    assert train("--epochs", 1, "--runs", 2, "--choose-thresholds").status == 0
+    assert [(best.as_posix(), seed) for best, _, seed in chosen] == [
+        ("output/sam2_best.pt", 42),
+        ("output/run_2/sam2_best.pt", 43),
+    ]
+    chosen.clear()
+    assert train("--epochs", 1, "--folds", 2, "--choose-thresholds").status == 0
+    assert [best.as_posix() for best, *_ in chosen] == [
+        f"output/fold_{number}/sam2_best.pt" for number in (1, 2)
+    ]
+    (_, first, _), (_, second, _) = chosen
+    assert len(first) + len(second) == 7 and not set(first) & set(second)
+
+
 def test_a_model_that_a_run_would_overwrite_is_no_start(train):
     assert train("--epochs", 1, "--runs", 2).status == 0
     before = snapshot(Path("output"))

@@ -22,6 +22,7 @@ from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_p
 from finetuning.prompts import (
     corrective_click,
     deepest_point,
+    distance_inside,
     make_prompt,
     mask_box,
     prompt_from_mask,
@@ -52,6 +53,7 @@ def predictor(random_mini):
 def test_auto_takes_mps_then_cuda_then_cpu(monkeypatch, mps, cuda, expected):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     assert select_device("auto").type == expected
     assert select_device("cpu").type == "cpu"
 
@@ -60,6 +62,7 @@ def test_an_absent_or_unknown_device_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     assert select_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(UserError, match="mps is not available here; use one of: auto, cuda, cpu"):
         select_device("mps")
@@ -68,6 +71,49 @@ def test_an_absent_or_unknown_device_is_a_clear_error(monkeypatch):
     for name in ("gpu", "xpu", ""):
         with pytest.raises(UserError, match="unknown"):
             select_device(name)
+
+
+CUDA_13 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((6, 1), CUDA_13, False),  # GTX 10xx
+        ((7, 0), CUDA_13, False),  # V100
+        ((7, 5), CUDA_13, True),
+        ((8, 9), CUDA_13, True),  # as 8.6, of the same major
+        ((10, 3), CUDA_13, True),
+        ((12, 1), CUDA_13, True),
+        ((11, 0), CUDA_13, False),  # no PTX of so early a card
+        ((13, 0), CUDA_13, True),  # by PTX
+        ((8, 0), "sm_86", False),
+        ((9, 0), "sm_90a", True),
+        ((10, 3), "sm_100f compute_75", True),
+        ((12, 0), "sm_80 sm_90", False),
+        ((9, 0), "gfx90a gfx1100", True),  # ROCm
+        ((6, 1), "", True),
+    ],
+)
+def test_a_gpu_that_torch_was_not_built_for_is_passed_over_and_refused_by_name(
+    monkeypatch, capsys, capability, built_for, runs
+):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built_for.split)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GTX 1080")
+    assert select_device("cpu") == CPU
+    assert select_device("auto").type == ("cuda" if runs else "cpu")
+    out = capsys.readouterr().out
+    if runs:
+        assert select_device("cuda:0") == torch.device("cuda:0") and not out
+        return
+    assert out.startswith("warning: ") and out.count("\n") == 1
+    assert "GTX 1080" in out and "install a build for that card" in out
+    with pytest.raises(UserError, match=r"--device cuda: .* GTX 1080 .* or use --device cpu"):
+        select_device("cuda")
 
 
 def test_threads_are_as_many_as_asked_for(run_script):
@@ -240,6 +286,52 @@ def test_the_next_click_goes_deepest_into_what_is_missing_or_too_much():
     too_much = true_mask.copy()
     too_much[2:7, 50:55] = True
     assert corrective_click(too_much, with_more) == (52, 4, 0)
+
+
+def click_of_whole_images(predicted: np.ndarray, true_mask: np.ndarray) -> tuple[int, int, int]:
+    """Return the click by the distances in whole images, as RITM computes them."""
+    depths = distance_inside(predicted & ~true_mask), distance_inside(true_mask & ~predicted)
+    label = int(depths[1].max() >= depths[0].max())
+    y, x = np.unravel_index(depths[label].argmax(), true_mask.shape)
+    return int(x), int(y), label
+
+
+def test_the_next_click_looks_no_farther_than_what_is_wrong(monkeypatch):
+    rng, looked_at = np.random.default_rng(0), []
+
+    def look(mask):
+        looked_at.append(mask.shape)
+        return distance_inside(mask)
+
+    monkeypatch.setattr("finetuning.prompts.distance_inside", look)
+    for _ in range(200):  # of squares, many pixels are equally deep
+        masks = np.zeros((2, *rng.integers(1, 40, 2)), bool)
+        for mask in (masks[0], masks[1]) * 3:
+            (top, bottom), (left, right) = np.sort(rng.integers(0, 40, (2, 2)))
+            mask[top:bottom, left:right] = True
+        masks ^= rng.random(masks.shape) < rng.choice([0, 0.02, 0.5])
+        if (masks[0] != masks[1]).any():
+            assert corrective_click(*masks) == click_of_whole_images(*masks)
+    looked_at.clear()
+    true_mask = np.zeros((300, 400), bool)
+    true_mask[100:150, 200:220] = True
+    missing = true_mask.copy()
+    missing[110:130, 205:210] = False
+    assert corrective_click(missing, true_mask) == (207, 112, 1)
+    assert looked_at == [(20, 5)]
+
+
+def test_a_pixel_that_was_clicked_is_not_clicked_again():
+    true_mask, nothing = np.zeros((40, 60), bool), np.zeros((40, 60), bool)
+    true_mask[10:15, 20:25] = True
+    assert corrective_click(nothing, true_mask) == (22, 12, 1)
+    # The region stays as deep as it is: the next one lies beside, not in a corner of what is left
+    assert corrective_click(nothing, true_mask, [(22, 12)]) == (21, 11, 1)
+    assert corrective_click(nothing, true_mask, [(22, 12), (0, 0), (59, 39)]) == (21, 11, 1)
+    predicted = true_mask.copy()
+    predicted[12, 22], predicted[30, 50] = False, True
+    assert corrective_click(predicted, true_mask, [(22, 12)]) == (50, 30, 0)
+    assert corrective_click(predicted, true_mask, [(22, 12), (50, 30)]) is None
 
 
 def test_a_prompt_lists_the_box_first_then_foreground_then_background():

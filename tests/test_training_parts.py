@@ -147,7 +147,7 @@ def test_steps_show_what_the_recipe_says(tmp_path, monkeypatch):
     def note_what_is_shown(_learner, _model, loader, validation, *_):
         found.append((list(loader), validation))
 
-    for name in ("make_learner", "speed_up", "keep_rule"):
+    for name in ("make_learner", "speed_up"):
         monkeypatch.setattr(train_sam2_proper, name, lambda *_: None)
     monkeypatch.setattr(run_state, "start", lambda *_: None)
     monkeypatch.setattr(Validation, "measure", lambda *_: {"val_iou": 0.5})
@@ -210,12 +210,44 @@ def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monke
         "model": learner.weights.state_dict(),
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
+        "settings": {},
     }
     for iou, kept in ((0.6, []), (0.4, [original])):
         saved.clear()
         log = [original, {"epoch": 1, "val_iou": iou}]
         run_state.start(tmp_path, None, learner, recipe, state, log, {})
         assert saved == kept
+
+
+@pytest.mark.parametrize(
+    ("schedule", "done", "before", "now", "says"),
+    [
+        ("cosine", 20, 20, 40, "jumps from 0% to 54% of its highest"),
+        ("cosine", 10, 20, 40, "jumps from 54% to 89% of its highest"),
+        ("cosine", 10, 20, 15, "jumps from 54% to 27% of its highest"),
+        ("cosine", 10, 20, 20, None),
+        ("cosine", 0, 20, 40, None),
+        ("cosine", 20, 20, 20, None),
+        ("cosine", 20, 20, 10, None),  # all are done
+        ("constant", 20, 20, 40, None),
+        ("cosine", 20, None, 40, None),  # as damaged files say
+        ("cosine", 20, "20", 40, None),
+        ("cosine", 20, 10**400, 40, None),
+        ("cosine", 20, -1, 40, None),
+    ],
+)
+def test_a_learning_rate_that_jumps_as_a_run_goes_on_is_said_to(
+    tmp_path, monkeypatch, capsys, schedule, done, before, now, says
+):
+    monkeypatch.setattr(run_state, "restore", lambda *_: None)
+    recipe = Recipe(epochs=now, schedule=schedule)
+    log = [{"epoch": epoch, "val_iou": float(epoch)} for epoch in range(done + 1)]
+    state = {"settings": {"epochs": before}}
+    monkeypatch.setattr(run_state, "save_model", lambda *_: None)
+    run_state.start(tmp_path, None, small_learner(0, 1e-3), recipe, state, log, {})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "learning rate" in line]
+    assert len(lines) == bool(says)
+    assert not says or (says in lines[0] and f"{now} epochs, not {before}" in lines[0])
 
 
 def test_a_run_knows_its_data_by_every_image_and_mask_of_both_splits(tmp_path):
