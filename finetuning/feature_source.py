@@ -70,16 +70,18 @@ def open_cache(
 ) -> FeatureCache:
     """Return the cache in a folder, after encoding what is not yet there.
 
-    cache_in: where to read features from, as in choose_place.
+    cache_in: where to read features from, as in choose_place. Processes other than the first hold
+    those of the train split only, since they do not validate.
 
     Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
     """
     cache = FeatureCache(folder, predictor, precision)
     images = {split: [pair.image for pair in pairs] for split, pairs in pairs_of_splits.items()}
     everyone = list(dict.fromkeys(image for of_split in images.values() for image in of_split))
-    place = choose_place(cache_in, predictor.device, cache.bytes_of(len(everyone)))
-    if distributed.rank() == 0:
-        check_room(cache, everyone, folder)
+    read_here = everyone if distributed.rank() == 0 else list(dict.fromkeys(images["train"]))
+    place = choose_place(cache_in, predictor.device, cache.bytes_of(len(read_here)))
+    cache.look_up(everyone)
+    distributed.from_first(lambda: check_room(cache, everyone, folder))
     try:
         for split, of_split in images.items():
             cache.fill(of_split, predictor, split)
@@ -87,7 +89,7 @@ def open_cache(
         print("\nstopped; the same command goes on with the images that are left")
         raise
     if place is not None:
-        cache.hold(everyone, place)
+        cache.hold(read_here, place)
     return cache
 
 

@@ -13,12 +13,12 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning import distributed
-from finetuning.checkpoints import file_sha256, save_checkpoint
+from finetuning.checkpoints import save_checkpoint
 from finetuning.command_line import ArgumentParser, number, tell
 from finetuning.data_folder import draw_demo, is_filled
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
-from finetuning.files import write_csv
+from finetuning.files import content_sha256, hash_contents, write_csv
 from finetuning.learner import Learner
 from finetuning.models import MODELS as MODEL_SIZES
 from finetuning.models import ensure_checkpoint, parse_image_size
@@ -92,7 +92,8 @@ def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> 
     """Return what fixes the outcome of a run, as plain values; it is saved with the model."""
     all_pairs = [pair for of_split in pairs.values() for pair in of_split]
     files = [path for pair in all_pairs for path in (pair.image, *pair.mask_files())]
-    contents = [(path.parent.name, path.name, file_sha256(path)) for path in files]
+    digests = distributed.from_first(lambda: hash_contents(files))
+    contents = [(path.parent.name, path.name, digests[path]) for path in files]
     return {
         "model": start.model,
         "image_size": start.image_size,
@@ -102,7 +103,7 @@ def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> 
         "no_cache": start.cache is None,
         "cache": None if start.cache is None else str(start.cache),
         "checkpoint": str(start.checkpoint),
-        "checkpoint_sha256": file_sha256(start.checkpoint),
+        "checkpoint_sha256": content_sha256(start.checkpoint),
         "data": str(start.data),
         "value_range": read_facts(start.data).get("value_range"),  # for images to come
         "data_hash": hashlib.sha256(repr(contents).encode()).hexdigest(),
