@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetuning import detection, distributed, encoder_training, run_state
-from finetuning.batches import EpochSampler, TrainingSet, make_loader, training_objects
+from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import add_clicks
 from finetuning.command_line import ArgumentParser, run, tell
 from finetuning.device_check import trusted_device
@@ -217,7 +217,7 @@ def train(
     model = Model(predictor, FeatureSource(predictor, machine.precision, cache))
     size = predictor.model.image_size
     training_set = TrainingSet(pairs["train"], cache, size, recipe.seed, recipe.prompt_mix)
-    objects = training_objects(pairs["train"], cache)
+    objects = training_set.prepare()
     validation = Validation(pairs["val"], recipe.none_share > 0, most=MOST_OBJECTS)
 
     # Epoch 0, the model as it is; and the learning rate

@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sam2_utils import UserError
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from finetuning import distributed
 from finetuning.feature_cache import FeatureCache
 from finetuning.image_files import read_image
-from finetuning.objects import Objects, count_objects, read_objects
+from finetuning.objects import read_objects
 from finetuning.pairs import Pair, require_equal_sizes
 from finetuning.prompts import (
     RANDOM_POINTS,
@@ -36,12 +34,9 @@ from finetuning.prompts import (
     scale_prompt,
 )
 from finetuning.segmentation import Features
+from finetuning.threads import in_threads
+from finetuning.training_masks import ALL, BACKGROUND, FEW, HALF, ImageMasks, pack_masks
 
-LOSS_GRID = 256  # cells a side, of what the loss is measured and prompts are placed on: the
-# resolution of full-size models' masks
-HALF = 128  # of a cell, where 255 is all of it
-# For an object's number, which is less: all of an image's objects together, and what is none
-ALL, BACKGROUND = 1 << 16, (1 << 16) + 1
 PREFETCH = 2  # batches that each loading process has ready
 
 
@@ -98,8 +93,40 @@ class TrainingSet(Dataset):
     ) -> None:
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
         self.mix = mix
-        # Of the objects so far, by image and object, packed: a kB or so each
-        self._masks: dict[tuple[int, int], bytes] = {}
+        self._masks: dict[int, ImageMasks] = {}  # so far, by image
+
+    def prepare(self) -> dict[int, int]:
+        """Prepare the masks before training; return how many objects each image has that has any.
+
+        The first process reads the files, each once, in threads, and every process keeps the
+        masks: a kB or so for each object, and for an image's ALL and BACKGROUND, where the mix
+        shows them: 20 to 60 MB for 20,000 images of one object. Images with more than a FEW objects
+        are counted only. Raises UserError for a mask that is unreadable, or not of its image's
+        size, and where all are empty.
+        """
+        everyone = range(len(self.pairs))
+        found = distributed.from_first(
+            lambda: in_threads(self._prepare, everyone, "Reading masks", "mask")
+        )
+        self._masks = dict(enumerate(found))
+        counts = {index: masks.count for index, masks in self._masks.items() if masks.count}
+        if not counts:
+            raise UserError("every training mask is empty; check that objects are white (255)")
+        if skipped := len(self.pairs) - len(counts):
+            print(f"skipped {skipped} of {len(self.pairs)} training images: their masks are empty")
+        return counts
+
+    def _prepare(self, index: int) -> ImageMasks:
+        pair = self.pairs[index]
+        objects = read_objects(pair)
+        size = self.cache.size(pair.image) if self.cache else None
+        require_equal_sizes(pair.image, size or objects.size, pair.mask, objects.size)
+        numbers: list[int] = []
+        if 0 < len(objects) <= FEW:
+            numbers += range(len(objects))
+            numbers += [ALL] * (self.mix.none_share > 0)
+            numbers += [BACKGROUND] * (self.mix.background_share > 0)
+        return pack_masks(objects, numbers)
 
     def __getitem__(self, step: Step) -> Batch | Exception:
         """Return the batch of a step, or why there is none, for BatchLoader to raise."""
@@ -145,41 +172,16 @@ class TrainingSet(Dataset):
     ) -> list[np.ndarray]:
         """Return masks of objects of an image of (H,W) on the grid of the loss.
 
-        Each is made once only, and the mask file is read only where one is to be made.
+        The mask file is read where one of them is not prepared yet.
         """
-        new = [k for k in chosen if (index, k) not in self._masks]
+        pair, masks = self.pairs[index], self._masks.get(index)
+        new = [k for k in chosen if masks is None or k not in masks.packed]
         if new:
-            pair = self.pairs[index]
-            objects = read_objects(pair)
-            require_equal_sizes(pair.image, size, pair.mask, objects.size)
-            for k in new:
-                grid = mask_on_grid(mask_of(objects, k), LOSS_GRID)
-                self._masks[index, k] = zlib.compress(grid, level=1)
-        packed = [zlib.decompress(self._masks[index, k]) for k in chosen]
-        return [np.frombuffer(grid, np.uint8).reshape(LOSS_GRID, LOSS_GRID) for grid in packed]
-
-
-def mask_of(objects: Objects, k: int) -> np.ndarray:
-    """Return the HxW bool mask of an object, of ALL of them, or of the BACKGROUND."""
-    if k == BACKGROUND:
-        return ~objects.together()[0]
-    return objects.together()[0] if k == ALL else objects[k]
-
-
-def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:
-    """Return how much an HxW bool mask covers of size x size cells, uint8, 255 for all of one.
-
-    Where it covers half of none, the cells of its pixels count as covered.
-    """
-    # Sides that shrink first: OpenCV takes the mean over areas only where none grows.
-    shrunk = tuple(min(side, size) for side in mask.shape[::-1])
-    covered = cv2.resize(mask.astype(np.float32), shrunk, interpolation=cv2.INTER_AREA)
-    covered = cv2.resize(covered, (size, size), interpolation=cv2.INTER_AREA)
-    grid = np.rint(255 * covered).astype(np.uint8)
-    if mask.any() and grid.max() < HALF:
-        y, x = np.nonzero(mask)
-        grid[y * size // mask.shape[0], x * size // mask.shape[1]] = 255
-    return grid
+            read = pack_masks(read_objects(pair), new)
+            masks = read._replace(packed=(masks.packed if masks else {}) | read.packed)
+            self._masks[index] = masks
+        require_equal_sizes(pair.image, size, pair.mask, masks.size)
+        return [masks.grid(k) for k in chosen]
 
 
 class EpochSampler(Sampler):
@@ -286,14 +288,3 @@ def _bytes_of(batch: Batch | Exception) -> int:
 
 def _as_it_is(batch: Batch | Exception) -> Batch | Exception:
     return batch
-
-
-def training_objects(pairs: list[Pair], cache: FeatureCache | None) -> dict[int, int]:
-    """Return how many objects each training image has that has any; say how many have none."""
-    counts = count_objects(pairs, cache.size if cache else lambda _: None)
-    if not counts:
-        raise UserError("every training mask is empty; check that objects are white (255)")
-    if len(counts) < len(pairs):
-        skipped = len(pairs) - len(counts)
-        print(f"skipped {skipped} of {len(pairs)} training images: their masks are empty")
-    return counts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import pickletools
 import warnings
@@ -22,13 +21,6 @@ from finetuning.files import atomic_write, require_file
 A_SAM2_NAME = "image_encoder.trunk.patch_embed.proj.weight"  # every SAM 2 has it, once
 MODEL_CODE = ("torch.nn.modules.", "__torch__.")  # how names of a model's classes start
 MAX_OPCODES = 100_000  # to look for them in
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, as hexadecimal digits."""
-    require_file(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

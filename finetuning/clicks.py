@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
-from finetuning.batches import HALF, Batch
+from finetuning.batches import Batch
 from finetuning.evaluation import Result, features_for, group_by_image
 from finetuning.files import atomic_write, write_csv
 from finetuning.language import ENGLISH, Language
@@ -32,6 +32,7 @@ from finetuning.segmentation import (
     upscale_masks,
 )
 from finetuning.tables import Table
+from finetuning.training_masks import HALF
 
 MAX_CLICKS = 20  # as many as RITM allows
 TARGET_IOUS = (0.85, 0.90)  # of NoC@85 and NoC@90

@@ -10,11 +10,12 @@ from sam2_utils import UserError, select_precision
 
 import torch
 
-from finetuning.checkpoints import file_sha256, setting
+from finetuning.checkpoints import setting
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model
 from finetuning.feature_cache import FeatureCache, hash_encoder
 from finetuning.feature_source import FeatureSource
+from finetuning.files import content_sha256
 from finetuning.models import find_original, is_published, load_predictor
 
 
@@ -76,7 +77,7 @@ def load_models(
     starts = {setting(of_file, "checkpoint_sha256") for of_file in all_facts}
     return models, Files(
         *(name, checkpoint, finetuned_files, all_facts, size, is_published(checkpoint, name)),
-        is_start=None if None in starts else starts == {file_sha256(checkpoint)},
+        is_start=None if None in starts else starts == {content_sha256(checkpoint)},
     )
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from sam2_utils import UserError
 
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(hours=6)  # others wait while rank 0 validates, or the slowest encodes
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -76,6 +79,28 @@ def wait_for_all() -> None:
     """Return when every process has come here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Return what `make` returns in the first process, in all of them; the others do not call it.
+
+    All processes must come here, and the value must be one that can be pickled. A UserError or
+    OSError of the first is raised in all, so that none waits for it.
+    """
+    if world_size() == 1:
+        return make()
+    value = error = None
+    if rank() == 0:
+        try:
+            value = make()
+        except (UserError, OSError) as raised:
+            error = raised
+    shared = [value, error]
+    dist.broadcast_object_list(shared, src=0)
+    value, error = shared
+    if error is not None:
+        raise error
+    return value
 
 
 def share(items: list) -> list:

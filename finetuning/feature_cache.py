@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from finetuning import distributed
 from finetuning.command_line import is_memory_error
-from finetuning.files import atomic_write, read_file
+from finetuning.files import atomic_write, content_sha256, hash_contents
 from finetuning.image_files import read_image
 from finetuning.segmentation import Features, encode_images, feature_shapes
+from finetuning.threads import in_threads
 
 FORMAT = 2  # of the files; another one is not read
 ENCODED_AT_ONCE = {"cuda": 8}  # images; one elsewhere
@@ -79,13 +80,26 @@ class FeatureCache:
         """Return the (H,W) of an image whose features are there, or None where they are not."""
         path = self._path(image)
         if path not in self._sizes:
-            self._sizes[path] = self._look_up(path)
+            self._sizes[path] = self._size_in(path)
         return self._sizes[path]
+
+    def look_up(self, images: list[Path]) -> None:
+        """Look up which images have features: the first process, in threads, for all of them."""
+
+        def find() -> tuple[dict[Path, Path], dict[Path, tuple[int, int] | None]]:
+            hash_contents(image for image in images if image not in self._paths)
+            paths = {image: self._path(image) for image in images}
+            new = [path for path in dict.fromkeys(paths.values()) if path not in self._sizes]
+            sizes = in_threads(self._size_in, new, "Looking up features", "image")
+            return paths, dict(zip(new, sizes, strict=True))
+
+        paths, sizes = distributed.from_first(find)
+        self._paths.update(paths)
+        self._sizes.update(sizes)
 
     def missing(self, images: list[Path]) -> list[Path]:
         """Return the images that are to be encoded, one of each content."""
-        progress = tqdm(images, desc="Looking up features", unit="image", leave=False, delay=1)
-        by_path = {self._path(image): image for image in progress if image not in self}
+        by_path = {self._path(image): image for image in images if image not in self}
         return list(by_path.values())
 
     def bytes_of(self, count: int) -> int:
@@ -136,14 +150,17 @@ class FeatureCache:
         Raises UserError for an image that is unreadable, NotFiniteError rather than keep features
         that are NaN or beyond half precision.
         """
+        self.look_up(images)
         missing = self.missing(images)
-        distributed.wait_for_all()  # all must have seen the same files before one writes
         if missing:
             self._encode(distributed.share(missing), predictor, description)
-        distributed.wait_for_all()
-        for image in missing:
-            del self._sizes[self._path(image)]
-        if self.missing(missing):
+            distributed.wait_for_all()
+            for image in missing:
+                del self._sizes[self._path(image)]
+            self.look_up(missing)
+        # The first process has looked; another may be on a machine with other files
+        is_first = distributed.rank() == 0
+        if self.missing(missing) or not (is_first or self._are_files(images)):
             raise UserError(
                 f"not all machines see {self.folder}; name a shared folder with --cache"
             )
@@ -151,12 +168,19 @@ class FeatureCache:
     def _path(self, image: Path) -> Path:
         """Return where an image's features are, or will be."""
         if image not in self._paths:
-            content = hashlib.sha256(read_file(image)).hexdigest()
-            key = hashlib.sha256(repr([*self._source, content]).encode()).hexdigest()
-            self._paths[image] = self.folder / f"{key}.safetensors"
+            self._paths[image] = self._path_for(content_sha256(image))
         return self._paths[image]
 
-    def _look_up(self, path: Path) -> tuple[int, int] | None:
+    def _path_for(self, content: str) -> Path:
+        """Return the same for an image whose file has this SHA-256."""
+        key = hashlib.sha256(repr([*self._source, content]).encode()).hexdigest()
+        return self.folder / f"{key}.safetensors"
+
+    def _are_files(self, images: list[Path]) -> bool:
+        paths = [self._path(image) for image in images]
+        return all(in_threads(Path.is_file, paths, "Looking for features", "image"))
+
+    def _size_in(self, path: Path) -> tuple[int, int] | None:
         """Return the (H,W) of the image whose features a file holds; None if it is damaged."""
         if not path.is_file():
             return None
@@ -224,7 +248,8 @@ class FeatureCache:
                 f"{str(self.precision).removeprefix('torch.')}; use --precision float32, "
                 "or another --checkpoint"
             )
-        path, size = self._path(image), f"{shape[0]}x{shape[1]}"
+        # By what this process has read: on another machine than the first it may be something else
+        path, size = self._path_for(content_sha256(image)), f"{shape[0]}x{shape[1]}"
         with atomic_write(path) as temporary:
             metadata = {"size": size, "digest": _digest(path, size, maps)}
             # save_file would raise no OSError on a full disk

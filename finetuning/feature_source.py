@@ -72,17 +72,20 @@ def open_cache(
     """Return the cache in a folder, after encoding what is not yet there.
 
     What killed runs left half-written is removed. cache_in: where to read features from, as in
-    choose_place.
+    choose_place. Processes other than the first hold those of the train split only, since they do
+    not validate.
 
     Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
     """
     cache = FeatureCache(folder, predictor, precision)
     images = {split: [pair.image for pair in pairs] for split, pairs in pairs_of_splits.items()}
     everyone = list(dict.fromkeys(image for of_split in images.values() for image in of_split))
-    place = choose_place(cache_in, predictor.device, cache.bytes_of(len(everyone)))
+    read_here = everyone if distributed.rank() == 0 else list(dict.fromkeys(images["train"]))
+    place = choose_place(cache_in, predictor.device, cache.bytes_of(len(read_here)))
     if distributed.rank() == 0:
         remove_abandoned(folder)
-        check_room(cache, everyone, folder)
+    cache.look_up(everyone)
+    distributed.from_first(lambda: check_room(cache, everyone, folder))
     try:
         for split, of_split in images.items():
             cache.fill(of_split, predictor, split)
@@ -90,7 +93,7 @@ def open_cache(
         print("\nstopped; the same command goes on with the images that are left")
         raise
     if place is not None:
-        cache.hold(everyone, place)
+        cache.hold(read_here, place)
     return cache
 
 

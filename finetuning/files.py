@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
+import hashlib
 import math
 import os
 import re
@@ -16,6 +18,7 @@ from typing import Any
 from sam2_utils import MAX_MEGAPIXELS, UserError
 
 from finetuning.command_line import tell
+from finetuning.threads import in_threads
 
 if os.name == "nt":
     import msvcrt
@@ -54,6 +57,30 @@ def read_file(path: Path, largest: float = LARGEST) -> bytes:
     """Return the content of a file; raise UserError as require_file does."""
     require_file(path, largest)
     return path.read_bytes()
+
+
+def content_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content; an unchanged file is read once per run.
+
+    Raises UserError as require_file does.
+    """
+    require_file(path)
+    facts = path.stat()
+    changes = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns  # if the content does
+    return _sha256(path, facts.st_dev, facts.st_ino, *changes)
+
+
+def hash_contents(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return content_sha256 of each of the files, which are read in threads."""
+    unique = list(dict.fromkeys(paths))
+    digests = in_threads(content_sha256, unique, "Hashing files", "file")
+    return dict(zip(unique, digests, strict=True))
+
+
+@functools.cache
+def _sha256(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lies_in(path: Path, folder: Path) -> bool:

@@ -18,8 +18,9 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.checkpoints import file_sha256, load_checkpoint, setting
+from finetuning.checkpoints import load_checkpoint, setting
 from finetuning.command_line import number
+from finetuning.files import content_sha256
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 DOWNLOAD_TIMEOUT_SECONDS = 30.0
@@ -153,7 +154,7 @@ def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Pa
 def is_published(checkpoint: Path, model_name: str) -> bool | None:
     """Say whether a file is SAM 2.1's own of that size; None where there is none to download."""
     sha256 = MODELS[model_name].sha256
-    return None if sha256 is None else file_sha256(checkpoint) == sha256
+    return None if sha256 is None else content_sha256(checkpoint) == sha256
 
 
 def locate_original(facts: dict[str, Any]) -> Path | None:
@@ -167,7 +168,7 @@ def locate_original(facts: dict[str, Any]) -> Path | None:
     started_from = Path(setting(facts, "checkpoint") or "")
     published = Path("checkpoints", MODELS[facts["model_name"]].filename)
     present = (path for path in (started_from, published) if path.is_file())
-    return next((path for path in present if sha256 in (None, file_sha256(path))), None)
+    return next((path for path in present if sha256 in (None, content_sha256(path))), None)
 
 
 def find_original(facts: dict[str, Any]) -> Path:

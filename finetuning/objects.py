@@ -9,10 +9,10 @@ from typing import Any
 from sam2_utils import UserError
 
 import numpy as np
-from tqdm import tqdm
 
 from finetuning.image_files import read_image, read_mask, read_values
 from finetuning.pairs import Pair, files_by_stem, require_equal_sizes
+from finetuning.threads import in_threads
 
 DRAW_SEED = 42  # of limit_objects: the same objects in every run, whatever its seed
 
@@ -95,23 +95,13 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, Objects]:
     return image, objects
 
 
-def count_objects(
-    pairs: list[Pair], image_size: Callable[[Path], tuple[int, int] | None] = lambda _: None
-) -> dict[int, int]:
+def count_objects(pairs: list[Pair]) -> dict[int, int]:
     """Return how many objects each image has, by its index among the pairs, where it has any.
 
-    image_size: returns an image's (H,W), where it is known without reading. Raises UserError for
-    a mask that is unreadable, or not of its image's size.
+    Raises UserError for a mask that is unreadable.
     """
-    counts = {}
-    with tqdm(pairs, desc="Reading masks", unit="mask", leave=False) as progress:
-        for index, pair in enumerate(progress):
-            objects = read_objects(pair)
-            size = image_size(pair.image) or objects.size
-            require_equal_sizes(pair.image, size, pair.mask, objects.size)
-            if objects:
-                counts[index] = len(objects)
-    return counts
+    counts = in_threads(lambda pair: len(read_objects(pair)), pairs, "Reading masks", "mask")
+    return {index: count for index, count in enumerate(counts) if count}
 
 
 def limit_objects(pairs: list[Pair], most: int, seed: int = DRAW_SEED) -> list[Pair]:

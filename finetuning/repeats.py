@@ -13,9 +13,9 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.checkpoints import file_sha256
 from finetuning.command_line import number, quoted
 from finetuning.csv_files import read_with_digest, write_with_digest
+from finetuning.files import content_sha256, hash_contents
 from finetuning.pairs import Pair
 from finetuning.recipe import Recipe
 from finetuning.run_state import FINAL_FILE, MODELS, STATE_FILE, Log, best_of
@@ -131,8 +131,10 @@ def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pa
         raise UserError(f"no {file}; run: python train_sam2_proper.py --folds 5")
     folds: dict[Path, list[Pair]] = {}
     of_content: dict[str, dict[str, Pair]] = {}  # several by their keys, where some are the same
-    for key, pair in keyed(pairs).items():
-        of_content.setdefault(file_sha256(pair.image), {})[key] = pair
+    by_key = keyed(pairs)
+    hashes = hash_contents(pair.image for pair in by_key.values())
+    for key, pair in by_key.items():
+        of_content.setdefault(hashes[pair.image], {})[key] = pair
     for fold, key, sha256 in read_with_digest(file, FOLD_COLUMNS):
         same = of_content.get(sha256)
         if not same or not fold.isdecimal():
@@ -157,7 +159,7 @@ def conclude_repeats(
     )
     if folds:
         rows = [
-            (number, f"{pair.image.parent.name}/{pair.name}", file_sha256(pair.image))
+            (number, f"{pair.image.parent.name}/{pair.name}", content_sha256(pair.image))
             for number, training in enumerate(trainings, 1)
             for pair in training.pairs["val"]
         ]

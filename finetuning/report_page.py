@@ -18,12 +18,11 @@ import jinja2
 import numpy as np
 import torch
 
-from finetuning.checkpoints import file_sha256
 from finetuning.command_line import quoted
 from finetuning.compared_models import Files
 from finetuning.evaluation import Model
 from finetuning.figures import Picture
-from finetuning.files import atomic_write
+from finetuning.files import atomic_write, content_sha256
 from finetuning.image_files import read_image
 from finetuning.language import ENGLISH, Language
 from finetuning.pairs import read_facts
@@ -195,8 +194,8 @@ def describe_machine(files: Files, model: Model, say: Language) -> dict[str, str
         say("System"): platform.platform(),
         say("Device"): str(model.predictor.device),
         say("Precision"): str(model.source.precision).removeprefix("torch."),
-        say("SHA-256, original"): file_sha256(files.original),
-        say("SHA-256, fine-tuned"): " ".join(map(file_sha256, files.finetuned)),
+        say("SHA-256, original"): content_sha256(files.original),
+        say("SHA-256, fine-tuned"): " ".join(map(content_sha256, files.finetuned)),
     }
 
 

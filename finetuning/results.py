@@ -13,10 +13,9 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.automatic import Rule
-from finetuning.checkpoints import file_sha256
 from finetuning.coco_results import coco_files
 from finetuning.csv_files import read_table
-from finetuning.files import as_it_was, atomic_write, read_file, write_csv
+from finetuning.files import as_it_was, atomic_write, content_sha256, read_file, write_csv
 from finetuning.pairs import IMAGE_SUFFIXES
 from finetuning.prompts import Prompt, mask_box, prompt_text
 from finetuning.result_files import Segmented, file_names, remove_others, write_files
@@ -76,7 +75,7 @@ def settings_of(
     """
     return {
         "folder": str(folder.resolve()),
-        "model": file_sha256(checkpoint),
+        "model": content_sha256(checkpoint),
         "value range": list(value_range or trained_range or ()),
         "way of finding objects": list(rule or ()),
     }

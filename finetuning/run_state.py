@@ -13,12 +13,12 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning import distributed
-from finetuning.checkpoints import file_sha256, save_checkpoint
+from finetuning.checkpoints import save_checkpoint
 from finetuning.command_line import ArgumentParser, number, tell
 from finetuning.data_folder import draw_demo, is_filled
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
-from finetuning.files import write_csv
+from finetuning.files import content_sha256, write_csv
 from finetuning.learner import Learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.models import MODELS as MODEL_SIZES
@@ -26,7 +26,7 @@ from finetuning.models import ensure_checkpoint, parse_image_size
 from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts, split_pairs
 from finetuning.recipe import Recipe
 from finetuning.resuming import BEST_FILE, STATE_FILE, Log, restore
-from finetuning.seen_images import SEEN, Contents, record_seen
+from finetuning.seen_images import SEEN, Contents, hash_files, record_seen
 
 FINAL_FILE = "sam2_final.pt"
 LOG_FILES = ("train_log.csv", "learning_curve.png")
@@ -94,8 +94,8 @@ class Start(NamedTuple):
 def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> dict[str, Any]:
     """Return what fixes the outcome of a run, as plain values; it is saved with the model."""
     all_pairs = [pair for of_split in pairs.values() for pair in of_split]
-    files = [path for pair in all_pairs for path in (pair.image, *pair.mask_files())]
-    contents = [(path.parent.name, path.name, file_sha256(path)) for path in files]
+    hashes = distributed.from_first(lambda: hash_files(all_pairs))
+    contents = [(path.parent.name, path.name, sha256) for path, sha256 in hashes.items()]
     return {
         "model": start.model,
         "image_size": start.image_size,
@@ -105,11 +105,11 @@ def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> 
         "no_cache": start.cache is None,
         "cache": None if start.cache is None else str(start.cache),
         "checkpoint": str(start.checkpoint),
-        "checkpoint_sha256": file_sha256(start.checkpoint),
+        "checkpoint_sha256": content_sha256(start.checkpoint),
         "data": str(start.data),
         "value_range": read_facts(start.data).get("value_range"),  # for images to come
         "data_hash": hashlib.sha256(repr(contents).encode()).hexdigest(),
-        SEEN: record_seen(pairs, start.seen_before),
+        SEEN: record_seen(pairs, hashes, start.seen_before),
     }
 
 

@@ -7,13 +7,14 @@ split hides an image that the model was trained on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.checkpoints import file_sha256, setting
+from finetuning.checkpoints import setting
+from finetuning.files import hash_contents
 from finetuning.models import is_published
 from finetuning.pairs import Pair
 
@@ -22,14 +23,16 @@ SEEN = "seen"  # the record, among the settings of a model's file
 Contents = list[list[str]]  # of each pair: the hash of its image, and that of its masks
 
 
-def hash_pair(pair: Pair) -> list[str]:
-    """Return the SHA-256 of a pair's image, and that of its mask; of several masks, one of all."""
-    masks = [file_sha256(path) for path in pair.mask_files()]
-    return [file_sha256(pair.image), masks[0] if len(masks) == 1 else _hash_of(masks)]
+def hash_files(pairs: Iterable[Pair]) -> dict[Path, str]:
+    """Return the SHA-256 of the files of all images and masks."""
+    return hash_contents(path for pair in pairs for path in (pair.image, *pair.mask_files()))
 
 
-def _hash_of(hashes: list[str]) -> str:
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+def pair_contents(pair: Pair, hashes: Mapping[Path, str]) -> list[str]:
+    """Return the hash of a pair's image, and that of its mask; of several masks, one of all."""
+    masks = [hashes[path] for path in pair.mask_files()]
+    of_all = hashlib.sha256(" ".join(masks).encode()).hexdigest()
+    return [hashes[pair.image], masks[0] if len(masks) == 1 else of_all]
 
 
 def seen_before(facts: dict[str, Any], checkpoint: Path) -> Contents | None:
@@ -45,9 +48,18 @@ def seen_before(facts: dict[str, Any], checkpoint: Path) -> Contents | None:
     return None if before is None else [*before, *(_contents(record, "train") or [])]
 
 
-def record_seen(pairs: dict[str, list[Pair]], before: Contents | None) -> dict[str, Any]:
-    """Return the record of a training on pairs of train and val; before: as from seen_before."""
-    return {"before": before, **{split: list(map(hash_pair, of)) for split, of in pairs.items()}}
+def record_seen(
+    pairs: dict[str, list[Pair]], hashes: Mapping[Path, str], before: Contents | None
+) -> dict[str, Any]:
+    """Return the record of a training on pairs of train and val.
+
+    hashes: as from hash_files. before: as from seen_before.
+    """
+    contents = {
+        split: [pair_contents(pair, hashes) for pair in of_split]
+        for split, of_split in pairs.items()
+    }
+    return {"before": before, **contents}
 
 
 class Overlap(NamedTuple):
@@ -69,8 +81,9 @@ def count_overlap(pairs: Sequence[Pair], facts: dict[str, Any]) -> Overlap:
     learnt_images, validated_images = ({image for image, _ in of} for of in (learnt, validated))
     seen = set(map(tuple, [*learnt, *validated]))
     trained_on = validated_on = changed = 0
+    hashes = hash_files(pairs)
     for pair in pairs:
-        image, mask = hash_pair(pair)
+        image, mask = pair_contents(pair, hashes)
         trained_on += image in learnt_images
         validated_on += image in validated_images - learnt_images
         is_seen = image in learnt_images or image in validated_images

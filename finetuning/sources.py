@@ -13,9 +13,8 @@ from sam2_utils import UserError
 
 from finetuning.annotations import read_annotations
 from finetuning.archives import open_archive
-from finetuning.checkpoints import file_sha256
 from finetuning.command_line import ArgumentParser, quoted
-from finetuning.files import lies_in
+from finetuning.files import content_sha256, lies_in
 from finetuning.layouts import SPLITS, listed
 from finetuning.models import download_file
 from finetuning.pairing import (
@@ -121,7 +120,7 @@ def find_annotated(
 
 def fetch_archive(path: Path) -> Path:
     """Return the path of Kvasir-SEG's archive, downloading it if it is missing or damaged."""
-    if not path.is_file() or file_sha256(path) != DATASET_SHA256:
+    if not path.is_file() or content_sha256(path) != DATASET_SHA256:
         by_hand = "download it with a browser and run again with --archive FILE.zip"
         download_file(DATASET_URL, path, DATASET_SHA256, by_hand)
     return path

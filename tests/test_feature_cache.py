@@ -28,14 +28,11 @@ from torch.utils.data import DataLoader
 
 from finetuning import feature_cache, feature_source, files
 from finetuning.batches import (
-    HALF,
-    LOSS_GRID,
     Batch,
     EpochSampler,
     Step,
     TrainingSet,
     make_loader,
-    mask_on_grid,
 )
 from finetuning.feature_cache import FeatureCache, hash_encoder
 from finetuning.feature_source import FeatureSource, check_room, choose_place, open_cache
@@ -48,6 +45,7 @@ from finetuning.objects import count_objects, read_pair
 from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import Features, PromptedDecoder, encode_images, predict_masks
+from finetuning.training_masks import HALF, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 
 ROOT = Path(__file__).parents[1]
@@ -272,7 +270,7 @@ def test_a_mask_of_another_size_than_its_image_is_refused(predictor, pairs, fold
         with pytest.raises(UserError, match=says):
             source.features(pairs[1].image, SIZES[0])
     with pytest.raises(UserError, match=says):  # before a training begins
-        count_objects(pairs, cache.size)
+        TrainingSet(pairs, cache, 256, seed=0).prepare()
 
 
 def test_what_is_there_is_not_encoded_again(predictor, pairs, folder, encoded):

@@ -17,7 +17,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from finetuning.batches import HALF, mask_on_grid
 from finetuning.drawing import draw_overlay
 from finetuning.given_prompts import parse_box, parse_point
 from finetuning.image_files import read_image, read_mask, write_image
@@ -29,6 +28,7 @@ from finetuning.prompts import deepest_point, make_prompt, mask_box, prompt_from
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import Prediction, encode_images, segment, upscale_masks
 from finetuning.splitting import split_names
+from finetuning.training_masks import HALF, mask_on_grid
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same every time")

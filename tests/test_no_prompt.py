@@ -10,7 +10,7 @@ from conftest import CPU, draw_pair, write_data
 
 import compare_models
 from finetuning import distributed
-from finetuning.batches import ALL, LOSS_GRID, EpochSampler, Step, TrainingSet, mask_on_grid
+from finetuning.batches import EpochSampler, Step, TrainingSet
 from finetuning.evaluation import Model, measure
 from finetuning.feature_source import FeatureSource
 from finetuning.image_files import write_image
@@ -19,6 +19,7 @@ from finetuning.objects import read_objects
 from finetuning.pairs import Pair
 from finetuning.prompts import PromptMix, make_prompt, plan_prompts
 from finetuning.segmentation import encode_images, predict_masks
+from finetuning.training_masks import ALL, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 
 

@@ -20,9 +20,9 @@ import test_my_image
 import train_sam2_proper
 from finetuning.annotations import read_annotations
 from finetuning.archives import open_archive
-from finetuning.checkpoints import file_sha256, load_checkpoint
+from finetuning.checkpoints import load_checkpoint
 from finetuning.csv_files import read_table
-from finetuning.files import LARGEST, lies_in, read_file, require_file
+from finetuning.files import LARGEST, content_sha256, lies_in, read_file, require_file
 from finetuning.image_files import read_image, read_mask
 from finetuning.layouts import read_folder
 from finetuning.pairs import files_by_stem
@@ -35,7 +35,7 @@ READERS = {
     "image": read_image,
     "mask": read_mask,
     "checkpoint": load_checkpoint,
-    "content": file_sha256,
+    "content": content_sha256,
     "archive": lambda path: open_archive(path).__enter__(),
     "table": lambda path: list(read_table(path, ("image",))),
     "annotations": read_annotations,

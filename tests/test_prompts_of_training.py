@@ -8,7 +8,7 @@ import torch
 from conftest import CPU, draw_pair, write_pair
 from sam2.utils.transforms import SAM2Transforms
 
-from finetuning.batches import HALF, LOSS_GRID, Batch, Step, TrainingSet, mask_on_grid
+from finetuning.batches import Batch, Step, TrainingSet
 from finetuning.clicks import add_clicks
 from finetuning.image_files import read_mask
 from finetuning.models import load_predictor
@@ -27,6 +27,7 @@ from finetuning.prompts import (
     random_point,
 )
 from finetuning.segmentation import Features, PromptedDecoder, encode_images
+from finetuning.training_masks import HALF, LOSS_GRID, mask_on_grid
 
 
 @pytest.fixture

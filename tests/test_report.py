@@ -48,7 +48,7 @@ from finetuning.report_sentences import (
 )
 from finetuning.result_tables import metrics_table
 from finetuning.scatter import draw_scatter
-from finetuning.seen_images import SEEN, Overlap, record_seen
+from finetuning.seen_images import SEEN, Overlap, hash_files, record_seen
 from finetuning.sources import DATASET_URL
 from finetuning.tables import (
     BOX_CHARACTERS,
@@ -509,7 +509,10 @@ def trained(run_script, tmp_path, random_mini):
         for weight in model.sam_mask_decoder.output_hypernetworks_mlps.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     train = split_pairs(tmp_path / "data", "train")
-    settings = {"lr": 0.125, SEEN: record_seen({"train": train, "val": []}, before=[])}
+    settings = {
+        "lr": 0.125,
+        SEEN: record_seen({"train": train, "val": []}, hash_files(train), before=[]),
+    }
     save_checkpoint(tmp_path / "output/sam2_best.pt", model, epoch=2, settings=settings)
     return "--original", random_mini
 

@@ -17,6 +17,7 @@ from finetuning.seen_images import (
     Overlap,
     add_overlaps,
     count_overlap,
+    hash_files,
     record_seen,
     seen_before,
 )
@@ -110,7 +111,7 @@ def test_a_file_that_does_not_say_what_it_has_seen_proves_nothing(tmp_path, rand
     assert count_overlap(pairs, mini) == nothing
     for crafted in (5, {}, {"train": 5, "val": [], "before": []}, {"train": [["a"]]}, {"val": [5]}):
         assert count_overlap(pairs, {**mini, "settings": {SEEN: crafted}}) == nothing
-    record = record_seen({"train": pairs[:1], "val": pairs[1:2]}, before=None)
+    record = record_seen({"train": pairs[:1], "val": pairs[1:2]}, hash_files(pairs), before=None)
     known = {**mini, "settings": {SEEN: record}}
     assert count_overlap(pairs, known) == Overlap(4, 1, 1, 0, is_known=False)
     assert seen_before(known, random_mini) is None
@@ -128,7 +129,7 @@ def test_masks_of_several_objects_are_known_by_all_their_files(tmp_path):
         write_image(folder / f"{k}.png", draw_pair(k)[1].astype("uint8") * 255)
     (tmp_path / "split.json").write_text('{"masks": "objects"}', encoding="utf-8")
     pairs = split_pairs(tmp_path, "train")
-    settings = {SEEN: record_seen({"train": pairs, "val": []}, before=[])}
+    settings = {SEEN: record_seen({"train": pairs, "val": []}, hash_files(pairs), before=[])}
     facts = {"model_name": "mini", "settings": settings}
     assert count_overlap(pairs, facts) == Overlap(1, 1)
     write_image(folder / "1.png", draw_pair(5)[1].astype("uint8") * 255)
