@@ -156,7 +156,7 @@ def test_a_file_is_hashed_once_unless_it_changes(tmp_path, hashed):
 def test_settings_and_features_of_a_run_hash_each_file_once(
     predictor, random_mini, pairs, tmp_path, be_process, hashed
 ):
-    start = Start("mini", random_mini, tmp_path / "data", None, None, torch.float32, 256)
+    start = Start("mini", random_mini, tmp_path / "data", None, None, torch.float32, 256, [])
     of_processes, others = [], []
     for rank in (0, 1):
         be_process(rank)
