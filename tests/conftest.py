@@ -13,7 +13,7 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process a core
 
-import sam2_utils  # noqa: F401, which sets what torch and OpenCV read when they are imported
+import sam2_utils  # which sets what torch and OpenCV read when they are imported
 
 import cv2
 import numpy as np
@@ -35,13 +35,23 @@ def pytest_addoption(parser) -> None:
         "--device", choices=("cpu", "auto"), default="cpu",
         help="cpu, or auto: what the scripts choose by themselves here, as a GPU",
     )  # fmt: skip
+    parser.addoption(
+        "--precision", choices=("auto", "float32", "bfloat16", "other"), default="auto",
+        help="what the scripts' --precision auto is on the CPU; other: what it is not by itself",
+    )  # fmt: skip
 
 
 def pytest_configure(config) -> None:
-    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used."""
+    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used.
+
+    Choose the CPU's precision, in this process: where bfloat16 is not native, it is emulated.
+    """
     if config.getoption("--device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.backends.mps.is_available = lambda: False
+    native, name = sam2_utils.cpu_has_bfloat16(), config.getoption("--precision")
+    has_bfloat16 = {"auto": native, "float32": False, "bfloat16": True, "other": not native}[name]
+    sam2_utils.cpu_has_bfloat16 = lambda: has_bfloat16
 
 
 class Outcome(NamedTuple):

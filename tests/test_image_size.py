@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sam2_utils import autocast, select_precision
+
 import numpy as np
 import pytest
 from conftest import CPU, draw_pair, write_data
@@ -73,9 +75,9 @@ def test_new_images_are_segmented_at_that_size(run_script, trained):
     )
     assert outcome.status == 0, outcome.err
     predictor, _ = load_predictor(None, trained, CPU)
-    mask, _ = segment(
-        predictor, encode_images(predictor, [image]), make_prompt([(60, 40)]), image.shape[:2]
-    )
+    with autocast(CPU, select_precision("auto", CPU)):
+        features = encode_images(predictor, [image])
+        mask, _ = segment(predictor, features, make_prompt([(60, 40)]), image.shape[:2])
     assert np.array_equal(read_mask(Path("output/my_results/new_001_mask.png")), mask)
 
 
