@@ -8,7 +8,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process a core
@@ -19,11 +19,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from sam2 import sam2_image_predictor
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
-from finetuning import command_line, decoding, language, models, run_state
-from finetuning.checkpoints import save_checkpoint
+import compare_models
+from finetuning import checkpoints, command_line, decoding, language, models, run_state
+from finetuning.checkpoints import file_sha256, save_checkpoint
 from finetuning.image_files import write_image
 from finetuning.models import MODELS, build_predictor
 
@@ -66,8 +68,9 @@ class Outcome(NamedTuple):
 def quick() -> Iterator[None]:
     """Leave out what takes long and what few tests look at.
 
-    mini is built once and copied, learning curves are empty, and nobody waits for the disk: no
-    file of a test has to outlive a power cut.
+    mini is built once and copied, a checkpoint is read once and copied, and torch scripts the
+    transforms once; charts are empty; and nobody waits for the disk: no file of a test has to
+    outlive a power cut.
     """
 
     @functools.cache
@@ -85,9 +88,20 @@ def quick() -> Iterator[None]:
             )
         return copy.deepcopy(build_once(config, tuple(hydra_overrides_extra))).to(device)
 
+    transforms, read = functools.cache(sam2_image_predictor.SAM2Transforms), checkpoints._read
+
+    @functools.lru_cache(maxsize=4)
+    def read_once(path: Path, sha256: str) -> Any:
+        return read(path)
+
     with (
         mock.patch.object(models, "build_sam2", build),
+        mock.patch.object(sam2_image_predictor, "SAM2Transforms", transforms),
+        mock.patch.object(
+            checkpoints, "_read", lambda path: copy.deepcopy(read_once(path, file_sha256(path)))
+        ),
         mock.patch.object(run_state, "draw_learning_curve", lambda path, log: path.touch()),
+        mock.patch.object(compare_models, "draw_scatter", lambda path, *_: write_blank(path)),
         mock.patch.object(os, "fsync"),
     ):
         yield
@@ -124,6 +138,11 @@ def random_mini(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "random_mini.pt"
     save_checkpoint(path, build_predictor("mini", CPU).model)
     return path
+
+
+def write_blank(path: Path) -> None:
+    """Write a small black picture, where nobody looks at what a chart shows."""
+    write_image(path, np.zeros((2, 2, 3), np.uint8))
 
 
 def draw_pair(index: int, size: tuple[int, int] = (96, 128)) -> tuple[np.ndarray, np.ndarray]:
