@@ -1,5 +1,6 @@
 """The comparison is fair, complete, and says the number that training said."""
 
+import contextlib
 import csv
 import io
 import re
@@ -31,14 +32,23 @@ from finetuning.result_tables import sizes_table
 from finetuning.tables import print_anywhere
 
 
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, random_mini) -> tuple[Path, str]:
+    """Train for two epochs; return the folder with data/ and output/, and what was printed."""
+    folder, printed = tmp_path_factory.mktemp("training"), io.StringIO()
+    write_data(folder / "data", train=4, val=4)
+    options = ("--model", "mini", "--checkpoint", str(random_mini), "--epochs", "2")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        train_sam2_proper.main([*options, "--lr", "1e-3"])
+    return folder, printed.getvalue()
+
+
 @pytest.fixture
-def trained(run_script, tmp_path, random_mini):
-    """Train for two epochs in the test's folder; return what training printed."""
-    write_data(tmp_path / "data", train=4, val=4)
-    options = ("--model", "mini", "--checkpoint", random_mini, "--epochs", 2, "--lr", 1e-3)
-    outcome = run_script(train_sam2_proper.main, *options)
-    assert outcome.status == 0, outcome.err
-    return outcome.out
+def trained(training, tmp_path) -> str:
+    """Copy that training into the test's folder; return what it printed."""
+    folder, printed = training
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return printed
 
 
 def printed_ious(out: str) -> list[float]:

@@ -1,5 +1,8 @@
 """--image-size: kept in the model's file, and used by whatever loads it."""
 
+import contextlib
+import io
+import shutil
 from pathlib import Path
 
 from sam2_utils import autocast, select_precision
@@ -18,12 +21,21 @@ from finetuning.prompts import make_prompt
 from finetuning.segmentation import encode_images, feature_shapes, segment
 
 
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, random_mini) -> Path:
+    """Fine-tune mini at 128 pixels; return the folder with data/ and output/."""
+    folder, printed = tmp_path_factory.mktemp("training"), io.StringIO()
+    write_data(folder / "data")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        train_sam2_proper.main([*map(str, options(random_mini)), "--image-size", "128"])
+    assert "mini at 128x128 pixels" in printed.getvalue()
+    return folder
+
+
 @pytest.fixture
-def trained(run_script, tmp_path, random_mini) -> Path:
-    """Fine-tune mini at 128 pixels."""
-    write_data(tmp_path / "data")
-    outcome = run_script(train_sam2_proper.main, *options(random_mini), "--image-size", 128)
-    assert outcome.status == 0 and "mini at 128x128 pixels" in outcome.out, outcome.err
+def trained(training, tmp_path) -> Path:
+    """Copy that run into the test's folder; return its model."""
+    shutil.copytree(training, tmp_path, dirs_exist_ok=True)
     return tmp_path / "output/sam2_final.pt"
 
 
