@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import multiprocessing
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -105,6 +108,20 @@ def quick() -> Iterator[None]:
         mock.patch.object(os, "fsync"),
     ):
         yield
+
+
+@pytest.fixture
+def processes(monkeypatch) -> BaseContext:
+    """Return what starts processes, of functions that can be pickled.
+
+    Where there are forks, one process imports everything, and the others are forks of it.
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__name__])
+    return context
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 import csv
 import errno
-import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,10 +25,6 @@ MOMENTS = {
     "between the state and the log": (run_state, "write_log", 2),
     "while a file takes its name": (Path, "replace", 12),
 }
-
-# One process imports everything and forks one for each run; Windows cannot fork.
-HOW = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-PROCESSES = multiprocessing.get_context(HOW)
 
 
 def run_until(moment: str, options: list[str]) -> None:
@@ -79,11 +73,9 @@ def whole(folder, options) -> Path:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_goes_on_to_the_same_bits(moment, folder, options, whole, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_bits(moment, folder, options, whole, processes):
     output = folder / moment
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    PROCESSES.set_forkserver_preload([__name__])
-    killed = PROCESSES.Process(target=run_until, args=(moment, [*options, "--output", str(output)]))
+    killed = processes.Process(target=run_until, args=(moment, [*options, "--output", str(output)]))
     killed.start()
     killed.join(300)
     assert killed.exitcode in (-9, 9)
