@@ -1,9 +1,10 @@
-# make setup         a .venv with everything that the scripts and the tests need
-# make demo          trains a small model on drawn images, compares it, segments one image
-# make test          sets up what is missing, then runs the tests
-# make test-oldest   the tests that compute, with the oldest allowed versions of what they use
-# make test-tools    our models in the tools that people use them in; not part of make test
-# make lint          checks style and formatting
+# make setup           a .venv with everything that the scripts and the tests need
+# make demo            trains a small model on drawn images, compares it, segments one image
+# make test            sets up what is missing, then runs the tests
+# make test-precision  the tests that compute, in the precision that --precision auto is not here
+# make test-oldest     the tests that compute, with the oldest allowed versions of what they use
+# make test-tools      our models in the tools that people use them in; not part of make test
+# make lint            checks style and formatting
 
 ifeq ($(OS),Windows_NT)
 PYTHON ?= python
@@ -13,16 +14,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 endif
 READY := .venv/ready
-# A second environment, for test-oldest, and what is tested in it
+# A second environment, for test-oldest
 OLDEST ?= .venv-oldest
+# The tests that compute, for test-oldest; for test-precision, without those that name a precision
 COMPUTING := automatic clicks compare decoding encoder_training epoch_report export feature_cache folder gradients image_size \
-  learning_rate metrics no_prompt objects pretended_device prompts_of_training repeats report sam2_utils \
+  learning_rate metrics no_prompt objects pretended_device prompts_of_training repeats report sam2_utils seen_images \
   train training_parts validation window
+ANY_PRECISION := $(filter-out decoding feature_cache gradients learning_rate metrics pretended_device sam2_utils window,$(COMPUTING))
 
 # A third one, for test-tools
 TOOLS ?= .venv-tools
 
-.PHONY: setup demo test test-oldest test-tools lint
+.PHONY: setup demo test test-precision test-oldest test-tools lint
 
 setup: $(READY)
 
@@ -44,6 +47,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-precision: $(READY)
+	$(BIN)/python -m pytest --precision other $(ANY_PRECISION:%=tests/test_%.py)
 
 $(OLDEST)/ready: requirements-oldest.txt requirements-dev.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import copy
 import functools
+import multiprocessing
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process a core
 
-import sam2_utils  # noqa: F401, which sets what torch and OpenCV read when they are imported
+import sam2_utils  # which sets what torch and OpenCV read when they are imported
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from sam2 import sam2_image_predictor
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
-from finetuning import command_line, decoding, language, models, run_state
+import compare_models
+from finetuning import checkpoints, command_line, decoding, language, models, run_state
 from finetuning.checkpoints import save_checkpoint
+from finetuning.files import content_sha256
 from finetuning.image_files import write_image
 from finetuning.models import MODELS, build_predictor
 
@@ -35,13 +41,23 @@ def pytest_addoption(parser) -> None:
         "--device", choices=("cpu", "auto"), default="cpu",
         help="cpu, or auto: what the scripts choose by themselves here, as a GPU",
     )  # fmt: skip
+    parser.addoption(
+        "--precision", choices=("auto", "float32", "bfloat16", "other"), default="auto",
+        help="what the scripts' --precision auto is on the CPU; other: what it is not by itself",
+    )  # fmt: skip
 
 
 def pytest_configure(config) -> None:
-    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used."""
+    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used.
+
+    Choose the CPU's precision, in this process: where bfloat16 is not native, it is emulated.
+    """
     if config.getoption("--device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.backends.mps.is_available = lambda: False
+    native, name = sam2_utils.cpu_has_bfloat16(), config.getoption("--precision")
+    has_bfloat16 = {"auto": native, "float32": False, "bfloat16": True, "other": not native}[name]
+    sam2_utils.cpu_has_bfloat16 = lambda: has_bfloat16
 
 
 class Outcome(NamedTuple):
@@ -56,8 +72,9 @@ class Outcome(NamedTuple):
 def quick() -> Iterator[None]:
     """Leave out what takes long and what few tests look at.
 
-    mini is built once and copied, learning curves are empty, and nobody waits for the disk: no
-    file of a test has to outlive a power cut.
+    mini is built once and copied, a checkpoint is read once and copied, and torch scripts the
+    transforms once; charts are empty; and nobody waits for the disk: no file of a test has to
+    outlive a power cut.
     """
 
     @functools.cache
@@ -75,12 +92,37 @@ def quick() -> Iterator[None]:
             )
         return copy.deepcopy(build_once(config, tuple(hydra_overrides_extra))).to(device)
 
+    transforms, read = functools.cache(sam2_image_predictor.SAM2Transforms), checkpoints._read
+
+    @functools.lru_cache(maxsize=4)
+    def read_once(path: Path, sha256: str) -> Any:
+        return read(path)
+
     with (
         mock.patch.object(models, "build_sam2", build),
+        mock.patch.object(sam2_image_predictor, "SAM2Transforms", transforms),
+        mock.patch.object(
+            checkpoints, "_read", lambda path: copy.deepcopy(read_once(path, content_sha256(path)))
+        ),
         mock.patch.object(run_state, "draw_learning_curve", lambda path, log: path.touch()),
+        mock.patch.object(compare_models, "draw_scatter", lambda path, *_: write_blank(path)),
         mock.patch.object(os, "fsync"),
     ):
         yield
+
+
+@pytest.fixture
+def processes(monkeypatch) -> BaseContext:
+    """Return what starts processes, of functions that can be pickled.
+
+    Where there are forks, one process imports everything, and the others are forks of it.
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__name__])
+    return context
 
 
 @pytest.fixture
@@ -114,6 +156,11 @@ def random_mini(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "random_mini.pt"
     save_checkpoint(path, build_predictor("mini", CPU).model)
     return path
+
+
+def write_blank(path: Path) -> None:
+    """Write a small black picture, where nobody looks at what a chart shows."""
+    write_image(path, np.zeros((2, 2, 3), np.uint8))
 
 
 def draw_pair(index: int, size: tuple[int, int] = (96, 128)) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+from sam2_utils import select_precision
+
 import numpy as np
 import pytest
 import torch
@@ -270,7 +272,8 @@ def test_all_objects_of_a_folder_and_a_row_where_there_are_none(
     rows = read_rows(OUTPUT / "results.csv")
     rule = ANY._replace(min_score=0.2)
     for index in ("0", "1"):
-        expected = find_objects(predictor, torch.float32, draw_pair(int(index))[0], rule)
+        image, precision = draw_pair(int(index))[0], select_precision("auto", CPU)
+        expected = find_objects(predictor, precision, image, rule)
         of_image = [row for row in rows if row["image"] == f"{index}.png"]
         assert [row["object"] for row in of_image] == [str(n + 1) for n in range(len(expected))]
         assert [row["score"] for row in of_image] == [f"{one.score:.4f}" for one in expected]
@@ -347,7 +350,8 @@ def test_a_rule_is_kept_in_the_best_model_where_asked_for_and_a_comparison_takes
     predictor = load_predictor(None, best, CPU)[0]
     rows = read_rows(Path("output/comparison/auto.csv"))
     for row, pair in zip(rows[1::2], split_pairs(data, "val"), strict=True):
-        masks = find_objects(predictor, torch.float32, segmenting.read_image(pair.image), rule)
+        image, precision = segmenting.read_image(pair.image), select_precision("auto", CPU)
+        masks = find_objects(predictor, precision, image, rule)
         matched = int(match(masks, read_objects(pair)).sum())
         assert row["model"] == "finetuned" and row["image"] == pair.image.name
         assert (row["objects"], row["found"], row["matched"]) == (

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from argparse import Namespace
@@ -447,13 +446,9 @@ def test_features_are_written_and_images_read_while_others_are_encoded(
     assert all(index <= encoded + 2 for index, encoded in read)
 
 
-KILLED = """
-    import os, pathlib, sys
-    import torch
-    from finetuning.feature_cache import FeatureCache
-    from finetuning.models import load_predictor
-
-    write, written = pathlib.Path.write_bytes, []
+def fill_and_die(folder: Path, checkpoint: Path, images: list[Path]) -> None:
+    """Fill a cache, in a process that does not survive its third file."""
+    write, written = Path.write_bytes, []
 
     def die(path, content):
         written.append(path)
@@ -462,24 +457,18 @@ KILLED = """
             os._exit(9)
         return write(path, content)
 
-    pathlib.Path.write_bytes = die
-    checkpoint, folder, *images = map(pathlib.Path, sys.argv[1:])
-    predictor, _ = load_predictor("mini", checkpoint, torch.device("cpu"))
+    Path.write_bytes = die
+    predictor, _ = load_predictor("mini", checkpoint, CPU)
     FeatureCache(folder, predictor, torch.float32).fill(images, predictor, "train")
-"""
 
 
 def test_a_run_killed_in_the_middle_of_a_file_leaves_whole_ones_only(
-    predictor, random_mini, pairs, folder, encoded
+    predictor, random_mini, pairs, folder, encoded, processes
 ):
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), random_mini, folder]
-    killed = subprocess.run(
-        [*map(str, command), *map(str, images_of(pairs))],
-        cwd=ROOT,
-        capture_output=True,
-        timeout=300,
-    )
-    assert killed.returncode == 9, killed.stderr
+    killed = processes.Process(target=fill_and_die, args=(folder, random_mini, images_of(pairs)))
+    killed.start()
+    killed.join(300)
+    assert killed.exitcode == 9
     assert len(list(folder.glob("*.safetensors"))) == 2
     assert len(list(folder.glob(".*.partial"))) == 1
     assert held(folder, predictor, pairs) == [0, 1]
@@ -862,7 +851,7 @@ def test_processes_share_each_batch_and_one_without_images_stands_in(monkeypatch
     assert stand_ins == sum(max(0, world_size - len(batch)) for _, batch, *_ in alone)
 
 
-def test_a_loading_process_gives_the_same_batches(predictor, pairs, folder):
+def test_a_loading_process_gives_the_same_batches(predictor, pairs, folder, processes):
     batches = TrainingSet(pairs, fill(folder, predictor, pairs), 256, seed=0)
     sampler = EpochSampler(dict.fromkeys(ALL, 1), 3, seed=0)
     elsewhere = DataLoader(
@@ -871,7 +860,7 @@ def test_a_loading_process_gives_the_same_batches(predictor, pairs, folder):
         batch_size=None,
         collate_fn=make_loader(batches, sampler, CPU).collate_fn,
         num_workers=1,
-        multiprocessing_context="spawn",  # as macOS and Windows start processes
+        multiprocessing_context=processes,  # which pickle, as on macOS and Windows
     )
     for theirs, ours in zip(elsewhere, make_loader(batches, sampler, CPU), strict=True):
         tensors = [(*maps_of(batch.features), *batch.true_masks) for batch in (theirs, ours)]

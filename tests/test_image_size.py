@@ -1,6 +1,11 @@
 """--image-size: kept in the model's file, and used by whatever loads it."""
 
+import contextlib
+import io
+import shutil
 from pathlib import Path
+
+from sam2_utils import autocast, select_precision
 
 import numpy as np
 import pytest
@@ -16,12 +21,21 @@ from finetuning.prompts import make_prompt
 from finetuning.segmentation import encode_images, feature_shapes, segment
 
 
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, random_mini) -> Path:
+    """Fine-tune mini at 128 pixels; return the folder with data/ and output/."""
+    folder, printed = tmp_path_factory.mktemp("training"), io.StringIO()
+    write_data(folder / "data")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        train_sam2_proper.main([*map(str, options(random_mini)), "--image-size", "128"])
+    assert "mini at 128x128 pixels" in printed.getvalue()
+    return folder
+
+
 @pytest.fixture
-def trained(run_script, tmp_path, random_mini) -> Path:
-    """Fine-tune mini at 128 pixels."""
-    write_data(tmp_path / "data")
-    outcome = run_script(train_sam2_proper.main, *options(random_mini), "--image-size", 128)
-    assert outcome.status == 0 and "mini at 128x128 pixels" in outcome.out, outcome.err
+def trained(training, tmp_path) -> Path:
+    """Copy that run into the test's folder; return its model."""
+    shutil.copytree(training, tmp_path, dirs_exist_ok=True)
     return tmp_path / "output/sam2_final.pt"
 
 
@@ -73,9 +87,9 @@ def test_new_images_are_segmented_at_that_size(run_script, trained):
     )
     assert outcome.status == 0, outcome.err
     predictor, _ = load_predictor(None, trained, CPU)
-    mask, _ = segment(
-        predictor, encode_images(predictor, [image]), make_prompt([(60, 40)]), image.shape[:2]
-    )
+    with autocast(CPU, select_precision("auto", CPU)):
+        features = encode_images(predictor, [image])
+        mask, _ = segment(predictor, features, make_prompt([(60, 40)]), image.shape[:2])
     assert np.array_equal(read_mask(Path("output/my_results/new_001_mask.png")), mask)
 
 

@@ -3,9 +3,6 @@
 import csv
 import errno
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,42 +10,36 @@ import torch
 from conftest import write_data
 
 import train_sam2_proper
-from finetuning import feature_cache, files
+from finetuning import command_line, feature_cache, files, run_state
 from finetuning.files import only_run_in
 from train_sam2_proper import main
 
-PROJECT = Path(__file__).resolve().parents[1]
 OPTIONS = ("--model", "mini", "--device", "cpu", "--epochs", "3", "--lr", "1e-3")
 OPTIONS += ("--batch-size", "2", "--precision", "float32")
 
 # Each is a function of the scripts, and which of its calls the process does not survive.
 MOMENTS = {
-    "while features are written": ("pathlib.Path.write_bytes", 3),
-    "in the middle of the first epoch": ("train_sam2_proper.batch_loss", 2),
-    "between the best file and the state": ("run_state.save_state", 3),
-    "between the state and the log": ("run_state.write_log", 2),
-    "while a file takes its name": ("pathlib.Path.replace", 12),
+    "while features are written": (Path, "write_bytes", 3),
+    "in the middle of the first epoch": (train_sam2_proper, "batch_loss", 2),
+    "between the best file and the state": (run_state, "save_state", 3),
+    "between the state and the log": (run_state, "write_log", 2),
+    "while a file takes its name": (Path, "replace", 12),
 }
 
-KILLED_RUN = """
-    import os, pathlib, sys
-    import train_sam2_proper
-    from finetuning import command_line, run_state
 
-    owner, _, name = {function!r}.rpartition(".")
-    owner = eval(owner)
+def run_until(moment: str, options: list[str]) -> None:
+    """Train, and kill this process at a moment."""
+    owner, name, fatal = MOMENTS[moment]
     survived, calls = getattr(owner, name), []
 
     def kill(*arguments, **options):
         calls.append(arguments)
-        if len(calls) == {call}:
+        if len(calls) == fatal:
             os.kill(os.getpid(), 9) if hasattr(os, "fork") else os._exit(9)
         return survived(*arguments, **options)
 
-    if __name__ == "__main__":
-        setattr(owner, name, kill)
-        command_line.run(train_sam2_proper.main, sys.argv[1:])
-"""
+    setattr(owner, name, kill)
+    command_line.run(main, options)
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
@@ -82,17 +73,12 @@ def whole(folder, options) -> Path:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_goes_on_to_the_same_bits(moment, folder, options, whole):
-    function, call = MOMENTS[moment]
-    output = folder / str(call) / function
-    script = folder / "killed_run.py"
-    script.write_text(
-        textwrap.dedent(KILLED_RUN.format(function=function, call=call)), encoding="utf-8"
-    )
-    command = [sys.executable, script, *options, "--output", output]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    killed = subprocess.run(command, env=environment, capture_output=True, timeout=300)
-    assert killed.returncode not in (0, 1, 2), killed.stderr
+def test_a_killed_run_goes_on_to_the_same_bits(moment, folder, options, whole, processes):
+    output = folder / moment
+    killed = processes.Process(target=run_until, args=(moment, [*options, "--output", str(output)]))
+    killed.start()
+    killed.join(300)
+    assert killed.exitcode in (-9, 9)
     assert not (output / "sam2_final.pt").exists()
 
     resume = ["--resume"] if (output / "train_state.pt").exists() else []  # as it tells the user
