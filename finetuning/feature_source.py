@@ -43,9 +43,9 @@ class FeatureSource(NamedTuple):
             return self.cache.read([image]).to(device, torch.float32)
         with autocast(device, self.precision):
             features = encode_images(self.predictor, [pixels])
-        if self.cache is not None:  # of which the same numbers come, whether it has these or not
+        if self.cache is not None:  # round them as the cache does, so that the same numbers follow
             features = features.to(device, torch.float16)
-        return features.to(device, torch.float32)
+        return features.to(device, torch.float32).channels_last()
 
 
 def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:

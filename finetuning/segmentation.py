@@ -44,6 +44,15 @@ class Features(NamedTuple):
         moved = [copy_to(device, feature_map).to(dtype) for feature_map in maps]
         return Features(moved[0], moved[1:])
 
+    def channels_last(self) -> Features:
+        """Return the same values in the order in memory that cached features have.
+
+        In bfloat16 another order has other last digits.
+        """
+        maps = (self.image_embed, *self.high_res_feats)
+        ordered = [values.clone(memory_format=torch.channels_last) for values in maps]
+        return Features(ordered[0], ordered[1:])
+
     def of(self, indices: list[int]) -> Features:
         """Return the features of some of the B images, in this order, as often as they come."""
         if indices == list(range(len(self.image_embed))):
