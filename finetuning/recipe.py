@@ -31,7 +31,7 @@ class Recipe:
     none_share: float = 0.05  # of the steps show no prompt, and ask for all objects
     # Of the steps with a point have another on background: a model that is only shown objects
     # forgets to answer that there is none, by which SAM 2's video predictor blanks masks
-    background_share: float = 0.2
+    background_share: float = 0.1
 
     # The loss
     mask_loss: str = "first"  # which of the three masks learn; or best, or all
