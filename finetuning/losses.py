@@ -47,9 +47,9 @@ def image_losses(
     # The single mask
     if recipe.single_weight:
         single_loss = mask_losses(mask_logits[..., :1, :, :], true_mask, recipe.dice_weight)[..., 0]
-        scores_loss = score_losses[..., 0]
-        if has_background:
-            scores_loss = scores_loss + F.softplus((1 - 2 * exists) * object_logits[..., 0])
+        object_loss = F.softplus((1 - 2 * exists) * object_logits[..., 0])
+        # Times 0, not left out: AdamW goes on with what rare steps have taught the object score
+        scores_loss = score_losses[..., 0] + has_background * object_loss
         of_single = exists * single_loss + recipe.score_weight * scores_loss
         loss = loss + recipe.single_weight * of_single
 
