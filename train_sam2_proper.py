@@ -115,7 +115,9 @@ def train_one_epoch(
                 )
 
             # The loss, mean over the objects; the mean over processes is that over those of all
-            loss, of_objects = batch_loss(predictor, prediction, part.true_masks, recipe)
+            loss, of_objects = batch_loss(
+                predictor, prediction, part.true_masks, recipe, part.plan.background
+            )
             share = part.fraction * distributed.world_size()
             learner.scaler.scale(loss * share).backward()
             shown.append(of_objects)

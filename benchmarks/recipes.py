@@ -8,8 +8,9 @@ training images, after training on the others; the default keeps its own. Then i
 training images, once a seed, and its last weights are measured on the val images, which no choice
 has seen: with one point (the deepest, as compare_models.py does, or a random one), with a box, and
 after 3 and 5 corrective clicks; and, of the single mask that other tools take, with one point and
-a box. Written to output/recipes/: runs.csv (a row a run; what it has is not run again), recipes.csv
-(a row a recipe), recipes.png.
+a box. Last comes the share of points on background that are answered "no object". Written to
+output/recipes/: runs.csv (a row a run; what it has is not run again), recipes.csv (a row a recipe),
+recipes.png.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sam2_utils import UserError, select_device, select_precision
+from sam2_utils import UserError, autocast, select_device, select_precision
 
 import numpy as np
 import torch
@@ -38,22 +39,24 @@ from tqdm import tqdm
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import measure_clicks
 from finetuning.command_line import ArgumentParser, add_device_option, number, run
-from finetuning.evaluation import Model, mean_metrics, measure
+from finetuning.evaluation import Model, features_for, mean_metrics, measure
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import FeatureSource, open_cache
 from finetuning.files import as_it_was, atomic_write, write_csv
 from finetuning.learner import make_learner
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
-from finetuning.objects import count_objects
+from finetuning.objects import count_objects, read_objects
 from finetuning.pairs import Pair, split_pairs
+from finetuning.prompts import prompt_from_mask
 from finetuning.recipe import DEFAULT, GUIDE, MINI_LR, RECIPE_OPTIONS, Recipe
+from finetuning.segmentation import predict_masks
 from train_sam2_proper import train_one_epoch
 
 BATCH = replace(GUIDE, batch_size=4)
 DICE = replace(BATCH, dice_weight=1.0)
 COSINE = replace(DICE, schedule="cosine")
 ALWAYS = replace(DEFAULT, none_share=0.0)  # with a prompt
-PLAIN = replace(ALWAYS, single_weight=0.0, max_grad_norm=0.0)
+PLAIN = replace(ALWAYS, background_share=0.0, single_weight=0.0, max_grad_norm=0.0)
 LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 OWN = ()
 # Each recipe, and the learning rates to choose from; OWN: it keeps the default's for the model.
@@ -68,10 +71,11 @@ COMPARED: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "the default, but the single mask": (replace(ALWAYS, single_weight=0.0), OWN),
     "the default, not clipped": (replace(ALWAYS, max_grad_norm=0.0), OWN),
     "the default, but always a prompt": (ALWAYS, OWN),
-    "the default (1 step in 20 without)": (DEFAULT, OWN),
+    "the default, without points on background": (replace(DEFAULT, background_share=0.0), OWN),
+    "the default": (DEFAULT, OWN),
     "1 step in 10 without a prompt": (replace(DEFAULT, none_share=0.1), OWN),
     "1 step in 5 without": (replace(DEFAULT, none_share=0.2), OWN),
-    "with points on background": (replace(DEFAULT, background_share=0.5), OWN),
+    "half of the points with one on background": (replace(DEFAULT, background_share=0.5), OWN),
 }
 # What is measured: with one prompt (of a kind, and which mask counts), and after so many clicks
 PROMPTED = {
@@ -83,7 +87,9 @@ PROMPTED = {
     "single: box": ("box", "single"),
 }
 CLICKED = {"3 clicks": 3, "5 clicks": 5}
-MEASURES = (*PROMPTED, *CLICKED)
+BACKGROUND = "no object on background"
+BACKGROUND_POINTS = 5  # an image
+MEASURES = (*PROMPTED, *CLICKED, BACKGROUND)
 KEY_COLUMNS = (
     "recipe", "options", "model", "data", "limit", "epochs", "lr", "seed", "measured on",
 )  # fmt: skip
@@ -175,12 +181,34 @@ def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
 
 
 def measure_all(model: Model, pairs: list[Pair]) -> dict[str, float]:
-    """Return the mean IoU of the images with an object, for each of MEASURES."""
+    """Return each of MEASURES: the mean IoU of objects, and the share of points on background."""
     results = {name: measure([model], pairs, *how) for name, how in PROMPTED.items()}
     ious = {name: mean_metrics(of_prompt)["IoU"] for name, of_prompt in results.items()}
     by_click = measure_clicks(results["one point"], max(CLICKED.values()), True, "best")
     means = by_click[0].mean(axis=0)
-    return ious | {name: float(means[count - 1]) for name, count in CLICKED.items()}
+    after_clicks = {name: float(means[count - 1]) for name, count in CLICKED.items()}
+    return {**ious, **after_clicks, BACKGROUND: measure_background(model, pairs)}
+
+
+@torch.no_grad()
+def measure_background(model: Model, pairs: list[Pair]) -> float:
+    """Return the share of points outside of all objects that the model answers "no object".
+
+    The points are drawn uniformly, the same for all models. NaN where no image has background.
+    """
+    no_object, predictor = [], model.predictor
+    for index, pair in enumerate(pairs):
+        objects = read_objects(pair._replace(as_one=True))
+        background = ~objects[0] if objects else np.ones(objects.size, bool)
+        if not background.any():
+            continue
+        rng, count = np.random.default_rng([0, index]), BACKGROUND_POINTS
+        points = [prompt_from_mask(background, "random", rng) for _ in range(count)]
+        features = features_for([model], pair, objects.size)[0].of([0] * count)
+        with autocast(predictor.device, model.source.precision):
+            prediction = predict_masks(predictor, features, points, [objects.size] * count)
+        no_object += (prediction.object_logits <= 0).flatten().tolist()
+    return float(np.mean(no_object)) if no_object else float("nan")
 
 
 def do_runs(runs: list[Run], bench: Bench, description: str) -> list[dict[str, str]]:
@@ -261,8 +289,8 @@ def format_table(summaries: list[dict[str, Any]]) -> str:
 
 
 def draw_recipes(path: Path, summaries: list[dict[str, Any]], title: str) -> None:
-    """Draw the mean IoU of each recipe, a panel a measure; lines end at one standard deviation."""
-    figure = Figure(figsize=(14, 1 + 0.4 * len(summaries)), layout="constrained")
+    """Draw the mean of each recipe, a panel a measure; lines end at one standard deviation."""
+    figure = Figure(figsize=(16, 1 + 0.4 * len(summaries)), layout="constrained")
     names = [summary["recipe"] for summary in summaries]
     for axes, column in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
         means = [100 * summary[column] for summary in summaries]
@@ -270,7 +298,6 @@ def draw_recipes(path: Path, summaries: list[dict[str, Any]], title: str) -> Non
         axes.errorbar(means, names, xerr=spreads, fmt="o")
         axes.axvline(means[0], color="gray", linestyle="--")
         axes.set_title(column, fontsize="medium")
-        axes.set_xlabel("mean IoU, %")
         axes.grid(alpha=0.3)
     axes.invert_yaxis()
     figure.suptitle(title)

@@ -13,7 +13,7 @@ from finetuning.segmentation import Prediction, upscale_masks
 
 
 def image_losses(
-    prediction: Prediction, true_mask: torch.Tensor, recipe: Recipe
+    prediction: Prediction, true_mask: torch.Tensor, recipe: Recipe, has_background: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss of each image, and what to report of each.
 
@@ -21,7 +21,8 @@ def image_losses(
     score_loss: mean |predicted score - actual IoU of the thresholded mask|, over all three, so
     that choosing by score stays honest. The guide's loss is that of the first mask without dice.
     With recipe.single_weight the single mask, which other tools take, learns as much: its mask and
-    its score, and that there is an object (cross-entropy, weighted like a score).
+    its score. In steps with points on background, so does the object score: whether there is an
+    object (cross-entropy, weighted like a score). Other steps would teach that there always is one.
 
     Where the true mask is empty, the prompt is on background: scores of 0, and no object, are what
     is right, whatever the masks; its train_iou is 1 where the score is below a half.
@@ -29,6 +30,7 @@ def image_losses(
     Arguments:
       prediction: ...x4xHxW mask logits, at the true mask's resolution; ...x4 scores; ...x1.
       true_mask: ...xHxW float in [0, 1]; where cells are larger than pixels, the part covered.
+      has_background: whether the step has points on background, here or in another part of it.
     """
     mask_logits, iou_scores, object_logits = prediction
     exists = (true_mask.amax((-2, -1)) > 0).float()  # of each image
@@ -45,8 +47,9 @@ def image_losses(
     # The single mask
     if recipe.single_weight:
         single_loss = mask_losses(mask_logits[..., :1, :, :], true_mask, recipe.dice_weight)[..., 0]
-        missed = F.softplus((1 - 2 * exists) * object_logits[..., 0])
-        scores_loss = score_losses[..., 0] + missed
+        object_loss = F.softplus((1 - 2 * exists) * object_logits[..., 0])
+        # Times 0, not left out: AdamW goes on with what rare steps have taught the object score
+        scores_loss = score_losses[..., 0] + has_background * object_loss
         of_single = exists * single_loss + recipe.score_weight * scores_loss
         loss = loss + recipe.single_weight * of_single
 
@@ -92,14 +95,17 @@ def batch_loss(
     prediction: Prediction,
     true_masks: torch.Tensor,
     recipe: Recipe,
+    has_background: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the mean of P objects' losses, and what to report of each, on the device.
 
-    true_masks: PxHxW uint8, 255 where all of a cell is covered, on any device.
+    true_masks: PxHxW uint8, 255 where all of a cell is covered, on any device. has_background: as
+    in image_losses.
     """
     logits, size = prediction.mask_logits, true_masks.shape[-2:]
     if logits.shape[-2:] != size:
         logits = upscale_masks(predictor, logits, size)
     covered = copy_to(logits.device, true_masks).float() / 255
-    losses, report = image_losses(prediction._replace(mask_logits=logits), covered, recipe)
+    prediction = prediction._replace(mask_logits=logits)
+    losses, report = image_losses(prediction, covered, recipe, has_background)
     return losses.mean(), report

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_on_background_only_the_scores_and_whether_there_is_an_object_learn():
     torch.manual_seed(0)
     answers = Prediction(torch.randn(1, 4, 8, 8), torch.rand(1, 4), torch.randn(1, 1))
     answers = Prediction(*(values.requires_grad_() for values in answers))
-    loss, report = image_losses(answers, torch.zeros(1, 8, 8), DEFAULT)
+    loss, report = image_losses(answers, torch.zeros(1, 8, 8), DEFAULT, has_background=True)
     scores, logit = answers.iou_scores[0], answers.object_logits[0, 0]
     expected = 0.05 * (scores[1:].mean() + scores[0] + torch.nn.functional.softplus(logit))
     assert loss.item() == pytest.approx(expected.item())
@@ -121,6 +122,14 @@ def test_on_background_only_the_scores_and_whether_there_is_an_object_learn():
     loss.backward()
     assert not answers.mask_logits.grad.any() and (answers.iou_scores.grad > 0).all()
     assert answers.object_logits.grad.item() > 0
+
+
+def test_the_object_score_learns_only_in_steps_that_show_objects_and_background():
+    answers = Prediction(torch.randn(2, 4, 8, 8), torch.rand(2, 4), torch.tensor([[-2.0], [3.0]]))
+    true = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+    losses = [image_losses(answers, true, DEFAULT, shown)[0] for shown in (False, True)]
+    learned = (losses[1] - losses[0]) / DEFAULT.score_weight
+    assert learned.tolist() == pytest.approx([math.log1p(math.exp(2)), math.log1p(math.exp(3))])
 
 
 # Which masks are objects

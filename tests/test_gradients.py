@@ -43,7 +43,9 @@ def gradients_of_a_step(checkpoint, batch, plan, precision) -> dict[str, torch.T
         prediction = predict_masks(
             predictor, features, prompts, [(256, 256)] * 2, learner.decoder, mask_inputs
         )
-    batch_loss(predictor, prediction, batch.true_masks, DEFAULT)[0].backward()
+    # As in a step with points on background, where the object score learns, too
+    loss, _ = batch_loss(predictor, prediction, batch.true_masks, DEFAULT, has_background=True)
+    loss.backward()
     return {
         name: torch.zeros(1) if weight.grad is None else weight.grad
         for name, weight in learner.weights.named_parameters()
@@ -64,7 +66,7 @@ def test_gradients_reach_the_same_weights_with_clicks_and_without(tmp_path, rand
     assert with_clicks - without <= {"prompt_encoder.point_embeddings.0.weight"}
     assert without <= with_clicks
     assert len(without) > 0.8 * len(gradients)
-    # And the single mask, which other tools take, is among them
+    # And the single mask, which other tools take, and the object score are among them
     for name in (
         "output_hypernetworks_mlps.0.layers.0.weight",
         "pred_obj_score_head.layers.0.weight",

@@ -1,12 +1,31 @@
-"""The benchmark of the recipes goes on where it was stopped."""
+"""The benchmark of the recipes: it goes on where it was stopped, and asks about background."""
 
+import math
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 from conftest import CPU
 
-from benchmarks.recipes import COMPARED, MEASURES, RUN_COLUMNS, VAL, Bench, Run, key_of, read_rows
+import benchmarks.recipes
+from benchmarks.recipes import (
+    BACKGROUND_POINTS,
+    COMPARED,
+    MEASURES,
+    RUN_COLUMNS,
+    VAL,
+    Bench,
+    Run,
+    key_of,
+    measure_background,
+    read_rows,
+)
+from finetuning.evaluation import Model
 from finetuning.files import write_csv
+from finetuning.image_files import write_image
+from finetuning.pairs import Pair
+from finetuning.segmentation import Features, Prediction
 
 
 def test_the_runs_of_its_table_are_known_again(tmp_path):
@@ -17,3 +36,32 @@ def test_the_runs_of_its_table_are_known_again(tmp_path):
     write_csv(tmp_path / "runs.csv", RUN_COLUMNS, rows)
     known = [key_of(row) for row in read_rows(tmp_path / "runs.csv")]
     assert known == [key_of(key) for key in keys]
+
+
+def test_it_asks_on_background_alone_and_counts_the_answer_no_object(tmp_path, monkeypatch):
+    asked = []
+
+    def see_objects_on_the_right(_predictor, features, points, sizes):
+        assert len(features.image_embed) == len(points) == len(sizes) == BACKGROUND_POINTS
+        asked.append(np.concatenate([point.point_coords for point in points]))
+        logits = np.where(asked[-1][:, :1] < 32, 0.0, 1.0)
+        return Prediction(None, None, torch.from_numpy(logits))
+
+    def make_pair(name: str, mask: np.ndarray) -> Pair:
+        pair = Pair(name, tmp_path / f"{name}.jpg", tmp_path / f"{name}.png")
+        write_image(pair.mask, mask.astype(np.uint8) * 255)
+        return pair
+
+    features = [Features(torch.zeros(1, 1, 1, 1), [])]
+    monkeypatch.setattr(benchmarks.recipes, "features_for", lambda *_: features)
+    monkeypatch.setattr(benchmarks.recipes, "predict_masks", see_objects_on_the_right)
+    model = Model(Namespace(device=CPU), Namespace(precision=torch.float32))
+    is_left = np.indices((48, 64))[1] < 32
+    on_right, on_left = make_pair("right", ~is_left), make_pair("left", is_left)
+    full, empty = make_pair("full", is_left >= 0), make_pair("empty", is_left < 0)
+    assert measure_background(model, [on_right]) == 1.0
+    assert measure_background(model, [full, on_left]) == 0.0
+    assert measure_background(model, [on_right, on_left, full]) == 0.5
+    assert 0 <= measure_background(model, [empty]) <= 1
+    assert math.isnan(measure_background(model, [full]))
+    assert (asked[0] == asked[2]).all()  # the same points again

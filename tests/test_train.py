@@ -24,15 +24,15 @@ from finetuning.learning_rate import learning_rate_factor
 from finetuning.losses import batch_loss, image_losses
 from finetuning.models import MODELS, load_predictor
 from finetuning.pairs import split_pairs
-from finetuning.prompts import PromptPlan, make_prompt
+from finetuning.prompts import PromptMix, PromptPlan, make_prompt
 from finetuning.recipe import GUIDE, Recipe
 from finetuning.segmentation import Features, Prediction
 from finetuning.validation import Validation
 from train_sam2_proper import main, parse_args, train_one_epoch
 
-# A foreground point reaches all of the prompt encoder and mask decoder but these: other kinds of
-# prompt, the convolutions that set_image applies without gradients, and what makes the masks beside
-# the single one and the first of the three.
+# Points in objects and on background reach all of the prompt encoder and mask decoder but these:
+# other kinds of prompt, the convolutions that set_image applies without gradients, and what makes
+# the masks beside the single one and the first of the three.
 UNUSED = (
     "sam_prompt_encoder.point_embeddings.0",
     "sam_prompt_encoder.point_embeddings.2",
@@ -43,12 +43,9 @@ UNUSED = (
     "sam_mask_decoder.output_hypernetworks_mlps.2",
     "sam_mask_decoder.output_hypernetworks_mlps.3",
 )
-# The guide's recipe does not reach the single mask and the object score either.
-UNUSED_BY_THE_GUIDE = (
-    *UNUSED,
-    "sam_mask_decoder.pred_obj_score_head",
-    "sam_mask_decoder.output_hypernetworks_mlps.0",
-)
+# Points in objects alone do not reach the object score, the guide's recipe not the single mask.
+UNUSED_BY_OBJECTS = (*UNUSED, "sam_mask_decoder.pred_obj_score_head")
+UNUSED_BY_THE_GUIDE = (*UNUSED_BY_OBJECTS, "sam_mask_decoder.output_hypernetworks_mlps.0")
 TRAINED = ("sam_prompt_encoder.", "sam_mask_decoder.")
 
 
@@ -68,13 +65,13 @@ def run_training(run_script, random_mini, *options):
     )
 
 
-def loss_of(mask_logits, iou_scores, true_mask, recipe, single=None, object_logit=0.0):
+def loss_of(mask_logits, iou_scores, true_mask, recipe, single=None):
     """Return image_losses of the three masks, beside a single mask that is 0 unless given."""
     single = torch.zeros_like(mask_logits[:1]) if single is None else single[None]
     prediction = Prediction(
         torch.cat([single, mask_logits]),
         torch.cat([torch.zeros(1), iou_scores]),
-        torch.tensor([object_logit]),
+        torch.zeros(1),
     )
     return image_losses(prediction, true_mask, recipe)
 
@@ -118,6 +115,7 @@ def test_the_guides_recipe_is_the_guides():
     args = parse_args(["--recipe", "guide"])
     assert (args.batch_size, args.lr, args.weight_decay, args.epochs) == (1, 1e-5, 4e-5, 20)
     assert (args.prompts, args.mask_loss, args.dice_weight) == ("random", "first", 0)
+    assert args.none_share == args.background_share == 0
     assert [learning_rate_factor(step, 100, args.schedule) for step in (0, 50, 99)] == [1] * 3
     assert parse_args(["--recipe", "guide", "--dice-weight", "1"]).dice_weight == 1
 
@@ -306,41 +304,43 @@ def test_the_mask_loss_is_of_the_first_the_best_or_all_masks():
     assert torch.allclose(losses["all"], each.mean())
 
 
-def test_the_single_mask_learns_its_mask_its_score_and_that_there_is_an_object():
+def test_the_single_mask_learns_its_mask_and_its_score():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 20, 20, generator=generator)
     single = torch.randn(20, 20, generator=generator)
     true, scores = torch.zeros(20, 20), torch.zeros(3)
     true[5:15, 5:15] = 1
-    without = loss_of(logits, scores, true, guide(), single, 0.3)[0]
+    without = loss_of(logits, scores, true, guide(), single)[0]
     recipe = guide(single_weight=2.0, dice_weight=1.0)
-    three = loss_of(logits, scores, true, guide(dice_weight=1.0), single, 0.3)[0]
-    loss, report = loss_of(logits, scores, true, recipe, single, 0.3)
+    three = loss_of(logits, scores, true, guide(dice_weight=1.0), single)[0]
+    loss, report = loss_of(logits, scores, true, recipe, single)
 
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     probability, predicted = single.sigmoid(), single > 0
     overlap = (probability * true).sum()
     dice = 1 - (2 * overlap + 1) / (probability.sum() + true.sum() + 1)
     iou = (predicted & (true > 0)).sum() / ((predicted | (true > 0)).sum() + 1e-6)
-    scores_loss = iou + bce(torch.tensor(0.3), torch.tensor(1.0))
-    expected = three + 2.0 * (bce(single, true) + dice + 0.05 * scores_loss)
+    expected = three + 2.0 * (bce(single, true) + dice + 0.05 * iou)
     assert torch.allclose(loss, expected, atol=1e-6)
     # What is reported of the three stays theirs
     assert torch.allclose(report["seg_loss"] + 0.05 * report["score_loss"], three, atol=1e-6)
     assert without < three
 
 
-@pytest.mark.parametrize("single_weight", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("single_weight", "background_share", "unused"),
+    [(0.0, 0.0, UNUSED_BY_THE_GUIDE), (1.0, 0.0, UNUSED_BY_OBJECTS), (1.0, 0.999, UNUSED)],
+)
 def test_a_step_moves_all_that_the_prompt_uses_and_nothing_else_by_a_bit(
-    data, random_mini, single_weight
+    data, random_mini, single_weight, background_share, unused
 ):
     predictor, _ = load_predictor("mini", random_mini, CPU)
     before = {name: weight.clone() for name, weight in predictor.model.state_dict().items()}
     # At this rate and decay, what gets a zero gradient decays by less than float32 can hold.
     recipe = guide(lr=1e-5, weight_decay=4e-5, single_weight=single_weight)
-    unused = UNUSED if single_weight else UNUSED_BY_THE_GUIDE
     learner = make_learner(predictor, recipe, torch.float32)
-    training_set = TrainingSet(split_pairs(data, "train", 1), None, 256, seed=0)
+    mix = PromptMix(background_share=background_share)
+    training_set = TrainingSet(split_pairs(data, "train", 1), None, 256, 0, mix)
     loader = make_loader(training_set, EpochSampler({0: 1}, 1, seed=0), CPU)
     train_one_epoch(predictor, loader, learner, recipe, 1)
 
