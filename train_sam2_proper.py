@@ -40,7 +40,7 @@ from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import add_clicks
 from finetuning.command_line import ArgumentParser, run, tell
 from finetuning.device_check import trusted_device
-from finetuning.earlier_runs import remove_run, require_elsewhere, set_aside
+from finetuning.earlier_runs import require_elsewhere, set_aside
 from finetuning.epoch_report import EpochReport
 from finetuning.evaluation import Model
 from finetuning.feature_source import FeatureSource, open_cache
@@ -57,7 +57,7 @@ from finetuning.learner import (
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.models import load_predictor, own_image_size
-from finetuning.pairs import DEMO_OUTPUT, keep_out, split_pairs
+from finetuning.pairs import keep_out, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.repeats import (
     Training,
@@ -202,10 +202,12 @@ def train(
     machine: Machine,
     settings: dict[str, Any],
     resume: bool,
+    aside: Path | None = None,
 ) -> run_state.Log:
     """Fine-tune a model on the train pairs, for the epochs that are not done yet; return the log.
 
-    settings: of the run, as run_state.run_settings returns them.
+    settings: of the run, as run_state.run_settings returns them. aside: the folder whose earlier
+    run is moved aside, before the first file of this one is written.
     """
     _, recipe, pairs, output = training
     torch.manual_seed(recipe.seed)
@@ -233,6 +235,8 @@ def train(
         recipe, settings = dataclasses.replace(recipe, lr=lr), {**settings, "lr": lr}
 
     # Training
+    if aside and distributed.rank() == 0:
+        set_aside(aside, settings)
     learner = make_learner(predictor, recipe, machine.precision, machine.checkpointing)
     run_state.start(output, predictor, learner, recipe, state, log, settings)
     if log[-1]["epoch"] < recipe.epochs:
@@ -264,15 +268,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         device = trusted_device(predictor, device, insists=args.device == "mps")
         if distributed.rank() == 0:
-            locks.enter_context(only_run_in(args.output))
+            folders = [args.output, *(each.output for each in trainings if args.resume)]
+            for folder in dict.fromkeys(folders):
+                locks.enter_context(only_run_in(folder))
             if args.resume:
                 forget_conclusion(args.output, args.folds)
-            elif args.demo and args.output == DEMO_OUTPUT:  # which anybody can make again
-                remove_run(args.output)
-            else:
-                set_aside(args.output, args.cache)
-            for folder in {each.output for each in trainings} - {args.output}:
-                locks.enter_context(only_run_in(folder))
         logs = []
         for training, resume in zip(trainings, resumed, strict=True):
             if logs:  # as it was, for another training
@@ -281,7 +281,8 @@ def main(argv: list[str] | None = None) -> None:
             tell(describe_training(training, args.data))
             at = f" at {size}x{size} pixels" * (size != own_image_size(args.model))
             print(f"SAM 2.1 {args.model}{at} on {device} in {settings['precision']}")
-            logs.append(train(predictor, training, machine, settings, resume))
+            aside = None if args.resume or logs else args.output
+            logs.append(train(predictor, training, machine, settings, resume, aside))
             if args.choose_thresholds and distributed.rank() == 0:
                 best, images = training.output / run_state.BEST_FILE, training.pairs["train"]
                 detection.keep_rule(best, device, precision, images, training.recipe.seed)

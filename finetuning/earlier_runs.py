@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sam2_utils import UserError
 
 from finetuning.command_line import tell
 from finetuning.files import lies_in, only_run_in
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
 from finetuning.repeats import FOLDS_FILE, RUNS_FILE
 from finetuning.resuming import STATE_FILE
 from finetuning.run_state import RESULTS
@@ -43,16 +45,22 @@ def require_elsewhere(checkpoint: Path, output: Path) -> None:
         )
 
 
-def set_aside(output: Path, cache: Path | None) -> None:
+def set_aside(output: Path, settings: dict[str, Any]) -> None:
     """Move an earlier run to the next free output/earlier_N, and say how to go on with it.
 
-    cache: the folder of its features, if it may have one. Raises UserError where a further run in
-    the folder is still writing.
+    The demo's own run is removed, since anybody can repeat it. settings: of the new run. Raises
+    UserError where a further run in the folder is still writing.
     """
     found = find_run(output)
     if not found:
         return
-    require_idle(found)
+    for folder in filter(Path.is_dir, found):
+        with only_run_in(folder):  # nobody else is
+            pass
+    if output == DEMO_OUTPUT and settings["data"] == str(DEMO_DATA):
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return
     matches = map(EARLIER_FOLDER.fullmatch, (path.name for path in output.iterdir()))
     number = 1 + max((int(match[1]) for match in matches if match), default=0)
     folder = output / f"earlier_{number}"
@@ -60,20 +68,6 @@ def set_aside(output: Path, cache: Path | None) -> None:
     # The state goes last: where this is stopped halfway, --resume finds it and names what is gone
     for path in sorted(found, key=lambda path: path.name == STATE_FILE):
         path.rename(folder / path.name)
-    go_on = f"--resume --output {folder}" + (f" --cache {cache}" if cache else "")
+    cache = f" --cache {settings['cache']}" if settings["cache"] else ""
+    go_on = f"--resume --output {folder}{cache}"
     tell(f"the earlier run in {output} is now in {folder}; to go on with it, add {go_on}")
-
-
-def remove_run(output: Path) -> None:
-    """Remove an earlier run; raises UserError as set_aside does."""
-    found = find_run(output)
-    require_idle(found)
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def require_idle(found: list[Path]) -> None:
-    """Raise UserError where a run is writing to one of the folders among some paths."""
-    for folder in filter(Path.is_dir, found):
-        with only_run_in(folder):
-            pass

@@ -80,7 +80,7 @@ def open_cache(
     cache = FeatureCache(folder, predictor, precision)
     images = {split: [pair.image for pair in pairs] for split, pairs in pairs_of_splits.items()}
     everyone = list(dict.fromkeys(image for of_split in images.values() for image in of_split))
-    read_here = everyone if distributed.rank() == 0 else list(dict.fromkeys(images["train"]))
+    read_here = everyone if distributed.rank() == 0 else images.get("train", [])
     place = choose_place(cache_in, predictor.device, cache.bytes_of(len(read_here)))
     if distributed.rank() == 0:
         remove_abandoned(folder)

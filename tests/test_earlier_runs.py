@@ -7,9 +7,12 @@ from sam2_utils import UserError
 import pytest
 from conftest import snapshot, write_data
 
-from finetuning.earlier_runs import remove_run, set_aside
+from finetuning.earlier_runs import set_aside
 from finetuning.files import only_run_in
+from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
 from train_sam2_proper import main
+
+SETTINGS = {"data": "data", "cache": None}
 
 
 @pytest.fixture
@@ -60,37 +63,45 @@ def test_an_earlier_run_is_moved_aside_whole_and_can_go_on_there(train):
 def test_each_earlier_run_gets_the_next_free_number_with_all_its_runs_and_folds(tmp_path, capsys):
     write_files(tmp_path, "earlier_7/sam2_best.pt", "earlier_x/a", "fold_12/a", "fold_a/a")
     write_files(tmp_path, "sam2_final.pt", "runs.csv", "folds.csv", "run_2/sam2_best.pt")
-    set_aside(tmp_path, None)
+    set_aside(tmp_path, SETTINGS)
     assert set(snapshot(tmp_path / "earlier_8")) == {
         "sam2_final.pt", "runs.csv", "folds.csv", "run_2/.lock", "run_2/sam2_best.pt",
         "fold_12/.lock", "fold_12/a",
     }  # fmt: skip
     assert capsys.readouterr().out.endswith(f"add --resume --output {tmp_path / 'earlier_8'}\n")
     before = snapshot(tmp_path)
-    set_aside(tmp_path, None)
-    set_aside(tmp_path / "not there", None)
+    set_aside(tmp_path, SETTINGS)
+    set_aside(tmp_path / "not there", SETTINGS)
     assert snapshot(tmp_path) == before and capsys.readouterr().out == ""
 
 
-def test_a_run_that_is_still_writing_is_neither_moved_nor_removed(tmp_path):
+def test_a_run_that_is_still_writing_is_not_moved(tmp_path):
     write_files(tmp_path, "sam2_final.pt", "run_2/sam2_best.pt")
     with only_run_in(tmp_path / "run_2"):
         before = snapshot(tmp_path)
-        for way in (lambda: set_aside(tmp_path, None), lambda: remove_run(tmp_path)):
-            with pytest.raises(UserError, match="another run is writing to"):
-                way()
+        with pytest.raises(UserError, match="another run is writing to"):
+            set_aside(tmp_path, SETTINGS)
         assert snapshot(tmp_path) == before
 
 
-def test_an_option_that_is_wrong_moves_nothing(train):
+def test_a_run_that_fails_before_it_writes_moves_nothing(train):
     write_files(Path("output"), "sam2_best.pt")
-    before = snapshot(Path("output"))
     for wrong in (("--epochs", 0), ("--data", "nowhere"), ("--checkpoint", "nowhere.pt")):
         assert train(*wrong).status == 2
-    assert snapshot(Path("output")) == before
+    min(Path("data/images/train").iterdir()).write_bytes(b"no image")
+    assert train().status == 2
+    assert set(snapshot(Path("output"))) == {".lock", "sam2_best.pt"}
 
 
-def test_the_demo_replaces_its_own_run_only(tmp_path):
-    write_files(tmp_path, "sam2_best.pt", "run_2/sam2_best.pt", "cache/a", "my_results/a.png")
-    remove_run(tmp_path)
-    assert set(snapshot(tmp_path)) == {"cache/a", "my_results/a.png"}
+def test_the_demo_replaces_its_own_run_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = "sam2_best.pt", "run_2/sam2_best.pt", "cache/a", "my_results/a.png"
+    write_files(DEMO_OUTPUT, *names)
+    set_aside(DEMO_OUTPUT, SETTINGS)  # another data set's
+    assert "earlier_1/sam2_best.pt" in snapshot(DEMO_OUTPUT)
+    write_files(DEMO_OUTPUT, *names)
+    set_aside(DEMO_OUTPUT, {**SETTINGS, "data": str(DEMO_DATA)})
+    assert set(snapshot(DEMO_OUTPUT)) == {
+        "cache/a", "my_results/a.png", "earlier_1/sam2_best.pt", "earlier_1/run_2/sam2_best.pt",
+        "earlier_1/run_2/.lock",
+    }  # fmt: skip

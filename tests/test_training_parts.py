@@ -10,7 +10,7 @@ import torch
 from conftest import CPU, draw_pair
 
 import train_sam2_proper
-from finetuning import evaluation, run_state, validation
+from finetuning import evaluation, run_state
 from finetuning.checkpoints import load_checkpoint
 from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.image_files import write_image
@@ -45,16 +45,20 @@ def models(monkeypatch) -> list[Model]:
     """Return two models: of an object, one finds the left half, and one the whole of its row."""
     asked = []
 
-    def segment(predictor, features, prompt, size, kind="best"):
-        asked.append(kind)
-        y = int(prompt.point_coords[0][1])
-        top = y - (y - 10) % 25
-        mask = np.zeros(size, bool)
-        mask[top : top + 20, slice(20, 50) if predictor.finds == "half" else slice(None)] = True
-        return mask, 0.9
+    def segment_together(predictor, _features, prompts, sizes, kind):
+        masks = []
+        for prompt, size in zip(prompts, sizes, strict=True):
+            asked.append(kind)
+            y = int(prompt.point_coords[0][1])
+            top = y - (y - 10) % 25
+            mask = np.zeros(size, bool)
+            mask[top : top + 20, slice(20, 50) if predictor.finds == "half" else slice(None)] = True
+            masks.append(mask)
+        return masks
 
-    monkeypatch.setattr(evaluation, "features_for", lambda models, *_: [None] * len(models))
-    monkeypatch.setattr(evaluation, "segment", segment)
+    nothing = Features(torch.zeros(2, 1), [])
+    monkeypatch.setattr(evaluation, "features_for", lambda models, _: [nothing] * len(models))
+    monkeypatch.setattr(evaluation, "segment_together", segment_together)
     return [
         Model(Namespace(finds=finds, device=CPU, asked=asked), Namespace(precision=torch.float32))
         for finds in ("half", "row")
@@ -98,7 +102,7 @@ def test_validation_asks_for_the_deepest_point_and_where_wanted_for_all_objects(
     pairs = [write_pair_of_three(tmp_path, name) for name in "ab"]
     asked = []
 
-    def segment_made_up(_predictor, _features, prompts, sizes):
+    def segment_made_up(_predictor, _features, prompts, sizes, _kind):
         """Find the left half of the object at a point; without one, the left third of all."""
         asked.extend(prompt.point_coords.tolist() for prompt in prompts)
         masks = []
@@ -114,10 +118,10 @@ def test_validation_asks_for_the_deepest_point_and_where_wanted_for_all_objects(
             masks.append(mask)
         return masks
 
-    monkeypatch.setattr(validation, "segment_together", segment_made_up)
-    nothing = Features(torch.zeros(1, 1), [])
-    source = Namespace(precision=torch.float32, features=lambda *_: nothing)
-    model = Model(Namespace(device=CPU), source)
+    nothing = Features(torch.zeros(2, 1), [])
+    monkeypatch.setattr(evaluation, "segment_together", segment_made_up)
+    monkeypatch.setattr(evaluation, "features_for", lambda *_: [nothing])
+    model = Model(Namespace(device=CPU), Namespace(precision=torch.float32))
     means = {"val_iou": pytest.approx(1 / 2), "val_dice": pytest.approx(2 / 3)}
     assert Validation(pairs).measure(model) == means
     deepest = [
@@ -260,14 +264,14 @@ def test_a_run_knows_its_data_by_every_image_and_mask_of_both_splits(tmp_path):
             path.write_bytes(b"as it was")
     checkpoint = tmp_path / "start.pt"
     checkpoint.write_bytes(b"weights")
-    start = Start("mini", checkpoint, tmp_path, None, None, torch.float32, 256)
+    start = Start("mini", checkpoint, tmp_path, None, None, torch.float32, 256, [])
     before = run_settings(DEFAULT, start, pairs)
     assert before == run_settings(DEFAULT, start, pairs)
     for of_split in pairs.values():
         for path in (of_split[0].image, of_split[0].mask):
             path.write_bytes(b"changed")
             after = run_settings(DEFAULT, start, pairs)
-            assert {name for name in before if before[name] != after[name]} == {"data_hash"}
+            assert {name for name in before if before[name] != after[name]} == {"data_hash", "seen"}
             path.write_bytes(b"as it was")
     checkpoint.write_bytes(b"other weights")
     after = run_settings(DEFAULT, start, pairs)

@@ -58,17 +58,12 @@ def model(predictor) -> Model:
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("is_cached", [True, False])
-def test_means_are_those_of_the_comparison_to_the_last_digit(
-    pairs, predictor, tmp_path, is_cached, precision
-):
-    model = Model(predictor, FeatureSource(predictor, precision))
+def test_means_are_those_of_the_comparison_to_the_last_digit(pairs, predictor, tmp_path, precision):
     assert sum(count > 0 for _, count in IMAGES) > AT_ONCE_ON_CPU
     assert max(count for _, count in IMAGES) > AT_ONCE_ON_CPU
-    if is_cached:
-        cache = FeatureCache(tmp_path / "cache", predictor, precision)
-        cache.fill([pair.image for pair in pairs[:4]], predictor, "val")  # the others are encoded
-        model = Model(predictor, FeatureSource(predictor, precision, cache))
+    cache = FeatureCache(tmp_path / "cache", predictor, precision)
+    cache.fill([pair.image for pair in pairs[:4]], predictor, "val")  # the others are encoded
+    model = Model(predictor, FeatureSource(predictor, precision, cache))
     expected = {}
     for kind in ("center", "none"):
         # Beside another model, as the comparison does
