@@ -27,15 +27,7 @@ from sam2_utils import UserError, select_device
 
 import numpy as np
 
-from finetuning.clicks import (
-    CLICK_FILES,
-    MAX_CLICKS,
-    clicks_table,
-    draw_clicks,
-    measure_clicks,
-    write_clicks,
-)
-from finetuning.command_line import (
+from finetuning.basics.command_line import (
     ArgumentParser,
     add_device_option,
     add_precision_option,
@@ -44,14 +36,24 @@ from finetuning.command_line import (
     run,
     seed,
 )
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
+from finetuning.basics.language import Language, add_language_option
+from finetuning.basics.run_outputs import RUNS_FILE
+from finetuning.clicks import (
+    CLICK_FILES,
+    MAX_CLICKS,
+    clicks_table,
+    draw_clicks,
+    measure_clicks,
+    write_clicks,
+)
 from finetuning.compared_models import load_models
 from finetuning.detection import AUTO_FILE, compare_automatic
 from finetuning.evaluation import Model, Result, find_in_empty, measure, unit_of
 from finetuning.figures import draw_comparisons, remove_earlier
-from finetuning.language import Language, add_language_option
 from finetuning.models import MODELS
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, SPLITS, Pair, keep_out, split_pairs
-from finetuning.repeats import RUNS_FILE, read_folds
+from finetuning.pairs import SPLITS, Pair, keep_out, split_pairs
+from finetuning.repeats import read_folds
 from finetuning.report import format_files, format_summary, summarize
 from finetuning.report_page import Setup, write_page
 from finetuning.report_sentences import empty_sentence

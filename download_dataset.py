@@ -19,20 +19,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from finetuning.command_line import ArgumentParser, number, run, seed, tell
-from finetuning.data_folder import (
-    count_pairs,
-    draw_demo,
-    fill_folder,
-    is_kept,
-    recover_if_killed,
-)
+from finetuning.basics.command_line import ArgumentParser, number, run, seed, tell
+from finetuning.basics.files import DATASET_URL, DEMO_DATA
+from finetuning.data_folder import count_pairs, draw_demo, fill_folder, is_kept, recover_if_killed
 from finetuning.groups import Grouping
 from finetuning.mask_values import MaskRule, add_mask_options
 from finetuning.models import MODELS, ensure_checkpoint
 from finetuning.overview import OVERVIEW_FILE, describe
-from finetuning.pairs import DEMO_DATA, split_pairs
-from finetuning.sources import DATASET_URL, Source, add_source_options
+from finetuning.pairs import split_pairs
+from finetuning.sources import Source, add_source_options
 
 
 def fill(

@@ -31,8 +31,7 @@ from sam2_utils import UserError, select_device
 import numpy as np
 
 from finetuning.automatic import ANY, Rule, rule_of
-from finetuning.coco_results import coco_files, require_pycocotools
-from finetuning.command_line import (
+from finetuning.basics.command_line import (
     ArgumentParser,
     add_device_option,
     add_precision_option,
@@ -42,18 +41,13 @@ from finetuning.command_line import (
     run,
     tell,
 )
-from finetuning.files import only_run_in
-from finetuning.folder_run import (
-    Tally,
-    Way,
-    read_like_training,
-    segment_folder,
-)
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, only_run_in
+from finetuning.basics.image_files import read_image, read_mask
+from finetuning.coco_results import coco_files, require_pycocotools
+from finetuning.folder_run import Tally, Way, read_like_training, segment_folder
 from finetuning.given_prompts import add_prompt_options, make_prompts
-from finetuning.image_files import read_image, read_mask
 from finetuning.model_choice import load_segmenters, value_range_of
 from finetuning.models import MODELS, ensure_checkpoint
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
 from finetuning.prompt_table import check_inside, read_prompts
 from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.result_files import KINDS, Segmented, free_name, write_files

@@ -35,16 +35,17 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from finetuning import detection, distributed, encoder_training, run_state
+from finetuning import detection, encoder_training, run_state
+from finetuning.basics import distributed, run_outputs
+from finetuning.basics.command_line import ArgumentParser, run, tell
+from finetuning.basics.files import only_run_in
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import add_clicks
-from finetuning.command_line import ArgumentParser, run, tell
 from finetuning.device_check import trusted_device
 from finetuning.earlier_runs import require_elsewhere, set_aside
 from finetuning.epoch_report import EpochReport
 from finetuning.evaluation import Model
 from finetuning.feature_source import FeatureSource, open_cache
-from finetuning.files import only_run_in
 from finetuning.learner import (
     Learner,
     Machine,
@@ -157,7 +158,7 @@ def fit(
         raise
     if is_first:
         run_state.write_log(output, log)  # a killed run may not have come to it
-        run_state.save_model(output / run_state.FINAL_FILE, model.predictor, log[-1], settings)
+        run_state.save_model(output / run_outputs.FINAL_FILE, model.predictor, log[-1], settings)
         print(run_state.conclude(log))
 
 
@@ -284,9 +285,9 @@ def main(argv: list[str] | None = None) -> None:
             aside = None if args.resume or logs else args.output
             logs.append(train(predictor, training, machine, settings, resume, aside))
             if args.choose_thresholds and distributed.rank() == 0:
-                best, images = training.output / run_state.BEST_FILE, training.pairs["train"]
+                best, images = training.output / run_outputs.BEST_FILE, training.pairs["train"]
                 detection.keep_rule(best, device, precision, images, training.recipe.seed)
-            tell(f"wrote {', '.join(run_state.RESULTS)} to {training.output}")
+            tell(f"wrote {', '.join(run_outputs.RESULTS)} to {training.output}")
         if distributed.rank() == 0 and len(logs) > 1:
             print(conclude_repeats(args.output, trainings, logs, args.folds))
         if args.cache:

@@ -21,8 +21,8 @@ from sam2_utils import select_precision
 import torch
 
 import train_sam2_proper
+from finetuning.basics.command_line import run
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
-from finetuning.command_line import run
 from finetuning.learner import make_learner
 from finetuning.models import build_predictor
 from finetuning.pairs import split_pairs

@@ -45,10 +45,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_sam2_proper
 from finetuning import run_state
+from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
+from finetuning.basics.files import atomic_write, write_csv
 from finetuning.checkpoints import save_checkpoint
-from finetuning.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.feature_cache import FeatureCache
-from finetuning.files import atomic_write, write_csv
 from finetuning.learner import make_learner
 from finetuning.models import (
     MODELS,

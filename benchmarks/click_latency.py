@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from matplotlib.backend_bases import MouseEvent
 
-from finetuning.command_line import ArgumentParser, add_device_option, number, run
+from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
 from finetuning.models import MODELS, build_predictor
 from finetuning.segmenter import Segmenter
 from finetuning.window import ClickWindow

@@ -27,10 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 import train_sam2_proper
-from finetuning.command_line import ArgumentParser, number, run, seed
+from finetuning.basics.command_line import ArgumentParser, number, run, seed
+from finetuning.basics.image_files import write_image
 from finetuning.data_folder import new_dataset
 from finetuning.filling import write_objects
-from finetuning.image_files import write_image
 from finetuning.synthetic_images import _to_uint8, coordinates, draw_blob, paint, smooth_noise
 
 

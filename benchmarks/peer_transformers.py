@@ -12,7 +12,7 @@ import torch
 from guides_loop import clock
 from tqdm import tqdm
 
-from finetuning.image_files import read_image
+from finetuning.basics.image_files import read_image
 from finetuning.losses import mask_losses
 from finetuning.pairs import Pair
 from finetuning.prompts import mask_box

@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam2_utils import calculate_iou, select_device
 
-from finetuning.command_line import ArgumentParser, add_device_option, number, run, seed
+from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
+from finetuning.basics.files import atomic_write
 from finetuning.encoder_training import encode_with_gradients
-from finetuning.files import atomic_write
 from finetuning.losses import dice_loss
 from finetuning.models import build_predictor, load_predictor, make_predictor
 from finetuning.prompts import Prompt, make_prompt, mask_box, prompt_from_mask, random_point

@@ -36,13 +36,13 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
+from finetuning.basics.files import as_it_was, atomic_write, write_csv
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import measure_clicks
-from finetuning.command_line import ArgumentParser, add_device_option, number, run
 from finetuning.evaluation import Model, features_for, mean_metrics, measure
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import FeatureSource, open_cache
-from finetuning.files import as_it_was, atomic_write, write_csv
 from finetuning.learner import make_learner
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
 from finetuning.objects import count_objects, read_objects

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ import cv2
 import numpy as np
 import yaml
 
-from finetuning.command_line import plain_number, quoted
-from finetuning.files import read_file
+from finetuning.basics.command_line import normal, plain_number, quoted
+from finetuning.basics.files import read_file
 from finetuning.outlines import PATH_LIMIT, Outline, parse_polygon, parse_rle
 
 # Why an object has no outline
@@ -48,11 +47,6 @@ class Entry(NamedTuple):
     size: tuple[int, int] | None
     source: Path
     objects: list[tuple[str, Outline | str]]
-
-
-def normal(name: str) -> str:
-    """Return a name as it compares with others."""
-    return unicodedata.normalize("NFC", name)  # macOS decomposes 한글 in file names
 
 
 def read_text(path: Path) -> str:

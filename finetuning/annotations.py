@@ -17,16 +17,15 @@ from finetuning.annotation_formats import (
     BOXES,
     FORMATS,
     Entry,
-    normal,
     read_coco,
     read_json,
     read_labelme,
     read_yolo,
 )
-from finetuning.command_line import quoted
-from finetuning.files import require_file
+from finetuning.basics.command_line import normal, quoted
+from finetuning.basics.files import require_file
+from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.outlines import PATH_LIMIT, Outline, draw_outline, refuse_size
-from finetuning.pairs import IMAGE_SUFFIXES
 
 OTHER_CLASSES = "objects of other classes"
 NOT_ANNOTATIONS = {"classes.txt", "notes.json"}  # what Label Studio writes beside them

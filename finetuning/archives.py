@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from sam2_utils import UserError
 
-from finetuning.files import require_file
+from finetuning.basics.files import require_file
 
 # What an archive may hold. Images are checked one at a time, each as a whole in memory.
 MAX_UNPACKED_BYTES = 50 * 10**9

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from finetuning import distributed
+from finetuning.basics import distributed
+from finetuning.basics.image_files import read_image, require_equal_sizes
+from finetuning.basics.threads import in_threads
 from finetuning.feature_cache import FeatureCache
-from finetuning.image_files import read_image
 from finetuning.objects import read_objects
-from finetuning.pairs import Pair, require_equal_sizes
+from finetuning.pairs import Pair
 from finetuning.prompts import (
     RANDOM_POINTS,
     Prompt,
@@ -34,7 +35,6 @@ from finetuning.prompts import (
     scale_prompt,
 )
 from finetuning.segmentation import Features
-from finetuning.threads import in_threads
 from finetuning.training_masks import ALL, BACKGROUND, FEW, HALF, ImageMasks, pack_masks
 
 PREFETCH = 2  # batches that each loading process has ready

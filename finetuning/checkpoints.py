@@ -16,7 +16,7 @@ from sam2_utils import UserError
 import torch
 from safetensors.torch import load_file
 
-from finetuning.files import atomic_write, require_file
+from finetuning.basics.files import atomic_write, require_file
 
 A_SAM2_NAME = "image_encoder.trunk.patch_embed.proj.weight"  # every SAM 2 has it, once
 MODEL_CODE = ("torch.nn.modules.", "__torch__.")  # how names of a model's classes start

@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
+from finetuning.basics.files import atomic_write, write_csv
+from finetuning.basics.language import ENGLISH, Language
 from finetuning.batches import Batch
 from finetuning.evaluation import Result, features_for, group_by_image
-from finetuning.files import atomic_write, write_csv
-from finetuning.language import ENGLISH, Language
 from finetuning.objects import read_objects
 from finetuning.prompts import Prompt, add_click, corrective_click
 from finetuning.segmentation import (

@@ -15,7 +15,7 @@ from sam2_utils import UserError
 import cv2
 import numpy as np
 
-from finetuning.files import atomic_write, read_file
+from finetuning.basics.files import atomic_write, read_file
 from finetuning.prompts import mask_box
 from finetuning.result_files import Segmented
 

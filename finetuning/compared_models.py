@@ -10,12 +10,12 @@ from sam2_utils import UserError, select_precision
 
 import torch
 
+from finetuning.basics.files import content_sha256
 from finetuning.checkpoints import setting
 from finetuning.device_check import trusted_device
 from finetuning.evaluation import Model
 from finetuning.feature_cache import FeatureCache, hash_encoder
 from finetuning.feature_source import FeatureSource
-from finetuning.files import content_sha256
 from finetuning.models import find_original, is_published, load_predictor
 
 

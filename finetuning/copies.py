@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.command_line import quoted
-from finetuning.files import write_csv
+from finetuning.basics.command_line import quoted
+from finetuning.basics.files import write_csv
 
 COPIES_FILE = "copies.csv"
 SIDE = 32  # of a thumbnail, in pixels

@@ -13,25 +13,17 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.command_line import tell
+from finetuning.basics.command_line import listed, tell
+from finetuning.basics.files import LARGEST, only_run_in, require_file
+from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.copies import COPIES_FILE, describe_copies, find_copies, write_copies
 from finetuning.demo_images import write_demo_dataset
-from finetuning.files import LARGEST, only_run_in, require_file
 from finetuning.filling import UNSPLIT, Filled, Filler, move_to_splits
 from finetuning.groups import Grouping, find_groups, join_groups, torn_groups
-from finetuning.layouts import listed
 from finetuning.mask_values import MaskRule
 from finetuning.overview import OVERVIEW_FILE, draw_overview
 from finetuning.pairing import Example
-from finetuning.pairs import (
-    IMAGE_SUFFIXES,
-    SPLIT_FILE,
-    SPLITS,
-    facts_text,
-    find_pairs,
-    read_facts,
-    split_pairs,
-)
+from finetuning.pairs import SPLIT_FILE, SPLITS, facts_text, find_pairs, read_facts, split_pairs
 from finetuning.splitting import split_names
 
 MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # what a data set is, beside that

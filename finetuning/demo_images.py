@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetuning.image_files import write_image
+from finetuning.basics.image_files import write_image
 from finetuning.synthetic_images import (
     Blob,
     _paint_relief,

@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
+from finetuning.basics.files import write_csv
+from finetuning.basics.language import ENGLISH, Language
 from finetuning.checkpoints import save_checkpoint
 from finetuning.evaluation import Model
 from finetuning.feature_source import FeatureSource
-from finetuning.files import write_csv
-from finetuning.language import ENGLISH, Language
 from finetuning.models import load_predictor
 from finetuning.objects import Objects, read_pair
 from finetuning.pairs import Pair

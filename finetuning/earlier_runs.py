@@ -9,12 +9,9 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.command_line import tell
-from finetuning.files import lies_in, only_run_in
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
-from finetuning.repeats import FOLDS_FILE, RUNS_FILE
-from finetuning.resuming import STATE_FILE
-from finetuning.run_state import RESULTS
+from finetuning.basics.command_line import tell
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, lies_in, only_run_in
+from finetuning.basics.run_outputs import FOLDS_FILE, RESULTS, RUNS_FILE, STATE_FILE
 
 RUN_FILES = {*RESULTS, STATE_FILE, RUNS_FILE, FOLDS_FILE}
 REPEAT_FOLDER = re.compile(r"(run|fold)_\d+")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from argparse import ArgumentParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +15,8 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.checkpoint import checkpoint
 
-from finetuning import distributed
-from finetuning.command_line import number
+from finetuning.basics import distributed
+from finetuning.basics.command_line import ArgumentParser, number
 from finetuning.recipe import Recipe
 from finetuning.segmentation import Features
 

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save
 from sam2.modeling.sam2_base import SAM2Base
 
+from finetuning.basics.command_line import ArgumentParser, run, tell
+from finetuning.basics.files import atomic_write
 from finetuning.checkpoints import save_checkpoint
-from finetuning.command_line import ArgumentParser, run, tell
-from finetuning.files import atomic_write
 from finetuning.models import load_predictor
 
 # Ultralytics' loader goes by the end of a file's name. mini has none.

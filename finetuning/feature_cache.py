@@ -24,12 +24,12 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
-from finetuning import distributed
-from finetuning.command_line import is_memory_error
-from finetuning.files import atomic_write, content_sha256, hash_contents
-from finetuning.image_files import read_image
+from finetuning.basics import distributed
+from finetuning.basics.command_line import is_memory_error
+from finetuning.basics.files import atomic_write, content_sha256, hash_contents
+from finetuning.basics.image_files import read_image
+from finetuning.basics.threads import in_threads
 from finetuning.segmentation import Features, encode_images, feature_shapes
-from finetuning.threads import in_threads
 
 FORMAT = 2  # of the files; another one is not read
 ENCODED_AT_ONCE = {"cuda": 8}  # images; one elsewhere

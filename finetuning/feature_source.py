@@ -11,12 +11,12 @@ from sam2_utils import UserError, autocast
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning import distributed
-from finetuning.command_line import tell
+from finetuning.basics import distributed
+from finetuning.basics.command_line import tell
+from finetuning.basics.files import remove_abandoned
+from finetuning.basics.image_files import read_image, require_equal_sizes
 from finetuning.feature_cache import FeatureCache
-from finetuning.files import remove_abandoned
-from finetuning.image_files import read_image
-from finetuning.pairs import Pair, require_equal_sizes
+from finetuning.pairs import Pair
 from finetuning.segmentation import Features, encode_images
 
 CACHE_PLACES = ("auto", "gpu", "memory", "disk")

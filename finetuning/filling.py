@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from finetuning.basics.image_decoding import orientation
+from finetuning.basics.image_files import read_image, read_mask, require_equal_sizes, write_image
 from finetuning.copies import make_thumbnail
-from finetuning.decoding import orientation
-from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.mask_values import MaskReader, MaskRule
 from finetuning.pairing import Example
-from finetuning.pairs import files_by_stem, require_equal_sizes
+from finetuning.pairs import files_by_stem
 
 UNSPLIT = "unsplit"  # the folder of what is in no split yet
 MOST_OBJECTS = 65535  # of an image: the values of a label map

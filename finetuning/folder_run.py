@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from finetuning.automatic import Rule, find_objects
-from finetuning.command_line import quoted
-from finetuning.image_files import read_image, read_values
+from finetuning.basics.command_line import quoted
+from finetuning.basics.image_files import read_image, read_values
 from finetuning.prompt_table import check_inside
 from finetuning.prompts import Prompt, make_prompt
 from finetuning.result_files import Segmented

@@ -9,7 +9,7 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.command_line import ArgumentParser, number, parse_numbers
+from finetuning.basics.command_line import ArgumentParser, number, parse_numbers
 from finetuning.prompts import Prompt, make_prompt
 
 

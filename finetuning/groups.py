@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.csv_files import read_table
-from finetuning.layouts import SPLITS, listed, nfc, shown, stem_of
+from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.csv_files import read_table
+from finetuning.layouts import SPLITS, stem_of
 from finetuning.pairing import Example
 
 # Names like video3_000124: what comes before the number

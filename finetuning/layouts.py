@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import posixpath
 import re
-import unicodedata
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.pairs import IMAGE_SUFFIXES
+from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.image_files import IMAGE_SUFFIXES
 
 # What folders are called, in lower case; of images and masks also without blanks and the like
 SPLITS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -178,23 +178,6 @@ def suffix_of(path: Path) -> str:
 
 def stem_of(path: Path) -> str:
     return nfc(path.name.rpartition(".")[0] or path.name)
-
-
-def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # macOS decomposes 한글 in file names
-
-
-def listed(files: Iterable[Path | str]) -> str:
-    """Name up to three files, on one line."""
-    names = [shown(file if isinstance(file, str) else file.name) for file in files]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def shown(name: Path | str) -> str:
-    """Return a name or path fit for one line of a message."""
-    name = str(name) if len(str(name)) <= 200 else f"...{str(name)[-200:]}"
-    return name if name.isprintable() else repr(name)
 
 
 def annotation_hint(folder: Folder) -> str:

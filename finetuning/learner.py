@@ -11,8 +11,8 @@ import torch
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning import distributed
-from finetuning.command_line import ArgumentParser, add_device_option, add_precision_option
+from finetuning.basics import distributed
+from finetuning.basics.command_line import ArgumentParser, add_device_option, add_precision_option
 from finetuning.encoder_training import let_encoder_learn
 from finetuning.feature_source import CACHE_PLACES
 from finetuning.recipe import Recipe

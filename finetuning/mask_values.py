@@ -16,8 +16,8 @@ from sam2_utils import UserError
 import cv2
 import numpy as np
 
-from finetuning.command_line import ArgumentParser, number, parse_range
-from finetuning.image_files import read_mask, read_values
+from finetuning.basics.command_line import ArgumentParser, number, parse_range
+from finetuning.basics.image_files import read_mask, read_values
 
 SHOWN, MOST_CLASSES = 6, 1000  # values in a message; and where it makes sense to speak of values
 Value = tuple[int, ...]  # a gray value (V,), or a colour (R,G,B)

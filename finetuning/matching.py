@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator
 
 from sam2_utils import UserError
 
-from finetuning.layouts import BY_TABLE, shown
+from finetuning.basics.command_line import shown
+from finetuning.layouts import BY_TABLE
 
 MAX_GUESSES = 50  # where more endings are as frequent, none of them is a mask's
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import http.client
-import socket
-import ssl
-import urllib.error
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,22 +14,13 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+from finetuning.basics.command_line import number
+from finetuning.basics.files import content_sha256, download_file
 from finetuning.checkpoints import load_checkpoint, setting
-from finetuning.command_line import number
-from finetuning.files import content_sha256
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
-DOWNLOAD_TIMEOUT_SECONDS = 30.0
 SIZE_STEP = 64  # pixels: the encoder halves an image five times
 TRAIN_STATE_KEYS = {"optimizer", "scaler", "log", "settings"}  # of a run's train_state.pt
-NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ssl.SSLError,
-    ConnectionError,
-    TimeoutError,
-    ValueError,  # an answer that makes no sense, of a proxy perhaps
-)
 
 
 class ModelSpec(NamedTuple):
@@ -111,32 +98,6 @@ MODELS = {
         overrides=MINI_OVERRIDES,
     ),
 }
-
-
-def download_file(url: str, destination: Path, sha256: str, by_hand: str) -> None:
-    """Download `url` to `destination` with a progress bar; nothing half-written stays there.
-
-    `by_hand` tells the user how to go on without this download.
-    Raises UserError when the network fails or the file's SHA-256 is not `sha256`.
-    """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Downloading {url}")
-    previous_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-    try:
-        torch.hub.download_url_to_file(url, str(destination), hash_prefix=sha256)
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{url} answered {error.code} {error.reason}; {by_hand}") from error
-    except RuntimeError as error:  # the hash differs
-        raise UserError(
-            f"the download of {url} was cut off or is not the published file; "
-            f"try again, or {by_hand}"
-        ) from error
-    except NETWORK_ERRORS as error:
-        reason = getattr(error, "reason", error) or type(error).__name__
-        raise UserError(f"{url} cannot be reached ({reason}); {by_hand}") from error
-    finally:
-        socket.setdefaulttimeout(previous_timeout)
 
 
 def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Path:

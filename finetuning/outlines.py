@@ -9,7 +9,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.command_line import quoted
+from finetuning.basics.command_line import quoted
 
 # The parts of one object, to unite: polygons (Nx2 float in (X,Y), in pixels or in fractions of
 # the image), RLE dicts of COCO, and (mask, x, y), an HxW bool mask and where its corner lies.

@@ -7,9 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from finetuning.drawing import COLORS
+from finetuning.basics.image_files import read_image, write_image
+from finetuning.basics.pictures import COLORS
 from finetuning.filling import Filled
-from finetuning.image_files import read_image, write_image
 from finetuning.objects import read_objects
 from finetuning.pairs import Pair
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.csv_files import read_table
+from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.csv_files import read_table
+from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.layouts import (
     BY_TABLE,
     SPLITS,
@@ -20,16 +22,12 @@ from finetuning.layouts import (
     by_stem,
     find_places,
     left_out,
-    listed,
-    nfc,
     pair_levels,
     read_folder,
-    shown,
     stem_of,
     suffix_of,
 )
 from finetuning.matching import affixes_in, core_of, marked_masks, match_names
-from finetuning.pairs import IMAGE_SUFFIXES
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 # What Windows refuses, control characters, and those that turn the direction of writing

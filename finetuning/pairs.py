@@ -10,14 +10,10 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.decoding import require_heic_reader
-from finetuning.files import LARGEST, lies_in, read_file, require_file
+from finetuning.basics.files import DEMO_DATA, LARGEST, lies_in, read_file, require_file
+from finetuning.basics.image_decoding import require_heic_reader
+from finetuning.basics.image_files import IMAGE_SUFFIXES
 
-DEMO_DATA, DEMO_OUTPUT = Path("data/demo"), Path("output/demo")
-IMAGE_SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
-    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-}  # fmt: skip
 SPLITS = ("train", "val", "test")  # the last of a set that comes with one
 SPLIT_FILE = "split.json"  # in every data folder that download_dataset.py has filled
 DIGEST = "sha256"  # in that file, of all else in it
@@ -155,19 +151,3 @@ def _damaged(path: Path) -> UserError:
         f"{path} is damaged, or was edited; put the right one back, or fill the folder anew with "
         "download_dataset.py --force"
     )
-
-
-def require_equal_sizes(
-    image: Path, image_size: tuple[int, int], mask: Path | str, mask_size: tuple[int, int]
-) -> None:
-    """Raise UserError unless an image and its mask have the same (H,W)."""
-    if image_size != mask_size:
-        turned = (
-            ": the image is turned upright by its EXIF orientation, perhaps, and the mask is not; "
-            "save the mask upright"
-        )
-        raise UserError(
-            f"{image} is {image_size[1]}x{image_size[0]} but {mask} is "
-            f"{mask_size[1]}x{mask_size[0]}; a mask must have its image's size"
-            f"{turned if image_size == mask_size[::-1] else ''}"
-        )

@@ -11,9 +11,8 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.annotation_formats import normal
-from finetuning.command_line import plain_number, quoted
-from finetuning.csv_files import read_table
+from finetuning.basics.command_line import normal, plain_number, quoted
+from finetuning.basics.csv_files import read_table
 from finetuning.prompts import Prompt, make_prompt
 
 POINT, BOX = ("x", "y"), ("x1", "y1", "x2", "y2")

@@ -7,8 +7,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from finetuning.command_line import ArgumentParser, number, seed
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
+from finetuning.basics.command_line import ArgumentParser, number, seed
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
 from finetuning.prompts import PromptMix
 
 

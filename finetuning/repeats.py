@@ -11,20 +11,24 @@ from typing import NamedTuple
 
 from sam2_utils import UserError
 
-import numpy as np
-
-from finetuning.command_line import number, quoted
-from finetuning.csv_files import read_with_digest, write_with_digest
-from finetuning.files import content_sha256, hash_contents
+from finetuning.basics.command_line import number, quoted
+from finetuning.basics.csv_files import read_with_digest, write_with_digest
+from finetuning.basics.files import content_sha256, hash_contents
+from finetuning.basics.run_outputs import (
+    FINAL_FILE,
+    FOLDS_FILE,
+    MODELS,
+    RUN_COLUMNS,
+    RUNS_FILE,
+    STATE_FILE,
+)
 from finetuning.pairs import Pair
 from finetuning.recipe import Recipe
-from finetuning.run_state import FINAL_FILE, MODELS, STATE_FILE, Log, best_of
+from finetuning.resuming import Log
+from finetuning.run_state import best_of
 from finetuning.splitting import make_folds
 
-RUNS_FILE, FOLDS_FILE = "runs.csv", "folds.csv"
-MAX_RUNS = 10_000  # more are no runs
 FOLD_COLUMNS = ("fold", "image", "sha256")
-RUN_COLUMNS = ("run", "seed", "best_val_iou", "last_val_iou")
 
 
 def add_repeat_options(files: argparse._ActionsContainer) -> None:
@@ -172,18 +176,6 @@ def conclude_repeats(
     ]
     write_with_digest(output / RUNS_FILE, RUN_COLUMNS, rows)
     return f"{len(logs)} runs: val IoU {best} at best, {last} after the last epoch"
-
-
-def read_runs(path: Path) -> np.ndarray:
-    """Return the best and the last val IoU of R >= 2 runs, Rx2.
-
-    Raises ValueError, or UserError, for anything else.
-    """
-    rows = read_with_digest(path, RUN_COLUMNS)
-    ious = np.array([[float(iou) for iou in row[2:]] for row in rows])
-    if not 2 <= len(ious) <= MAX_RUNS or not ((ious >= 0) & (ious <= 1)).all():  # nor NaN
-        raise ValueError("no IoUs")
-    return ious
 
 
 def spread(values: Sequence[float]) -> str:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetuning.command_line import one_line
+from finetuning.basics.command_line import one_line
+from finetuning.basics.language import ENGLISH, Language
 from finetuning.compared_models import Files
 from finetuning.evaluation import Result, mean_metrics
-from finetuning.language import ENGLISH, Language
 from finetuning.models import own_image_size
 from finetuning.report_sentences import (
     count_sentence,

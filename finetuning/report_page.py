@@ -18,17 +18,16 @@ import jinja2
 import numpy as np
 import torch
 
-from finetuning.command_line import quoted
+from finetuning.basics.command_line import quoted
+from finetuning.basics.files import DATASET_URL, atomic_write, content_sha256
+from finetuning.basics.image_files import read_image
+from finetuning.basics.language import ENGLISH, Language
 from finetuning.compared_models import Files
 from finetuning.evaluation import Model
 from finetuning.figures import Picture
-from finetuning.files import atomic_write, content_sha256
-from finetuning.image_files import read_image
-from finetuning.language import ENGLISH, Language
 from finetuning.pairs import read_facts
 from finetuning.report import Summary
 from finetuning.seen_images import SEEN, Overlap
-from finetuning.sources import DATASET_URL
 from finetuning.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html")

@@ -9,10 +9,10 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.command_line import quoted
+from finetuning.basics.command_line import quoted
+from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.run_outputs import read_runs
 from finetuning.evaluation import Result, bootstrap_interval
-from finetuning.language import ENGLISH, Language
-from finetuning.repeats import read_runs
 from finetuning.seen_images import Overlap
 
 FEW_IMAGES = 20  # below it, bootstrap intervals are clearly too narrow

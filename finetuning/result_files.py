@@ -9,9 +9,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from finetuning.basics.files import atomic_write
+from finetuning.basics.image_files import write_image
 from finetuning.drawing import draw_object
-from finetuning.files import atomic_write
-from finetuning.image_files import write_image
 from finetuning.prompts import Prompt, mask_box
 
 KINDS = ("masks", "overlays", "cutouts", "coco")

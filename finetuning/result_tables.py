@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from finetuning.basics.files import write_csv
+from finetuning.basics.language import ENGLISH, Language
 from finetuning.evaluation import Result, group_by_image, mean_metrics, unit_of
-from finetuning.files import write_csv
-from finetuning.language import ENGLISH, Language
 from finetuning.metrics import METRICS, PIXEL_METRICS
 from finetuning.prompts import prompt_text
 from finetuning.tables import Table

@@ -8,13 +8,13 @@ from typing import Any
 
 from sam2_utils import UserError
 
+from finetuning.basics.command_line import tell
+from finetuning.basics.run_outputs import BEST_FILE, STATE_FILE
 from finetuning.checkpoints import load_checkpoint
-from finetuning.command_line import tell
 from finetuning.learner import Learner
 from finetuning.models import own_image_size
 from finetuning.recipe import GUIDE
 
-STATE_FILE, BEST_FILE = "train_state.pt", "sam2_best.pt"
 # What a resumed run may have otherwise than the run that it goes on with.
 FREE_SETTINGS = (
     "epochs", "checkpoint", "checkpoint_sha256", "data", "data_hash", "cache", "value_range",

@@ -12,26 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning import distributed
+from finetuning.basics import distributed
+from finetuning.basics.command_line import ArgumentParser, number, tell
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256, write_csv
+from finetuning.basics.run_outputs import BEST_FILE, LOG_FILES, STATE_FILE
 from finetuning.checkpoints import save_checkpoint
-from finetuning.command_line import ArgumentParser, number, tell
 from finetuning.data_folder import draw_demo, is_filled
 from finetuning.drawing import draw_learning_curve
 from finetuning.encoder_training import merged_state_dict
-from finetuning.files import content_sha256, write_csv
 from finetuning.learner import Learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.models import MODELS as MODEL_SIZES
 from finetuning.models import ensure_checkpoint, parse_image_size
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT, Pair, read_facts, split_pairs
+from finetuning.pairs import Pair, read_facts, split_pairs
 from finetuning.recipe import Recipe
-from finetuning.resuming import BEST_FILE, STATE_FILE, Log, restore
+from finetuning.resuming import Log, restore
 from finetuning.seen_images import SEEN, Contents, hash_files, record_seen
 
-FINAL_FILE = "sam2_final.pt"
-LOG_FILES = ("train_log.csv", "learning_curve.png")
-MODELS = (BEST_FILE, FINAL_FILE)
-RESULTS = (*MODELS, *LOG_FILES)  # what a run is for
 CURVE_EVERY = 30  # seconds: drawing takes half of one, which may be as long as an epoch
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from finetuning.files import atomic_write
+from finetuning.basics.files import atomic_write
 
 # Paul Tol's high-contrast scheme, which colour-blind people can tell apart, and in gray as well
 SIZE_COLORS = {"small": "#DDAA33", "medium": "#BB5566", "large": "#004488"}

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
+from finetuning.basics.files import hash_contents
 from finetuning.checkpoints import setting
-from finetuning.files import hash_contents
 from finetuning.models import is_published
 from finetuning.pairs import Pair
 

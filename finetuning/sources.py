@@ -13,21 +13,16 @@ from sam2_utils import UserError
 
 from finetuning.annotations import read_annotations
 from finetuning.archives import open_archive
-from finetuning.command_line import ArgumentParser, quoted
-from finetuning.files import content_sha256, lies_in
-from finetuning.layouts import SPLITS, listed
-from finetuning.models import download_file
-from finetuning.pairing import (
-    Found,
-    Row,
-    find_examples,
-    find_in_folder,
-    finish,
-    read_pairs_file,
+from finetuning.basics.command_line import ArgumentParser, listed, quoted
+from finetuning.basics.files import (
+    DATASET_SHA256,
+    DATASET_URL,
+    content_sha256,
+    download_file,
+    lies_in,
 )
-
-DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
-DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
+from finetuning.layouts import SPLITS
+from finetuning.pairing import Found, Row, find_examples, find_in_folder, finish, read_pairs_file
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import sys
 import unicodedata
 from typing import NamedTuple
 
+from finetuning.basics.command_line import can_print
+
 BOX_WIDTH = 40
 BOX_CHARACTERS = "┌┐└┘├┤─│"
 ASCII_BOX = str.maketrans(BOX_CHARACTERS, "++++++-|")
@@ -68,15 +70,6 @@ def print_anywhere(text: str) -> None:
     if encodings & WIDE_ENCODINGS or not can_print(BOX_CHARACTERS):
         text = text.translate(ASCII_BOX)
     print(text if can_print("±") else text.translate(ASCII_SIGNS))
-
-
-def can_print(text: str) -> bool:
-    """Say whether the encoding of standard output has a text's characters."""
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def console_encodings() -> set[str]:

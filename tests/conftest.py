@@ -27,10 +27,11 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
 import compare_models
-from finetuning import checkpoints, command_line, decoding, language, models, run_state
+from finetuning import checkpoints, models, run_state
+from finetuning.basics import command_line, image_decoding, language
+from finetuning.basics.files import content_sha256
+from finetuning.basics.image_files import write_image
 from finetuning.checkpoints import save_checkpoint
-from finetuning.files import content_sha256
-from finetuning.image_files import write_image
 from finetuning.models import MODELS, build_predictor
 
 CPU = torch.device("cpu")
@@ -128,8 +129,8 @@ def processes(monkeypatch) -> BaseContext:
 @pytest.fixture
 def without_heic(monkeypatch) -> None:
     """Let HEIC photos be unreadable, as where pillow-heif is not installed."""
-    known = [name for name in decoding.FORMATS if name != "HEIF"]
-    monkeypatch.setattr(decoding, "FORMATS", known)
+    known = [name for name in image_decoding.FORMATS if name != "HEIF"]
+    monkeypatch.setattr(image_decoding, "FORMATS", known)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetuning.annotations import AnnotatedImage, Annotations, read_annotations
-from finetuning.command_line import quoted
-from finetuning.image_files import write_image
+from finetuning.basics.command_line import quoted
+from finetuning.basics.image_files import write_image
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 # pycocotools 2.0.11 with NumPy 2

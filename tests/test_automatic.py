@@ -19,12 +19,12 @@ import test_my_image as segmenting
 import train_sam2_proper
 from finetuning import automatic, detection
 from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
+from finetuning.basics.image_files import write_image
 from finetuning.batches import Step, TrainingSet
 from finetuning.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.detection import Counts, best_score, choose_rule, iou_table, match, total
 from finetuning.evaluation import Model
 from finetuning.feature_source import FeatureSource
-from finetuning.image_files import write_image
 from finetuning.losses import image_losses
 from finetuning.models import load_predictor, make_predictor
 from finetuning.objects import Objects, read_objects

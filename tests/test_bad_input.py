@@ -25,8 +25,8 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
-from finetuning.files import write_csv
-from finetuning.image_files import read_image, read_mask, write_image
+from finetuning.basics.files import write_csv
+from finetuning.basics.image_files import read_image, read_mask, write_image
 
 TRAIN, COMPARE = train_sam2_proper.main, compare_models.main
 DOWNLOAD, SEGMENT = download_dataset.main, test_my_image.main

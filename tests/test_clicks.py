@@ -13,6 +13,7 @@ from conftest import CPU, draw_pair, write_data
 
 from compare_models import main
 from finetuning import clicks, compared_models, segmentation
+from finetuning.basics.image_files import read_image
 from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import (
     clicks_table,
@@ -23,7 +24,6 @@ from finetuning.clicks import (
 )
 from finetuning.evaluation import Model, Result
 from finetuning.feature_source import FeatureSource
-from finetuning.image_files import read_image
 from finetuning.models import load_predictor
 from finetuning.objects import Objects
 from finetuning.pairs import Pair

@@ -20,11 +20,12 @@ from conftest import CPU, snapshot, write_data
 import train_sam2_proper
 from compare_models import main
 from finetuning import compared_models, feature_source
+from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.checkpoints import save_checkpoint
 from finetuning.compared_models import choose_precision, load_models
-from finetuning.evaluation import METRICS, Result, bootstrap_interval
+from finetuning.evaluation import Result, bootstrap_interval
 from finetuning.figures import choose_figures
-from finetuning.image_files import read_image, read_mask, write_image
+from finetuning.metrics import METRICS
 from finetuning.pairs import Pair
 from finetuning.prompts import make_prompt
 from finetuning.report import format_box, summarize

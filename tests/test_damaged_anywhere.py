@@ -23,9 +23,9 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
-from finetuning import command_line, language
+from finetuning.basics import command_line, language
+from finetuning.basics.image_files import read_mask
 from finetuning.checkpoints import load_checkpoint
-from finetuning.image_files import read_mask
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 CPU = ("--device", "cpu")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import compare_models
 import test_my_image
 import train_sam2_proper
+from finetuning.basics.image_files import write_image
 from finetuning.checkpoints import load_checkpoint
-from finetuning.image_files import write_image
 
 OPTIONS = ("--model", "mini", "--device", "cpu", "--lr", "1e-3")
 SAVED = ("train_state.pt", "sam2_best.pt")

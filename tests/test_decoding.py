@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from finetuning import decoding
-from finetuning.decoding import decode, orientation, tiff_directories
-from finetuning.image_files import read_image, read_mask, read_values
-from finetuning.pairs import require_equal_sizes
+from finetuning.basics import image_decoding
+from finetuning.basics.image_decoding import decode, orientation
+from finetuning.basics.image_files import read_image, read_mask, read_values, require_equal_sizes
+from finetuning.basics.tiff import tiff_directories
 
 RNG = np.random.default_rng(0)
 DEEP = RNG.integers(0, 4000, (6, 8, 3), dtype=np.uint16)
@@ -94,7 +94,7 @@ LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
 FORMATS = {**LOSSLESS, "JPEG": {"quality": 95}}
 if features.check("avif") and cv2.haveImageWriter("a.avif"):
     FORMATS["AVIF"] = {"quality": 95}
-if "HEIF" in decoding.FORMATS:
+if "HEIF" in image_decoding.FORMATS:
     FORMATS["HEIF"] = {"quality": 95}
 
 
@@ -175,7 +175,7 @@ def test_a_photo_that_is_too_large_is_not_decoded(tmp_path, monkeypatch):
     content = saved("HEIF", colours(), 6)
     with pytest.raises(UserError, match="damaged, cut off"):
         read_image(write(tmp_path / "a.heic", content[: len(content) // 2]))
-    monkeypatch.setattr(decoding, "MAX_MEGAPIXELS", 0)
+    monkeypatch.setattr(image_decoding, "MAX_MEGAPIXELS", 0)
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded in spite of its size"))
     with pytest.raises(UserError, match="has 32x48 pixels, more than 0 megapixels"):
         read_image(write(tmp_path / "사진.heic", content))

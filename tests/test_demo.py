@@ -15,8 +15,8 @@ import download_dataset
 import test_my_image
 import train_sam2_proper
 from finetuning import run_state
+from finetuning.basics.image_files import read_image, read_mask
 from finetuning.demo_images import draw_demo_pair, write_demo_dataset
-from finetuning.image_files import read_image, read_mask
 from finetuning.models import load_predictor
 from finetuning.pairs import split_pairs
 from finetuning.prompts import make_prompt, prompt_from_mask

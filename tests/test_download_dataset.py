@@ -22,9 +22,10 @@ from conftest import snapshot, write_pairs, zip_folder
 from download_dataset import main
 from finetuning import archives, models, sources
 from finetuning.archives import is_portable
+from finetuning.basics import files as files_module
+from finetuning.basics.files import only_run_in
+from finetuning.basics.image_files import write_image
 from finetuning.data_folder import mark_of, recover
-from finetuning.files import only_run_in
-from finetuning.image_files import write_image
 from finetuning.pairs import split_pairs
 from finetuning.splitting import split_names
 
@@ -650,7 +651,7 @@ def test_a_failed_download_leaves_nothing_and_says_how_to_go_on(
     elif case == "unreachable":
         monkeypatch.setattr(sources, "DATASET_URL", "http://127.0.0.1:9/data.zip")
     elif case == "silent":  # accepts the connection and never answers
-        monkeypatch.setattr(models, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
+        monkeypatch.setattr(files_module, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
         server.shutdown()
     outcome = prepare(run_script)
     assert outcome.status == 2

@@ -7,9 +7,8 @@ from sam2_utils import UserError
 import pytest
 from conftest import snapshot, write_data
 
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, only_run_in
 from finetuning.earlier_runs import set_aside
-from finetuning.files import only_run_in
-from finetuning.pairs import DEMO_DATA, DEMO_OUTPUT
 from train_sam2_proper import main
 
 SETTINGS = {"data": "data", "cache": None}

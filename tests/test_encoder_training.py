@@ -15,6 +15,7 @@ from sam2.build_sam import build_sam2
 import compare_models
 import train_sam2_proper
 from finetuning import resuming
+from finetuning.basics import run_outputs
 from finetuning.checkpoints import save_checkpoint
 from finetuning.encoder_training import encode_with_gradients, let_encoder_learn, merged_state_dict
 from finetuning.models import MODELS, load_predictor, make_predictor
@@ -184,7 +185,7 @@ def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
     older = {"model": "mini"}  # and nothing of the recipe or the encoder
     log = [{"epoch": 0, "val_iou": 0.5}]
     state = {"model": {"weight": torch.zeros(1)}, "settings": older, "log": log}
-    torch.save(state, tmp_path / resuming.STATE_FILE)
+    torch.save(state, tmp_path / run_outputs.STATE_FILE)
     resuming.load_state(tmp_path, settings)
     with pytest.raises(UserError, match="had --train-encoder none, not lora"):
         resuming.load_state(tmp_path, {**settings, "train_encoder": "lora"})

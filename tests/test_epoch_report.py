@@ -15,9 +15,10 @@ from pretended_device import device_of, pretend
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
-from finetuning import batches, distributed, epoch_report
+from finetuning import batches, epoch_report
+from finetuning.basics import distributed
+from finetuning.basics.distributed import mean_over_all
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
-from finetuning.distributed import mean_over_all
 from finetuning.epoch_report import READ_EVERY, RECENT, EpochReport
 from finetuning.feature_cache import FeatureCache
 from finetuning.learner import make_learner

@@ -25,18 +25,13 @@ from sam2.build_sam import build_sam2
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
 
-from finetuning import feature_cache, feature_source, files
-from finetuning.batches import (
-    Batch,
-    EpochSampler,
-    Step,
-    TrainingSet,
-    make_loader,
-)
+from finetuning import feature_cache, feature_source
+from finetuning.basics import files
+from finetuning.basics.files import only_run_in
+from finetuning.basics.image_files import read_image, read_mask, write_image
+from finetuning.batches import Batch, EpochSampler, Step, TrainingSet, make_loader
 from finetuning.feature_cache import FeatureCache, hash_encoder
 from finetuning.feature_source import FeatureSource, check_room, choose_place, open_cache
-from finetuning.files import only_run_in
-from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.learner import compiling_pays
 from finetuning.losses import batch_loss
 from finetuning.models import MODELS, load_predictor, make_predictor

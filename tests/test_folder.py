@@ -15,12 +15,13 @@ from conftest import CPU, draw_pair, snapshot
 
 import test_my_image
 from finetuning import folder_run, results
+from finetuning.basics.image_files import read_image, read_mask, read_values, write_image
+from finetuning.clicked_object import WindowObject
 from finetuning.coco_results import to_polygons
-from finetuning.image_files import read_image, read_mask, read_values, write_image
 from finetuning.models import load_predictor
 from finetuning.prompts import make_prompt, mask_box
 from finetuning.segmenter import Segmenter
-from finetuning.window import Answer, WindowObject
+from finetuning.window import Answer
 
 main = test_my_image.main
 OUTPUT = Path("output/my_results/사진")

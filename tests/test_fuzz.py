@@ -17,12 +17,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from finetuning.basics.image_files import IMAGE_SUFFIXES, read_image, read_mask, write_image
 from finetuning.drawing import draw_overlay
 from finetuning.given_prompts import parse_box, parse_point
-from finetuning.image_files import read_image, read_mask, write_image
 from finetuning.losses import image_losses
 from finetuning.models import load_predictor
-from finetuning.pairs import IMAGE_SUFFIXES, find_pairs
+from finetuning.pairs import find_pairs
 from finetuning.prompt_table import check_inside
 from finetuning.prompts import deepest_point, make_prompt, mask_box, prompt_from_mask, random_point
 from finetuning.recipe import GUIDE

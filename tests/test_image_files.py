@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from finetuning.files import atomic_write
-from finetuning.image_files import read_image, read_mask, write_image
+from finetuning.basics.files import atomic_write
+from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.objects import read_pair
 from finetuning.pairs import Pair, find_pairs, split_pairs
 

@@ -14,8 +14,8 @@ from conftest import CPU, draw_pair, write_data
 import compare_models
 import test_my_image as segmenting
 import train_sam2_proper
+from finetuning.basics.image_files import read_mask, write_image
 from finetuning.checkpoints import load_checkpoint, save_checkpoint
-from finetuning.image_files import read_mask, write_image
 from finetuning.models import is_image_size, load_predictor
 from finetuning.prompts import make_prompt
 from finetuning.segmentation import encode_images, feature_shapes, segment

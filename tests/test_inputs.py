@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import test_my_image
 import train_sam2_proper
 from download_dataset import main
-from finetuning.files import atomic_write
-from finetuning.image_files import read_image, read_mask, write_image
+from finetuning.basics.files import atomic_write
+from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.mask_values import MaskReader, MaskRule, parse_value
 from finetuning.objects import read_objects
 from finetuning.pairs import read_facts, split_pairs

@@ -10,8 +10,9 @@ import torch
 from conftest import write_data
 
 import train_sam2_proper
-from finetuning import command_line, feature_cache, files, run_state
-from finetuning.files import only_run_in
+from finetuning import feature_cache, run_state
+from finetuning.basics import command_line, files
+from finetuning.basics.files import only_run_in
 from train_sam2_proper import main
 
 OPTIONS = ("--model", "mini", "--device", "cpu", "--epochs", "3", "--lr", "1e-3")

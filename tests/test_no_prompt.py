@@ -9,11 +9,11 @@ import torch
 from conftest import CPU, draw_pair, write_data
 
 import compare_models
-from finetuning import distributed
+from finetuning.basics import distributed
+from finetuning.basics.image_files import write_image
 from finetuning.batches import EpochSampler, Step, TrainingSet
 from finetuning.evaluation import Model, measure
 from finetuning.feature_source import FeatureSource
-from finetuning.image_files import write_image
 from finetuning.models import load_predictor
 from finetuning.objects import read_objects
 from finetuning.pairs import Pair

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import write_pairs
 
-from finetuning.image_files import read_image
+from finetuning.basics.image_files import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("download_dataset.py", "train_sam2_proper.py", "compare_models.py", "test_my_image.py")

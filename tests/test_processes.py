@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import CPU, write_data
 
-from finetuning import batches, distributed
+from finetuning import batches
+from finetuning.basics import distributed
+from finetuning.basics.command_line import run
 from finetuning.batches import EpochSampler, TrainingSet, count_workers, make_loader
-from finetuning.command_line import run
 from finetuning.pairs import split_pairs
 
 MEGABYTE = 2**20

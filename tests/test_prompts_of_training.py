@@ -8,9 +8,9 @@ import torch
 from conftest import CPU, draw_pair, write_pair
 from sam2.utils.transforms import SAM2Transforms
 
+from finetuning.basics.image_files import read_mask
 from finetuning.batches import Batch, Step, TrainingSet
 from finetuning.clicks import add_clicks
-from finetuning.image_files import read_mask
 from finetuning.models import load_predictor
 from finetuning.pairs import Pair
 from finetuning.prompts import (

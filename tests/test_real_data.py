@@ -10,7 +10,7 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
-from finetuning.image_files import read_mask
+from finetuning.basics.image_files import read_mask
 from finetuning.pairs import split_pairs
 
 ARCHIVE = os.environ.get("KVASIR_SEG_ZIP")

@@ -21,9 +21,9 @@ from benchmarks.recipes import (
     measure_background,
     read_rows,
 )
+from finetuning.basics.files import write_csv
+from finetuning.basics.image_files import write_image
 from finetuning.evaluation import Model
-from finetuning.files import write_csv
-from finetuning.image_files import write_image
 from finetuning.pairs import Pair
 from finetuning.segmentation import Features, Prediction
 

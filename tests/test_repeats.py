@@ -11,8 +11,8 @@ import torch
 from conftest import snapshot, write_data
 
 import train_sam2_proper
+from finetuning.basics.csv_files import read_with_digest, write_with_digest
 from finetuning.checkpoints import load_checkpoint
-from finetuning.csv_files import read_with_digest, write_with_digest
 from finetuning.pairs import split_pairs
 from finetuning.recipe import Recipe
 from finetuning.repeats import plan_trainings

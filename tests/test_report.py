@@ -19,25 +19,21 @@ from conftest import CPU, write_blank, write_data
 
 import compare_models
 from compare_models import main
+from finetuning.basics.files import DATASET_URL
+from finetuning.basics.image_files import write_image
+from finetuning.basics.language import ENGLISH, KOREAN, Language, parse_language
+from finetuning.basics.run_outputs import RUNS_FILE
 from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import clicks_table
 from finetuning.compared_models import Files
 from finetuning.evaluation import Model, Result
 from finetuning.feature_source import FeatureSource
 from finetuning.figures import Picture
-from finetuning.image_files import write_image
-from finetuning.language import ENGLISH, KOREAN, Language, parse_language
 from finetuning.metrics import METRICS
 from finetuning.models import MODELS, is_published, load_predictor
 from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import make_prompt
-from finetuning.repeats import RUNS_FILE
-from finetuning.report import (
-    format_box,
-    format_files,
-    format_summary,
-    summarize,
-)
+from finetuning.report import format_box, format_files, format_summary, summarize
 from finetuning.report_page import TEMPLATE, Setup, write_page
 from finetuning.report_sentences import (
     empty_sentence,
@@ -48,7 +44,6 @@ from finetuning.report_sentences import (
 )
 from finetuning.result_tables import metrics_table
 from finetuning.seen_images import SEEN, Overlap, hash_files, record_seen
-from finetuning.sources import DATASET_URL
 from finetuning.tables import (
     BOX_CHARACTERS,
     WIDE_ENCODINGS,
@@ -230,7 +225,7 @@ class Call(NamedTuple):
 
 def calls_of_say() -> list[Call]:
     calls = []
-    for path in (ROOT / "compare_models.py", *sorted((ROOT / "finetuning").glob("*.py"))):
+    for path in (ROOT / "compare_models.py", *sorted((ROOT / "finetuning").rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "say":
                 assert isinstance(node.args[0], ast.Constant), f"{path.name}:{node.lineno}"

@@ -16,7 +16,8 @@ from conftest import CPU, draw_pair
 from sam2.utils.transforms import SAM2Transforms
 
 import compare_models
-from finetuning import drawing, models, segmentation
+from finetuning import models, segmentation
+from finetuning.basics import pictures
 from finetuning.drawing import draw_overlay
 from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
 from finetuning.prompts import (
@@ -461,7 +462,7 @@ def test_an_overlay_shows_mask_points_and_box_and_leaves_the_image_alone():
     overlay = draw_overlay(image, mask, make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160)))
     assert (image == 100).all()
     assert tuple(overlay[120, 150]) == (65, 122, 177)  # half gray, half blue
-    assert tuple(overlay[80, 120]) == drawing.GREEN
-    assert tuple(overlay[20, 20]) == drawing.RED
-    assert np.allclose(overlay[40, 150], drawing.GREEN, atol=30)  # a smoothed line
+    assert tuple(overlay[80, 120]) == pictures.GREEN
+    assert tuple(overlay[20, 20]) == pictures.RED
+    assert np.allclose(overlay[40, 150], pictures.GREEN, atol=30)  # a smoothed line
     assert tuple(overlay[190, 290]) == (100, 100, 100)

@@ -8,8 +8,8 @@ from conftest import draw_pair, write_data, write_pair
 
 import compare_models
 import train_sam2_proper
+from finetuning.basics.image_files import write_image
 from finetuning.checkpoints import load_checkpoint
-from finetuning.image_files import write_image
 from finetuning.models import MODELS
 from finetuning.pairs import split_pairs
 from finetuning.seen_images import (

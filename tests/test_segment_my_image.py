@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import CPU, draw_pair
 
-from finetuning.image_files import read_image, read_mask, write_image
+from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.models import load_predictor
 from finetuning.prompts import make_prompt
 from finetuning.segmentation import encode_images, segment

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from download_dataset import main
+from finetuning.basics.image_files import read_image, write_image
 from finetuning.copies import find_copies, make_thumbnail
 from finetuning.groups import join_groups
-from finetuning.image_files import read_image, write_image
 from finetuning.pairs import split_pairs
 from finetuning.splitting import make_folds, split_names
 

@@ -12,18 +12,19 @@ import pytest
 import torch
 from conftest import CPU, draw_pair, write_data
 
-from finetuning import batches, distributed, feature_cache, files, threads
+from finetuning import batches, feature_cache
+from finetuning.basics import distributed, files, threads
+from finetuning.basics.files import content_sha256, hash_contents
+from finetuning.basics.threads import in_threads
 from finetuning.batches import Step, TrainingSet
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import open_cache
-from finetuning.files import content_sha256, hash_contents
 from finetuning.filling import write_objects
 from finetuning.models import load_predictor
 from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import PromptMix
 from finetuning.recipe import DEFAULT
 from finetuning.run_state import Start, run_settings
-from finetuning.threads import in_threads
 
 EVERYTHING = PromptMix("mixed", none_share=0.4, background_share=0.6)
 

@@ -4,8 +4,27 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "finetuning"
 SCRIPTS = ("download_dataset", "train_sam2_proper", "compare_models", "test_my_image")
-PARTS = sorted(path.stem for path in (ROOT / "finetuning").glob("*.py") if path.stem != "__init__")
+# What each room of finetuning/ may import of the others; all may import sam2_utils.
+ALLOWED = {
+    "basics": set(),
+    "sources": {"basics"},
+    "dataset": {"basics", "sources"},
+    "model": {"basics"},
+    "evaluation": {"basics", "model", "dataset"},
+    "training": {"basics", "model", "dataset", "evaluation"},
+    "comparison": {"basics", "model", "dataset", "evaluation"},
+    "inference": {"basics", "model"},
+    "export": {"basics", "model"},
+}
+MOST_MODULES = 12  # of a room, beside its __init__.py
+# By their names in the package, like basics.files
+PARTS = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
 # The functions that read the command line
 READERS = (
     "parse_args",
@@ -19,8 +38,9 @@ READERS = (
 
 
 def tree_of(module: str) -> ast.Module:
-    folder = ROOT / "finetuning" if module in PARTS else ROOT
-    return ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
+    folder = PACKAGE if module in PARTS else ROOT
+    path = folder.joinpath(*module.split(".")).with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports_of(module: str) -> set[str]:
@@ -29,11 +49,14 @@ def imports_of(module: str) -> set[str]:
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("finetuning.") for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "finetuning":
-            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.removeprefix("finetuning."))
+            source = f"{node.module}.".removeprefix("finetuning.")
+            found |= {source.rstrip("."), *(source + alias.name for alias in node.names)}
     return found & {*SCRIPTS, *PARTS, "sam2_utils"}
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def test_imports_run_from_the_scripts_to_the_parts_to_the_helper():
@@ -41,6 +64,22 @@ def test_imports_run_from_the_scripts_to_the_parts_to_the_helper():
     assert imports_of("sam2_utils") == set()
     for module in (*SCRIPTS, *PARTS):
         assert not imports_of(module) & set(SCRIPTS), module
+
+
+def test_rooms_import_only_what_they_may():
+    for module in [part for part in PARTS if "." in part]:
+        needs = {room_of(needed) for needed in imports_of(module) - {"sam2_utils"}}
+        others = needs - {room_of(module)}
+        assert others <= ALLOWED[room_of(module)], module
+
+
+def test_rooms_are_small_and_say_what_is_in_them():
+    for room in {room_of(part) for part in PARTS if "." in part}:
+        text = (PACKAGE / room / "__init__.py").read_text(encoding="utf-8")
+        modules = [module.partition(".")[2] for module in PARTS if room_of(module) == room]
+        assert 0 < len(modules) <= MOST_MODULES, room
+        listed = [line.partition(":")[0].strip() for line in text.splitlines()[2:] if ":" in line]
+        assert sorted(listed) == modules, room
 
 
 def test_no_parts_import_each_other_in_a_circle():

@@ -16,9 +16,9 @@ from sam2.build_sam import build_sam2, build_sam2_video_predictor
 
 import train_sam2_proper
 from finetuning import run_state
+from finetuning.basics.image_files import read_image, write_image
 from finetuning.batches import Batch, EpochSampler, TrainingSet, make_loader
 from finetuning.drawing import draw_learning_curve
-from finetuning.image_files import read_image, write_image
 from finetuning.learner import Learner, make_learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.losses import batch_loss, image_losses

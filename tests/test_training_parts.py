@@ -11,16 +11,17 @@ from conftest import CPU, draw_pair
 
 import train_sam2_proper
 from finetuning import evaluation, run_state
+from finetuning.basics.image_files import write_image
+from finetuning.basics.run_outputs import STATE_FILE
 from finetuning.checkpoints import load_checkpoint
 from finetuning.evaluation import Model, mean_metrics, measure
-from finetuning.image_files import write_image
 from finetuning.learner import Learner, Machine, make_learner, take_step
 from finetuning.objects import read_objects
 from finetuning.pairs import Pair
 from finetuning.prompts import prompt_from_mask
 from finetuning.recipe import DEFAULT, Recipe
 from finetuning.repeats import Training
-from finetuning.resuming import STATE_FILE, restore
+from finetuning.resuming import restore
 from finetuning.run_state import Start, run_settings
 from finetuning.segmentation import Features
 from finetuning.validation import Validation

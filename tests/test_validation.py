@@ -11,10 +11,10 @@ import torch
 from conftest import CPU, draw_pair
 
 from finetuning import evaluation
+from finetuning.basics.image_files import write_image
 from finetuning.evaluation import AT_ONCE_ON_CPU, Model, find_in_empty, mean_metrics, measure
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import FeatureSource
-from finetuning.image_files import write_image
 from finetuning.metrics import LOGGED
 from finetuning.models import load_predictor
 from finetuning.pairs import Pair

@@ -14,13 +14,14 @@ from conftest import CPU, draw_pair
 from matplotlib.backend_bases import KeyEvent, MouseEvent, NavigationToolbar2
 
 from finetuning import window_picture
-from finetuning.clicked_object import mask_to_logits
-from finetuning.drawing import COLORS, draw_object
-from finetuning.image_files import read_mask, write_image
+from finetuning.basics.image_files import read_mask, write_image
+from finetuning.basics.pictures import COLORS
+from finetuning.clicked_object import WindowObject, mask_to_logits
+from finetuning.drawing import draw_object
 from finetuning.models import load_predictor
 from finetuning.prompts import make_prompt
 from finetuning.segmenter import Segmenter
-from finetuning.window import WindowObject, ask_in_window
+from finetuning.window import ask_in_window
 from test_my_image import main
 
 IMAGE = draw_pair(0)[0]

@@ -9,10 +9,31 @@ from sam2_utils import UserError
 import cv2
 import numpy as np
 
-from finetuning.decoding import decode, is_lossy_format
-from finetuning.files import atomic_write, read_file
+from finetuning.basics.files import atomic_write, read_file
+from finetuning.basics.image_decoding import decode, is_lossy_format
+
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
 
 HUGE = 1e300  # differences of larger values are infinite
+
+
+def require_equal_sizes(
+    image: Path, image_size: tuple[int, int], mask: Path | str, mask_size: tuple[int, int]
+) -> None:
+    """Raise UserError unless an image and its mask have the same (H,W)."""
+    if image_size != mask_size:
+        turned = (
+            ": the image is turned upright by its EXIF orientation, perhaps, and the mask is not; "
+            "save the mask upright"
+        )
+        raise UserError(
+            f"{image} is {image_size[1]}x{image_size[0]} but {mask} is "
+            f"{mask_size[1]}x{mask_size[0]}; a mask must have its image's size"
+            f"{turned if image_size == mask_size[::-1] else ''}"
+        )
 
 
 def read_image(path: Path, value_range: tuple[float, float] | None = None) -> np.ndarray:

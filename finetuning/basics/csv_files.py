@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sam2_utils import UserError
 
-from finetuning.command_line import quoted
-from finetuning.files import LARGEST_TABLE, read_file, write_csv
+from finetuning.basics.command_line import quoted
+from finetuning.basics.files import LARGEST_TABLE, read_file, write_csv
 
 DIGEST = "digest"  # a column of tables by which a comparison goes: of all that is in the others
 

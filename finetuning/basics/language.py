@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from finetuning.tables import can_print
+from finetuning.basics.command_line import can_print
 
 # By the English text, as in gettext; the {placeholders} are the same in both.
 KOREAN = {

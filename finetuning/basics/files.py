@@ -1,4 +1,4 @@
-"""Reading files that are files, and writing such as are never left half done."""
+"""Safe files: refuse devices, write atomically, lock folders, download."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import contextlib
 import csv
 import functools
 import hashlib
+import http.client
 import math
 import os
 import re
+import socket
+import ssl
 import time
+import urllib.error
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +21,10 @@ from typing import Any
 
 from sam2_utils import MAX_MEGAPIXELS, UserError
 
-from finetuning.command_line import tell
-from finetuning.threads import in_threads
+import torch
+
+from finetuning.basics.command_line import tell
+from finetuning.basics.threads import in_threads
 
 if os.name == "nt":
     import msvcrt
@@ -35,6 +41,21 @@ MAKE_SMALLER = (
     "make it smaller or, with much more than 8 GB of memory, set the environment variable "
     f"SAM2_MAX_MEGAPIXELS to more than {MAX_MEGAPIXELS}"
 )
+
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+    ValueError,  # an answer that makes no sense, of a proxy perhaps
+)
+
+DEMO_DATA, DEMO_OUTPUT = Path("data/demo"), Path("output/demo")
+
+DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
+DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
 
 
 def require_file(path: Path, largest: float = math.inf, what: str = "file") -> None:
@@ -187,3 +208,29 @@ def _without_formula(cell: Any) -> Any:
 def as_it_was(cell: str) -> str:
     """Return a text of such a table without that apostrophe."""
     return cell[1:] if cell[:1] == "'" and cell[1:].startswith(FORMULA_STARTS) else cell
+
+
+def download_file(url: str, destination: Path, sha256: str, by_hand: str) -> None:
+    """Download `url` to `destination` with a progress bar; nothing half-written stays there.
+
+    `by_hand` tells the user how to go on without this download.
+    Raises UserError when the network fails or the file's SHA-256 is not `sha256`.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Downloading {url}")
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        torch.hub.download_url_to_file(url, str(destination), hash_prefix=sha256)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url} answered {error.code} {error.reason}; {by_hand}") from error
+    except RuntimeError as error:  # the hash differs
+        raise UserError(
+            f"the download of {url} was cut off or is not the published file; "
+            f"try again, or {by_hand}"
+        ) from error
+    except NETWORK_ERRORS as error:
+        reason = getattr(error, "reason", error) or type(error).__name__
+        raise UserError(f"{url} cannot be reached ({reason}); {by_hand}") from error
+    finally:
+        socket.setdefaulttimeout(previous_timeout)

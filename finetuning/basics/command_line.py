@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
 from typing import Any, NoReturn, TextIO
@@ -224,3 +225,34 @@ def add_precision_option(parser: argparse._ActionsContainer, auto: str) -> None:
     """Add --precision, for select_precision; `auto` says what its default means."""
     choices = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--precision", choices=choices, default="auto", help=auto)
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # macOS decomposes 한글 in file names
+
+
+def listed(files: Iterable[Path | str]) -> str:
+    """Name up to three files, on one line."""
+    names = [shown(file if isinstance(file, str) else file.name) for file in files]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def shown(name: Path | str) -> str:
+    """Return a name or path fit for one line of a message."""
+    name = str(name) if len(str(name)) <= 200 else f"...{str(name)[-200:]}"
+    return name if name.isprintable() else repr(name)
+
+
+def normal(name: str) -> str:
+    """Return a name as it compares with others."""
+    return unicodedata.normalize("NFC", name)  # macOS decomposes 한글 in file names
+
+
+def can_print(text: str) -> bool:
+    """Say whether the encoding of standard output has a text's characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

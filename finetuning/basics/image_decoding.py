@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from finetuning.files import MAKE_SMALLER
-from finetuning.tiff import (
+from finetuning.basics.files import MAKE_SMALLER
+from finetuning.basics.tiff import (
     BITS,
     COMPRESSION,
     EXTRA_SAMPLES,

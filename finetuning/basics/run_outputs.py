@@ -1,0 +1,32 @@
+"""The files that a training leaves, by name, and the table of several runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from finetuning.basics.csv_files import read_with_digest
+
+STATE_FILE, BEST_FILE = "train_state.pt", "sam2_best.pt"
+
+FINAL_FILE = "sam2_final.pt"
+LOG_FILES = ("train_log.csv", "learning_curve.png")
+MODELS = (BEST_FILE, FINAL_FILE)
+RESULTS = (*MODELS, *LOG_FILES)  # what a run is for
+
+RUNS_FILE, FOLDS_FILE = "runs.csv", "folds.csv"
+MAX_RUNS = 10_000  # more are no runs
+RUN_COLUMNS = ("run", "seed", "best_val_iou", "last_val_iou")
+
+
+def read_runs(path: Path) -> np.ndarray:
+    """Return the best and the last val IoU of R >= 2 runs, Rx2.
+
+    Raises ValueError, or UserError, for anything else.
+    """
+    rows = read_with_digest(path, RUN_COLUMNS)
+    ious = np.array([[float(iou) for iou in row[2:]] for row in rows])
+    if not 2 <= len(ious) <= MAX_RUNS or not ((ious >= 0) & (ious <= 1)).all():  # nor NaN
+        raise ValueError("no IoUs")
+    return ious
