@@ -23,11 +23,11 @@ from finetuning.basics.command_line import ArgumentParser, number, run, seed, te
 from finetuning.basics.files import DATASET_URL, DEMO_DATA
 from finetuning.data_folder import count_pairs, draw_demo, fill_folder, is_kept, recover_if_killed
 from finetuning.groups import Grouping
-from finetuning.mask_values import MaskRule, add_mask_options
 from finetuning.models import MODELS, ensure_checkpoint
 from finetuning.overview import OVERVIEW_FILE, describe
 from finetuning.pairs import split_pairs
-from finetuning.sources import Source, add_source_options
+from finetuning.sources.mask_values import MaskRule, add_mask_options
+from finetuning.sources.source import Source, add_source_options
 
 
 def fill(

@@ -20,10 +20,10 @@ from finetuning.copies import COPIES_FILE, describe_copies, find_copies, write_c
 from finetuning.demo_images import write_demo_dataset
 from finetuning.filling import UNSPLIT, Filled, Filler, move_to_splits
 from finetuning.groups import Grouping, find_groups, join_groups, torn_groups
-from finetuning.mask_values import MaskRule
 from finetuning.overview import OVERVIEW_FILE, draw_overview
-from finetuning.pairing import Example
 from finetuning.pairs import SPLIT_FILE, SPLITS, facts_text, find_pairs, read_facts, split_pairs
+from finetuning.sources.mask_values import MaskRule
+from finetuning.sources.pairing import Example
 from finetuning.splitting import split_names
 
 MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # what a data set is, beside that

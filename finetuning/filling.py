@@ -18,9 +18,9 @@ from tqdm import tqdm
 from finetuning.basics.image_decoding import orientation
 from finetuning.basics.image_files import read_image, read_mask, require_equal_sizes, write_image
 from finetuning.copies import make_thumbnail
-from finetuning.mask_values import MaskReader, MaskRule
-from finetuning.pairing import Example
 from finetuning.pairs import files_by_stem
+from finetuning.sources.mask_values import MaskReader, MaskRule
+from finetuning.sources.pairing import Example
 
 UNSPLIT = "unsplit"  # the folder of what is in no split yet
 MOST_OBJECTS = 65535  # of an image: the values of a label map

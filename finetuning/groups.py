@@ -12,8 +12,8 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import listed, nfc, shown
 from finetuning.basics.csv_files import read_table
-from finetuning.layouts import SPLITS, stem_of
-from finetuning.pairing import Example
+from finetuning.sources.folder_layouts import SPLITS, stem_of
+from finetuning.sources.pairing import Example
 
 # Names like video3_000124: what comes before the number
 FRAME = re.compile(r"(.+)[_-](?:frame)?\d+")

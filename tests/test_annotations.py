@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuning.annotations import AnnotatedImage, Annotations, read_annotations
 from finetuning.basics.command_line import quoted
 from finetuning.basics.image_files import write_image
+from finetuning.sources.annotations import AnnotatedImage, Annotations, read_annotations
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 # pycocotools 2.0.11 with NumPy 2

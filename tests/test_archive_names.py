@@ -8,7 +8,7 @@ import pytest
 from conftest import snapshot, write_pairs
 
 from download_dataset import main
-from finetuning.archives import NAME_IS_UTF8, decode_name
+from finetuning.sources.archives import NAME_IS_UTF8, decode_name
 
 NFC, NFD = "용종", unicodedata.normalize("NFD", "용종")
 

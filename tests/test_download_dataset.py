@@ -20,13 +20,15 @@ import pytest
 from conftest import snapshot, write_pairs, zip_folder
 
 from download_dataset import main
-from finetuning import archives, models, sources
-from finetuning.archives import is_portable
+from finetuning import models
 from finetuning.basics import files as files_module
 from finetuning.basics.files import only_run_in
 from finetuning.basics.image_files import write_image
 from finetuning.data_folder import mark_of, recover
 from finetuning.pairs import split_pairs
+from finetuning.sources import archives
+from finetuning.sources import source as source_module
+from finetuning.sources.archives import is_portable
 from finetuning.splitting import split_names
 
 # Splitting
@@ -616,8 +618,8 @@ def publish(monkeypatch, server, archive: Path, name: str = "/data.zip") -> None
     """Serve an archive in place of the official one."""
     content = archive.read_bytes()
     server.files[name] = content
-    monkeypatch.setattr(sources, "DATASET_URL", server.url + name)
-    monkeypatch.setattr(sources, "DATASET_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(source_module, "DATASET_URL", server.url + name)
+    monkeypatch.setattr(source_module, "DATASET_SHA256", hashlib.sha256(content).hexdigest())
 
 
 def test_data_set_and_checkpoint_are_downloaded_and_checked(
@@ -649,7 +651,7 @@ def test_a_failed_download_leaves_nothing_and_says_how_to_go_on(
     elif case == "404":
         server.files.clear()
     elif case == "unreachable":
-        monkeypatch.setattr(sources, "DATASET_URL", "http://127.0.0.1:9/data.zip")
+        monkeypatch.setattr(source_module, "DATASET_URL", "http://127.0.0.1:9/data.zip")
     elif case == "silent":  # accepts the connection and never answers
         monkeypatch.setattr(files_module, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
         server.shutdown()
@@ -657,7 +659,7 @@ def test_a_failed_download_leaves_nothing_and_says_how_to_go_on(
     assert outcome.status == 2
     last_line = outcome.err.splitlines()[-1]
     assert last_line.startswith("error: ") and "--archive" in last_line
-    assert sources.DATASET_URL in last_line
+    assert source_module.DATASET_URL in last_line
     assert not Path("data").exists() or not any(Path("data").iterdir())
     if case == "silent":
         threading.Thread(target=server.serve_forever, daemon=True).start()

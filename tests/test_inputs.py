@@ -17,9 +17,9 @@ import train_sam2_proper
 from download_dataset import main
 from finetuning.basics.files import atomic_write
 from finetuning.basics.image_files import read_image, read_mask, write_image
-from finetuning.mask_values import MaskReader, MaskRule, parse_value
 from finetuning.objects import read_objects
 from finetuning.pairs import read_facts, split_pairs
+from finetuning.sources.mask_values import MaskReader, MaskRule, parse_value
 
 COUNT = 4
 OPTIONS = ("--images", "images", "--masks", "masks", "--data", "data", "--skip-checkpoint")

@@ -18,16 +18,16 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
-from finetuning.annotations import read_annotations
-from finetuning.archives import open_archive
 from finetuning.basics.csv_files import read_table
 from finetuning.basics.files import LARGEST, content_sha256, lies_in, read_file, require_file
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.basics.run_outputs import read_runs
 from finetuning.checkpoints import load_checkpoint
-from finetuning.layouts import read_folder
 from finetuning.pairs import files_by_stem
 from finetuning.results import list_images
+from finetuning.sources.annotations import read_annotations
+from finetuning.sources.archives import open_archive
+from finetuning.sources.folder_layouts import read_folder
 
 TRAIN, COMPARE = train_sam2_proper.main, compare_models.main
 DOWNLOAD, SEGMENT = download_dataset.main, test_my_image.main

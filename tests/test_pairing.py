@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuning.matching import match_names
-from finetuning.pairing import find_examples, find_in_folder, read_pairs_file
+from finetuning.sources.name_matching import match_names
+from finetuning.sources.pairing import find_examples, find_in_folder, read_pairs_file
 
 every_time = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 

@@ -13,7 +13,7 @@ from sam2_utils import UserError
 from finetuning.basics.command_line import listed, nfc, shown
 from finetuning.basics.csv_files import read_table
 from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.layouts import (
+from finetuning.sources.folder_layouts import (
     BY_TABLE,
     SPLITS,
     Folder,
@@ -27,7 +27,7 @@ from finetuning.layouts import (
     stem_of,
     suffix_of,
 )
-from finetuning.matching import affixes_in, core_of, marked_masks, match_names
+from finetuning.sources.name_matching import affixes_in, core_of, marked_masks, match_names
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 # What Windows refuses, control characters, and those that turn the direction of writing

@@ -11,8 +11,6 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.annotations import read_annotations
-from finetuning.archives import open_archive
 from finetuning.basics.command_line import ArgumentParser, listed, quoted
 from finetuning.basics.files import (
     DATASET_SHA256,
@@ -21,8 +19,17 @@ from finetuning.basics.files import (
     download_file,
     lies_in,
 )
-from finetuning.layouts import SPLITS
-from finetuning.pairing import Found, Row, find_examples, find_in_folder, finish, read_pairs_file
+from finetuning.sources.annotations import read_annotations
+from finetuning.sources.archives import open_archive
+from finetuning.sources.folder_layouts import SPLITS
+from finetuning.sources.pairing import (
+    Found,
+    Row,
+    find_examples,
+    find_in_folder,
+    finish,
+    read_pairs_file,
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from sam2_utils import UserError
 
 from finetuning.basics.command_line import shown
-from finetuning.layouts import BY_TABLE
+from finetuning.sources.folder_layouts import BY_TABLE
 
 MAX_GUESSES = 50  # where more endings are as frequent, none of them is a mask's
 

@@ -19,7 +19,7 @@ import yaml
 
 from finetuning.basics.command_line import normal, plain_number, quoted
 from finetuning.basics.files import read_file
-from finetuning.outlines import PATH_LIMIT, Outline, parse_polygon, parse_rle
+from finetuning.sources.outlines import PATH_LIMIT, Outline, parse_polygon, parse_rle
 
 # Why an object has no outline
 BOXES, CROWDS = "boxes without an outline", "crowd regions"

@@ -13,7 +13,10 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.annotation_formats import (
+from finetuning.basics.command_line import normal, quoted
+from finetuning.basics.files import require_file
+from finetuning.basics.image_files import IMAGE_SUFFIXES
+from finetuning.sources.annotation_formats import (
     BOXES,
     FORMATS,
     Entry,
@@ -22,10 +25,7 @@ from finetuning.annotation_formats import (
     read_labelme,
     read_yolo,
 )
-from finetuning.basics.command_line import normal, quoted
-from finetuning.basics.files import require_file
-from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.outlines import PATH_LIMIT, Outline, draw_outline, refuse_size
+from finetuning.sources.outlines import PATH_LIMIT, Outline, draw_outline, refuse_size
 
 OTHER_CLASSES = "objects of other classes"
 NOT_ANNOTATIONS = {"classes.txt", "notes.json"}  # what Label Studio writes beside them
