@@ -21,11 +21,17 @@ from typing import Any
 
 from finetuning.basics.command_line import ArgumentParser, number, run, seed, tell
 from finetuning.basics.files import DATASET_URL, DEMO_DATA
-from finetuning.data_folder import count_pairs, draw_demo, fill_folder, is_kept, recover_if_killed
-from finetuning.groups import Grouping
+from finetuning.dataset.data_folder import (
+    count_pairs,
+    draw_demo,
+    fill_folder,
+    is_kept,
+    recover_if_killed,
+)
+from finetuning.dataset.groups import Grouping
+from finetuning.dataset.overview import OVERVIEW_FILE, describe
+from finetuning.dataset.pairs import split_pairs
 from finetuning.models import MODELS, ensure_checkpoint
-from finetuning.overview import OVERVIEW_FILE, describe
-from finetuning.pairs import split_pairs
 from finetuning.sources.mask_values import MaskRule, add_mask_options
 from finetuning.sources.source import Source, add_source_options
 

@@ -41,6 +41,7 @@ from finetuning.basics.command_line import ArgumentParser, run, tell
 from finetuning.basics.files import only_run_in
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import add_clicks
+from finetuning.dataset.pairs import keep_out, split_pairs
 from finetuning.device_check import trusted_device
 from finetuning.earlier_runs import require_elsewhere, set_aside
 from finetuning.epoch_report import EpochReport
@@ -58,7 +59,6 @@ from finetuning.learner import (
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
 from finetuning.models import load_predictor, own_image_size
-from finetuning.pairs import keep_out, split_pairs
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.repeats import (
     Training,

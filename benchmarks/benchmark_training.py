@@ -48,6 +48,8 @@ from finetuning import run_state
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.basics.files import atomic_write, write_csv
 from finetuning.checkpoints import save_checkpoint
+from finetuning.dataset.objects import count_objects, read_objects
+from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.feature_cache import FeatureCache
 from finetuning.learner import make_learner
 from finetuning.models import (
@@ -58,8 +60,6 @@ from finetuning.models import (
     own_image_size,
     parse_image_size,
 )
-from finetuning.objects import count_objects, read_objects
-from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import make_prompt
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import encode_images, predict_masks

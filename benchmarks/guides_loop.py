@@ -9,8 +9,8 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
-from finetuning.objects import read_pair
-from finetuning.pairs import Pair
+from finetuning.dataset.objects import read_pair
+from finetuning.dataset.pairs import Pair
 from finetuning.prompts import random_point
 from finetuning.recipe import Recipe
 

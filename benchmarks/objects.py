@@ -29,9 +29,9 @@ from tqdm import tqdm
 import train_sam2_proper
 from finetuning.basics.command_line import ArgumentParser, number, run, seed
 from finetuning.basics.image_files import write_image
-from finetuning.data_folder import new_dataset
-from finetuning.filling import write_objects
-from finetuning.synthetic_images import _to_uint8, coordinates, draw_blob, paint, smooth_noise
+from finetuning.dataset.data_folder import new_dataset
+from finetuning.dataset.demo_images import coordinates, draw_blob, paint, smooth_noise, to_uint8
+from finetuning.dataset.filling import write_objects
 
 
 class Drawn(NamedTuple):
@@ -78,7 +78,7 @@ def draw_cells(
     canvas *= 1 - 0.4 * ((x - 0.5) ** 2 + (y - 0.5) ** 2)[..., None]
     masks = [labels == label for label in range(1, count + 1)]
     smallest = max(12, 0.2 * np.pi * (radius * size) ** 2)
-    return _to_uint8(rng, canvas, 0.03), [mask for mask in masks if mask.sum() > smallest]
+    return to_uint8(rng, canvas, 0.03), [mask for mask in masks if mask.sum() > smallest]
 
 
 def draw_dataset(data: Path, drawn: Drawn) -> None:

@@ -13,8 +13,8 @@ from guides_loop import clock
 from tqdm import tqdm
 
 from finetuning.basics.image_files import read_image
+from finetuning.dataset.pairs import Pair
 from finetuning.losses import mask_losses
-from finetuning.pairs import Pair
 from finetuning.prompts import mask_box
 
 # Of Sam2HieraDetConfig; tiny is its default

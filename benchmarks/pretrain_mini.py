@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam2_utils import calculate_iou, select_device
 
+from benchmarks.pretraining_images import Drawing, draw_pretraining_image
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.basics.files import atomic_write
 from finetuning.encoder_training import encode_with_gradients
@@ -47,7 +48,6 @@ from finetuning.segmentation import (
     predict_masks,
     upscale_masks,
 )
-from finetuning.synthetic_images import Drawing, draw_pretraining_image
 
 
 class Phase(NamedTuple):

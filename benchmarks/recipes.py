@@ -40,13 +40,13 @@ from finetuning.basics.command_line import ArgumentParser, add_device_option, nu
 from finetuning.basics.files import as_it_was, atomic_write, write_csv
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import measure_clicks
+from finetuning.dataset.objects import count_objects, read_objects
+from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.evaluation import Model, features_for, mean_metrics, measure
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import FeatureSource, open_cache
 from finetuning.learner import make_learner
 from finetuning.models import MODELS, ensure_checkpoint, load_predictor
-from finetuning.objects import count_objects, read_objects
-from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import prompt_from_mask
 from finetuning.recipe import DEFAULT, GUIDE, MINI_LR, RECIPE_OPTIONS, Recipe
 from finetuning.segmentation import predict_masks

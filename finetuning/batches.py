@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from finetuning.basics import distributed
 from finetuning.basics.image_files import read_image, require_equal_sizes
 from finetuning.basics.threads import in_threads
+from finetuning.dataset.objects import read_objects
+from finetuning.dataset.pairs import Pair
 from finetuning.feature_cache import FeatureCache
-from finetuning.objects import read_objects
-from finetuning.pairs import Pair
 from finetuning.prompts import (
     RANDOM_POINTS,
     Prompt,

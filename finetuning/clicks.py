@@ -21,8 +21,8 @@ from tqdm import tqdm
 from finetuning.basics.files import atomic_write, write_csv
 from finetuning.basics.language import ENGLISH, Language
 from finetuning.batches import Batch
+from finetuning.dataset.objects import read_objects
 from finetuning.evaluation import Result, features_for, group_by_image
-from finetuning.objects import read_objects
 from finetuning.prompts import Prompt, add_click, corrective_click
 from finetuning.segmentation import (
     Features,

@@ -15,11 +15,11 @@ from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
 from finetuning.basics.files import write_csv
 from finetuning.basics.language import ENGLISH, Language
 from finetuning.checkpoints import save_checkpoint
+from finetuning.dataset.objects import Objects, read_pair
+from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import Model
 from finetuning.feature_source import FeatureSource
 from finetuning.models import load_predictor
-from finetuning.objects import Objects, read_pair
-from finetuning.pairs import Pair
 from finetuning.prompts import mask_box
 from finetuning.tables import Table
 

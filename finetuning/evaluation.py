@@ -18,10 +18,10 @@ import numpy as np
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
+from finetuning.dataset.objects import read_objects
+from finetuning.dataset.pairs import Pair
 from finetuning.feature_source import FeatureSource
 from finetuning.metrics import METRICS, Metric
-from finetuning.objects import read_objects
-from finetuning.pairs import Pair
 from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.segmentation import Features, segment_together
 

@@ -15,8 +15,8 @@ from finetuning.basics import distributed
 from finetuning.basics.command_line import tell
 from finetuning.basics.files import remove_abandoned
 from finetuning.basics.image_files import read_image, require_equal_sizes
+from finetuning.dataset.pairs import Pair
 from finetuning.feature_cache import FeatureCache
-from finetuning.pairs import Pair
 from finetuning.segmentation import Features, encode_images
 
 CACHE_PLACES = ("auto", "gpu", "memory", "disk")

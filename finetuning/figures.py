@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from finetuning.clicks import CLICK_FILES
+from finetuning.dataset.objects import read_pair
 from finetuning.detection import AUTO_FILE
 from finetuning.drawing import draw_object, draw_panels
 from finetuning.evaluation import (
@@ -19,7 +20,6 @@ from finetuning.evaluation import (
     mean_metrics,
     segment_with_all,
 )
-from finetuning.objects import read_pair
 
 FIGURE_NAME = re.compile(r"comparison_\d+_[+-]\d+p_")
 MODEL_NAMES = ("original", "fine-tuned")

@@ -11,24 +11,15 @@ from typing import NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import number, quoted
-from finetuning.basics.csv_files import read_with_digest, write_with_digest
-from finetuning.basics.files import content_sha256, hash_contents
-from finetuning.basics.run_outputs import (
-    FINAL_FILE,
-    FOLDS_FILE,
-    MODELS,
-    RUN_COLUMNS,
-    RUNS_FILE,
-    STATE_FILE,
-)
-from finetuning.pairs import Pair
+from finetuning.basics.command_line import number
+from finetuning.basics.csv_files import write_with_digest
+from finetuning.basics.files import content_sha256
+from finetuning.basics.run_outputs import FOLDS_FILE, MODELS, RUN_COLUMNS, RUNS_FILE, STATE_FILE
+from finetuning.dataset.pairs import Pair
+from finetuning.dataset.splitting import FOLD_COLUMNS, fold_folder, keyed, make_folds
 from finetuning.recipe import Recipe
 from finetuning.resuming import Log
 from finetuning.run_state import best_of
-from finetuning.splitting import make_folds
-
-FOLD_COLUMNS = ("fold", "image", "sha256")
 
 
 def add_repeat_options(files: argparse._ActionsContainer) -> None:
@@ -112,45 +103,6 @@ def describe_training(training: Training, data: Path) -> str:
     train_count, val_count = map(len, training.pairs.values())
     title = f"{training.title}: " if training.title else ""
     return f"{title}{train_count} training and {val_count} validation images from {data}"
-
-
-def keyed(pairs: dict[str, list[Pair]]) -> dict[str, Pair]:
-    """Return pairs by SPLIT/NAME, since a name may be in several splits."""
-    return {f"{split}/{pair.name}": pair for split, found in pairs.items() for pair in found}
-
-
-def fold_folder(output: Path, number: int) -> Path:
-    return output / f"fold_{number}"
-
-
-def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pair]]:
-    """Return the pairs of each fold, by the model of its last epoch, which has not seen them.
-
-    Images are matched by their content: another split or name changes nothing. The best epoch is
-    none to take here: the fold itself chose it. Raises UserError where the folds are not there, are
-    not those of these pairs, or are not all trained.
-    """
-    file = output / FOLDS_FILE
-    if not file.is_file():
-        raise UserError(f"no {file}; run: python train_sam2_proper.py --folds 5")
-    folds: dict[Path, list[Pair]] = {}
-    of_content: dict[str, dict[str, Pair]] = {}  # several by their keys, where some are the same
-    by_key = keyed(pairs)
-    hashes = hash_contents(pair.image for pair in by_key.values())
-    for key, pair in by_key.items():
-        of_content.setdefault(hashes[pair.image], {})[key] = pair
-    for fold, key, sha256 in read_with_digest(file, FOLD_COLUMNS):
-        same = of_content.get(sha256)
-        if not same or not fold.isdecimal():
-            raise UserError(f"{file} has {quoted(key)}, which is not in this --data; train anew")
-        pair = same.pop(key if key in same else next(iter(same)))
-        folds.setdefault(fold_folder(output, int(fold)) / FINAL_FILE, []).append(pair)
-    if left := sum(map(len, of_content.values())):
-        print(f"images that are in no fold, and so are not measured: {left}")
-    for model in folds:
-        if not model.is_file():
-            raise UserError(f"{model} is missing; train with --folds to the end (--resume goes on)")
-    return folds
 
 
 def conclude_repeats(

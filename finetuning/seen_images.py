@@ -15,8 +15,8 @@ from sam2_utils import UserError
 
 from finetuning.basics.files import hash_contents
 from finetuning.checkpoints import setting
+from finetuning.dataset.pairs import Pair
 from finetuning.models import is_published
-from finetuning.pairs import Pair
 
 SEEN = "seen"  # the record, among the settings of a model's file
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from finetuning.objects import Objects
+from finetuning.dataset.objects import Objects
 
 LOSS_GRID = 256  # cells a side, of what the loss is measured and prompts are placed on: the
 # resolution of full-size models' masks

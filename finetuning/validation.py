@@ -6,10 +6,10 @@ from sam2_utils import UserError
 
 from tqdm import tqdm
 
+from finetuning.dataset.objects import limit_objects
+from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import Example, Model, mean_metrics, measure_examples, read_examples
 from finetuning.metrics import LOGGED
-from finetuning.objects import limit_objects
-from finetuning.pairs import Pair
 
 MOST_OBJECTS = 2000  # after each epoch
 

@@ -22,13 +22,13 @@ from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
 from finetuning.basics.image_files import write_image
 from finetuning.batches import Step, TrainingSet
 from finetuning.checkpoints import load_checkpoint, save_checkpoint
+from finetuning.dataset.objects import Objects, read_objects
+from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.detection import Counts, best_score, choose_rule, iou_table, match, total
 from finetuning.evaluation import Model
 from finetuning.feature_source import FeatureSource
 from finetuning.losses import image_losses
 from finetuning.models import load_predictor, make_predictor
-from finetuning.objects import Objects, read_objects
-from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import PromptMix, make_prompt, plan_prompts
 from finetuning.recipe import DEFAULT
 from finetuning.segmentation import Prediction

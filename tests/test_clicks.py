@@ -22,11 +22,11 @@ from finetuning.clicks import (
     simulate_clicks,
     write_clicks,
 )
+from finetuning.dataset.objects import Objects
+from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import Model, Result
 from finetuning.feature_source import FeatureSource
 from finetuning.models import load_predictor
-from finetuning.objects import Objects
-from finetuning.pairs import Pair
 from finetuning.prompts import corrective_click, make_prompt
 from finetuning.segmentation import Prediction, encode_images
 

@@ -23,10 +23,10 @@ from finetuning import compared_models, feature_source
 from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.checkpoints import save_checkpoint
 from finetuning.compared_models import choose_precision, load_models
+from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import Result, bootstrap_interval
 from finetuning.figures import choose_figures
 from finetuning.metrics import METRICS
-from finetuning.pairs import Pair
 from finetuning.prompts import make_prompt
 from finetuning.report import format_box, summarize
 from finetuning.report_sentences import format_interval

@@ -14,14 +14,14 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
+from benchmarks.pretraining_images import draw_pretraining_image
 from finetuning import run_state
 from finetuning.basics.image_files import read_image, read_mask
-from finetuning.demo_images import draw_demo_pair, write_demo_dataset
+from finetuning.dataset.demo_images import draw_demo_pair, write_demo_dataset
+from finetuning.dataset.pairs import split_pairs
 from finetuning.models import load_predictor
-from finetuning.pairs import split_pairs
 from finetuning.prompts import make_prompt, prompt_from_mask
 from finetuning.segmentation import encode_images, predict_masks, segment
-from finetuning.synthetic_images import draw_pretraining_image
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 

@@ -19,11 +19,11 @@ from finetuning import batches, epoch_report
 from finetuning.basics import distributed
 from finetuning.basics.distributed import mean_over_all
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.dataset.pairs import split_pairs
 from finetuning.epoch_report import READ_EVERY, RECENT, EpochReport
 from finetuning.feature_cache import FeatureCache
 from finetuning.learner import make_learner
 from finetuning.models import load_predictor
-from finetuning.pairs import split_pairs
 from finetuning.recipe import DEFAULT
 from train_sam2_proper import train_one_epoch
 

@@ -30,13 +30,13 @@ from finetuning.basics import files
 from finetuning.basics.files import only_run_in
 from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.batches import Batch, EpochSampler, Step, TrainingSet, make_loader
+from finetuning.dataset.objects import count_objects, read_pair
+from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.feature_cache import FeatureCache, hash_encoder
 from finetuning.feature_source import FeatureSource, check_room, choose_place, open_cache
 from finetuning.learner import compiling_pays
 from finetuning.losses import batch_loss
 from finetuning.models import MODELS, load_predictor, make_predictor
-from finetuning.objects import count_objects, read_pair
-from finetuning.pairs import Pair, split_pairs
 from finetuning.recipe import GUIDE
 from finetuning.segmentation import Features, PromptedDecoder, encode_images, predict_masks
 from finetuning.training_masks import HALF, LOSS_GRID, mask_on_grid

@@ -14,10 +14,10 @@ from conftest import CPU, write_data
 import train_sam2_proper
 from finetuning.batches import EpochSampler, Step, TrainingSet, make_loader
 from finetuning.clicks import add_clicks
+from finetuning.dataset.pairs import split_pairs
 from finetuning.learner import Learner, make_learner, objects_at_once, set_learning_rate, take_step
 from finetuning.losses import batch_loss
 from finetuning.models import load_predictor
-from finetuning.pairs import split_pairs
 from finetuning.prompts import PromptPlan
 from finetuning.recipe import DEFAULT
 from finetuning.segmentation import encode_images, predict_masks

@@ -10,8 +10,8 @@ import pytest
 
 from finetuning.basics.files import atomic_write
 from finetuning.basics.image_files import read_image, read_mask, write_image
-from finetuning.objects import read_pair
-from finetuning.pairs import Pair, find_pairs, split_pairs
+from finetuning.dataset.objects import read_pair
+from finetuning.dataset.pairs import Pair, find_pairs, split_pairs
 
 
 def write_raw(path: Path, array: np.ndarray, *parameters: int) -> Path:

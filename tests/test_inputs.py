@@ -17,8 +17,8 @@ import train_sam2_proper
 from download_dataset import main
 from finetuning.basics.files import atomic_write
 from finetuning.basics.image_files import read_image, read_mask, write_image
-from finetuning.objects import read_objects
-from finetuning.pairs import read_facts, split_pairs
+from finetuning.dataset.objects import read_objects
+from finetuning.dataset.pairs import read_facts, split_pairs
 from finetuning.sources.mask_values import MaskReader, MaskRule, parse_value
 
 COUNT = 4

@@ -12,11 +12,11 @@ import compare_models
 from finetuning.basics import distributed
 from finetuning.basics.image_files import write_image
 from finetuning.batches import EpochSampler, Step, TrainingSet
+from finetuning.dataset.objects import read_objects
+from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import Model, measure
 from finetuning.feature_source import FeatureSource
 from finetuning.models import load_predictor
-from finetuning.objects import read_objects
-from finetuning.pairs import Pair
 from finetuning.prompts import PromptMix, make_prompt, plan_prompts
 from finetuning.segmentation import encode_images, predict_masks
 from finetuning.training_masks import ALL, LOSS_GRID, mask_on_grid

@@ -21,13 +21,13 @@ import test_my_image
 import train_sam2_proper
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.batches import EpochSampler, TrainingSet
+from finetuning.dataset.filling import write_objects
+from finetuning.dataset.objects import count_objects, limit_objects, read_objects
+from finetuning.dataset.pairs import Pair, facts_text, read_facts, split_pairs
 from finetuning.evaluation import Model, bootstrap_interval, measure
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import FeatureSource
-from finetuning.filling import write_objects
 from finetuning.models import load_predictor
-from finetuning.objects import count_objects, limit_objects, read_objects
-from finetuning.pairs import Pair, facts_text, read_facts, split_pairs
 from finetuning.segmentation import encode_images, predict_masks
 
 SIZE = (96, 128)

@@ -12,7 +12,7 @@ from finetuning import batches
 from finetuning.basics import distributed
 from finetuning.basics.command_line import run
 from finetuning.batches import EpochSampler, TrainingSet, count_workers, make_loader
-from finetuning.pairs import split_pairs
+from finetuning.dataset.pairs import split_pairs
 
 MEGABYTE = 2**20
 

@@ -11,8 +11,8 @@ from sam2.utils.transforms import SAM2Transforms
 from finetuning.basics.image_files import read_mask
 from finetuning.batches import Batch, Step, TrainingSet
 from finetuning.clicks import add_clicks
+from finetuning.dataset.pairs import Pair
 from finetuning.models import load_predictor
-from finetuning.pairs import Pair
 from finetuning.prompts import (
     MAX_CLICKS,
     PromptMix,

@@ -11,7 +11,7 @@ import download_dataset
 import test_my_image
 import train_sam2_proper
 from finetuning.basics.image_files import read_mask
-from finetuning.pairs import split_pairs
+from finetuning.dataset.pairs import split_pairs
 
 ARCHIVE = os.environ.get("KVASIR_SEG_ZIP")
 

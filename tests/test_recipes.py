@@ -23,8 +23,8 @@ from benchmarks.recipes import (
 )
 from finetuning.basics.files import write_csv
 from finetuning.basics.image_files import write_image
+from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import Model
-from finetuning.pairs import Pair
 from finetuning.segmentation import Features, Prediction
 
 

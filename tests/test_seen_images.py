@@ -10,8 +10,8 @@ import compare_models
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
 from finetuning.checkpoints import load_checkpoint
+from finetuning.dataset.pairs import split_pairs
 from finetuning.models import MODELS
-from finetuning.pairs import split_pairs
 from finetuning.seen_images import (
     SEEN,
     Overlap,

@@ -17,11 +17,11 @@ from finetuning.basics import distributed, files, threads
 from finetuning.basics.files import content_sha256, hash_contents
 from finetuning.basics.threads import in_threads
 from finetuning.batches import Step, TrainingSet
+from finetuning.dataset.filling import write_objects
+from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.feature_cache import FeatureCache
 from finetuning.feature_source import open_cache
-from finetuning.filling import write_objects
 from finetuning.models import load_predictor
-from finetuning.pairs import Pair, split_pairs
 from finetuning.prompts import PromptMix
 from finetuning.recipe import DEFAULT
 from finetuning.run_state import Start, run_settings

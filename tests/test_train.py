@@ -18,12 +18,12 @@ import train_sam2_proper
 from finetuning import run_state
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.batches import Batch, EpochSampler, TrainingSet, make_loader
+from finetuning.dataset.pairs import split_pairs
 from finetuning.drawing import draw_learning_curve
 from finetuning.learner import Learner, make_learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.losses import batch_loss, image_losses
 from finetuning.models import MODELS, load_predictor
-from finetuning.pairs import split_pairs
 from finetuning.prompts import PromptMix, PromptPlan, make_prompt
 from finetuning.recipe import GUIDE, Recipe
 from finetuning.segmentation import Features, Prediction

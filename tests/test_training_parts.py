@@ -14,10 +14,10 @@ from finetuning import evaluation, run_state
 from finetuning.basics.image_files import write_image
 from finetuning.basics.run_outputs import STATE_FILE
 from finetuning.checkpoints import load_checkpoint
+from finetuning.dataset.objects import read_objects
+from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import Model, mean_metrics, measure
 from finetuning.learner import Learner, Machine, make_learner, take_step
-from finetuning.objects import read_objects
-from finetuning.pairs import Pair
 from finetuning.prompts import prompt_from_mask
 from finetuning.recipe import DEFAULT, Recipe
 from finetuning.repeats import Training

@@ -22,9 +22,9 @@ import torch
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
 from finetuning.checkpoints import save_checkpoint
-from finetuning.demo_images import draw_demo_pair
+from finetuning.dataset.demo_images import draw_demo_pair
+from finetuning.dataset.pairs import SPLIT_FILE
 from finetuning.models import build_predictor, load_predictor
-from finetuning.pairs import SPLIT_FILE
 from finetuning.prompts import Prompt, deepest_point, make_prompt, mask_box
 from finetuning.segmentation import encode_images, segment
 

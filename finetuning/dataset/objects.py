@@ -12,7 +12,7 @@ import numpy as np
 
 from finetuning.basics.image_files import read_image, read_mask, read_values, require_equal_sizes
 from finetuning.basics.threads import in_threads
-from finetuning.pairs import Pair, files_by_stem
+from finetuning.dataset.pairs import Pair, files_by_stem
 
 DRAW_SEED = 42  # of limit_objects: the same objects in every run, whatever its seed
 

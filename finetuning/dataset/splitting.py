@@ -1,11 +1,23 @@
-"""Which images are kept for validation and for a test: by seed, and never half a group of them."""
+"""Which images are kept for validation and for a test: by seed, and never half a group of them.
+
+And the folds of a cross-validation, as a training has written them.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from sam2_utils import UserError
+
+from finetuning.basics.command_line import quoted
+from finetuning.basics.csv_files import read_with_digest
+from finetuning.basics.files import hash_contents
+from finetuning.basics.run_outputs import FINAL_FILE, FOLDS_FILE
+from finetuning.dataset.pairs import Pair
+
+FOLD_COLUMNS = ("fold", "image", "sha256")
 
 
 def split_names(
@@ -98,3 +110,42 @@ def choose_groups(
         (chosen if is_chosen else others).append(group)
         left -= len(group) if is_chosen else 0
     return chosen, others
+
+
+def keyed(pairs: dict[str, list[Pair]]) -> dict[str, Pair]:
+    """Return pairs by SPLIT/NAME, since a name may be in several splits."""
+    return {f"{split}/{pair.name}": pair for split, found in pairs.items() for pair in found}
+
+
+def fold_folder(output: Path, number: int) -> Path:
+    return output / f"fold_{number}"
+
+
+def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pair]]:
+    """Return the pairs of each fold, by the model of its last epoch, which has not seen them.
+
+    Images are matched by their content: another split or name changes nothing. The best epoch is
+    none to take here: the fold itself chose it. Raises UserError where the folds are not there, are
+    not those of these pairs, or are not all trained.
+    """
+    file = output / FOLDS_FILE
+    if not file.is_file():
+        raise UserError(f"no {file}; run: python train_sam2_proper.py --folds 5")
+    folds: dict[Path, list[Pair]] = {}
+    of_content: dict[str, dict[str, Pair]] = {}  # several by their keys, where some are the same
+    by_key = keyed(pairs)
+    hashes = hash_contents(pair.image for pair in by_key.values())
+    for key, pair in by_key.items():
+        of_content.setdefault(hashes[pair.image], {})[key] = pair
+    for fold, key, sha256 in read_with_digest(file, FOLD_COLUMNS):
+        same = of_content.get(sha256)
+        if not same or not fold.isdecimal():
+            raise UserError(f"{file} has {quoted(key)}, which is not in this --data; train anew")
+        pair = same.pop(key if key in same else next(iter(same)))
+        folds.setdefault(fold_folder(output, int(fold)) / FINAL_FILE, []).append(pair)
+    if left := sum(map(len, of_content.values())):
+        print(f"images that are in no fold, and so are not measured: {left}")
+    for model in folds:
+        if not model.is_file():
+            raise UserError(f"{model} is missing; train with --folds to the end (--resume goes on)")
+    return folds

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from finetuning.basics.image_decoding import orientation
 from finetuning.basics.image_files import read_image, read_mask, require_equal_sizes, write_image
-from finetuning.copies import make_thumbnail
-from finetuning.pairs import files_by_stem
+from finetuning.dataset.copies import make_thumbnail
+from finetuning.dataset.pairs import files_by_stem
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import Example
 

@@ -16,15 +16,22 @@ from sam2_utils import UserError
 from finetuning.basics.command_line import listed, tell
 from finetuning.basics.files import LARGEST, only_run_in, require_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.copies import COPIES_FILE, describe_copies, find_copies, write_copies
-from finetuning.demo_images import write_demo_dataset
-from finetuning.filling import UNSPLIT, Filled, Filler, move_to_splits
-from finetuning.groups import Grouping, find_groups, join_groups, torn_groups
-from finetuning.overview import OVERVIEW_FILE, draw_overview
-from finetuning.pairs import SPLIT_FILE, SPLITS, facts_text, find_pairs, read_facts, split_pairs
+from finetuning.dataset.copies import COPIES_FILE, describe_copies, find_copies, write_copies
+from finetuning.dataset.demo_images import write_demo_dataset
+from finetuning.dataset.filling import UNSPLIT, Filled, Filler, move_to_splits
+from finetuning.dataset.groups import Grouping, find_groups, join_groups, torn_groups
+from finetuning.dataset.overview import OVERVIEW_FILE, draw_overview
+from finetuning.dataset.pairs import (
+    SPLIT_FILE,
+    SPLITS,
+    facts_text,
+    find_pairs,
+    read_facts,
+    split_pairs,
+)
+from finetuning.dataset.splitting import split_names
 from finetuning.sources.mask_values import MaskRule
 from finetuning.sources.pairing import Example
-from finetuning.splitting import split_names
 
 MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # what a data set is, beside that
 SPLIT_OPTIONS = ("test_fraction", "group_regex", "groups", "copies")

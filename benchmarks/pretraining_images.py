@@ -1,8 +1,7 @@
-"""Drawn images: what the mini model is pretrained on, and the scenes of the demo.
+"""Drawn images that the mini model is pretrained on.
 
-No data set and no licence is involved. All is computed in NumPy, element by element in float64, and
-rounded to bytes at the end, so that a seed draws the same bytes on every platform. Lengths are
-fractions of the image's width; colours are 0 to 1.
+No data set and no licence is involved; as in the demo's images, a seed draws the same bytes on
+every platform.
 """
 
 from __future__ import annotations
@@ -11,21 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-def chance(rng: np.random.Generator, probability: float) -> bool:
-    """Return True with this probability."""
-    return bool(rng.random() < probability)
-
-
-def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Draw SxS float values from -1 to 1 that vary over size / cells pixels."""
-    grid = rng.uniform(-1, 1, (cells + 2, cells + 2))
-    position = (np.arange(size) + 0.5) * cells / size
-    cell = position.astype(int)
-    weight = position - cell
-    weight = weight * weight * (3 - 2 * weight)
-    rows = grid[cell] + (grid[cell + 1] - grid[cell]) * weight[:, None]
-    return rows[:, cell] + (rows[:, cell + 1] - rows[:, cell]) * weight
+from finetuning.dataset.demo_images import (
+    Blob,
+    chance,
+    coordinates,
+    direction,
+    draw_blob,
+    paint,
+    paint_relief,
+    paint_sparkle,
+    smooth_noise,
+    to_uint8,
+)
 
 
 def texture(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -45,68 +41,6 @@ def texture(rng: np.random.Generator, size: int) -> np.ndarray:
     step_x, step_y = rng.uniform(-15, 15, 2)
     phase = x * step_x + y * step_y + coarse
     return 4 * np.abs(phase - np.floor(phase) - 0.5) - 1
-
-
-def coordinates(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return x (1xS) and y (Sx1) of the pixels' centers, from 0 to 1."""
-    ramp = (np.arange(size) + 0.5) / size
-    return ramp[None, :], ramp[:, None]
-
-
-def direction(rng: np.random.Generator) -> np.ndarray:
-    """Draw a unit vector (X,Y)."""
-    while True:
-        vector = rng.uniform(-1, 1, 2)
-        length = np.sqrt(vector[0] * vector[0] + vector[1] * vector[1])
-        if 0.1 < length < 1:
-            return vector / length
-
-
-class Blob(NamedTuple):
-    """A smooth shape.
-
-    height: SxS float; above 0 inside, 1 at the top.
-    slope: 2xSxS float, how far right and down of its center a pixel is, about -1 to 1 inside.
-    radius: its mean radius.
-    """
-
-    height: np.ndarray
-    slope: np.ndarray
-    radius: float
-
-    @property
-    def mask(self) -> np.ndarray:
-        return self.height > 0
-
-    def alpha(self, softness: float) -> np.ndarray:
-        """Return SxS opacities from 0 to 1, whose edge is `softness` pixels wide."""
-        pixels = self.height * 0.5 * self.radius * len(self.height) / softness
-        return np.clip(pixels + 0.5, 0, 1)
-
-
-def draw_blob(
-    rng: np.random.Generator,
-    size: int,
-    center: np.ndarray,
-    radius: float,
-    elongation: float = 1.0,
-    wobble: float = 0.3,
-) -> Blob:
-    """Draw an ellipse of any direction with an uneven outline, about `center` (X,Y)."""
-    x, y = coordinates(size)
-    x, y = (x - center[0]) / radius, (y - center[1]) / radius
-    axis = direction(rng)
-    stretch = np.sqrt(elongation)
-    along, across = (x * axis[0] + y * axis[1]) / stretch, (y * axis[0] - x * axis[1]) * stretch
-    cells = max(2, round(1 / radius))
-    bumps = smooth_noise(rng, size, cells) + 0.4 * smooth_noise(rng, size, 2 * cells)
-    height = 1 - along * along - across * across + wobble * bumps
-    return Blob(height, np.stack(np.broadcast_arrays(x, y)), radius)
-
-
-def paint(canvas: np.ndarray, color: np.ndarray, alpha: np.ndarray) -> None:
-    """Blend `color` (3 or SxSx3) into the SxSx3 canvas, by SxS opacities."""
-    canvas += (color - canvas) * alpha[..., None]
 
 
 class Drawing(NamedTuple):
@@ -136,16 +70,16 @@ def draw_pretraining_image(rng: np.random.Generator, size: int, hardness: float)
         canvas = background + contrast * _colored_texture(rng, size)
         is_cavity = hardness > 0 and chance(rng, hardness)
         if is_cavity:
-            _paint_relief(rng, canvas)
+            paint_relief(rng, canvas)
         blobs = _paint_blobs(rng, canvas, background, hardness)
         _paint_highlights(rng, canvas, np.stack([blob.mask for blob in blobs]).any(axis=0))
         if is_cavity:
-            _paint_sparkle(rng, canvas)
+            paint_sparkle(rng, canvas)
         lit = _shade_image(rng, canvas)
         masks = _visible_masks(blobs, lit)
         if len(masks):
             near = np.stack([blob.alpha(0.04 * size) > 0 for blob in blobs]).any(axis=0)
-            return Drawing(_to_uint8(rng, canvas, rng.uniform(0, 0.04)), masks, ~near)
+            return Drawing(to_uint8(rng, canvas, rng.uniform(0, 0.04)), masks, ~near)
 
 
 def _colored_texture(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -244,34 +178,6 @@ def _draw_crowd(rng: np.random.Generator, size: int) -> list[Blob]:
     ]
 
 
-def _paint_relief(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Turn the canvas into the inside of a cavity: folds, vessels, and the dark of its depth."""
-    size = len(canvas)
-    x, y = coordinates(size)
-    axis = direction(rng)
-    folds = (x * axis[0] + y * axis[1]) * rng.uniform(2, 6) + 0.6 * smooth_noise(rng, size, 3)
-    folds = folds - np.floor(folds)  # rises slowly, then falls sharply
-    folds = np.minimum(folds, 4 * (1 - folds)) / 0.8
-    canvas *= 1 + rng.uniform(0.1, 0.5) * (folds - 0.7)[..., None]
-    if chance(rng, 0.6):
-        vessels = 1 - np.abs(smooth_noise(rng, size, int(rng.integers(4, 9)))) / 0.06
-        strength = np.clip(vessels, 0, 1) * np.clip(0.5 + smooth_noise(rng, size, 3), 0, 1)
-        paint(canvas, canvas * [0.8, 0.5, 0.5], rng.uniform(0.3, 1) * strength)
-    if chance(rng, 0.6):
-        depth = draw_blob(rng, size, rng.uniform(0, 1, 2), rng.uniform(0.12, 0.3), 1.3)
-        paint(canvas, canvas * rng.uniform(0.05, 0.4), depth.alpha(0.08 * size))
-
-
-def _paint_sparkle(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Scatter small reflections in clusters, as on a wet surface."""
-    size = len(canvas)
-    fine = int(rng.integers(24, 40))
-    grains = smooth_noise(rng, size, fine) + 0.6 * smooth_noise(rng, size, fine // 2)
-    clusters = smooth_noise(rng, size, 5) - rng.uniform(0, 0.4)
-    strength = np.clip(6 * (grains - 0.9), 0, 1) * np.clip(5 * clusters, 0, 1)
-    paint(canvas, np.full(3, 0.97), strength)
-
-
 def _color_apart(
     rng: np.random.Generator, color: np.ndarray, nearest: float, farthest: float
 ) -> np.ndarray:
@@ -328,9 +234,3 @@ def _shade_image(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
         black = corner | side
     canvas[black] = 0.02
     return ~black
-
-
-def _to_uint8(rng: np.random.Generator, canvas: np.ndarray, grain: float) -> np.ndarray:
-    """Add grain, and round the SxSx3 canvas to bytes."""
-    canvas = canvas + grain * rng.uniform(-1, 1, canvas.shape[:2])[..., None]
-    return np.floor(np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -9,9 +9,9 @@ import numpy as np
 
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.basics.pictures import COLORS
-from finetuning.filling import Filled
-from finetuning.objects import read_objects
-from finetuning.pairs import Pair
+from finetuning.dataset.filling import Filled
+from finetuning.dataset.objects import read_objects
+from finetuning.dataset.pairs import Pair
 
 OVERVIEW_FILE = "overview.png"
 SHOWN = 12  # images
