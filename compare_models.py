@@ -47,13 +47,14 @@ from finetuning.clicks import (
     measure_clicks,
     write_clicks,
 )
-from finetuning.compared_models import load_models
 from finetuning.dataset.pairs import SPLITS, Pair, keep_out, split_pairs
 from finetuning.dataset.splitting import read_folds
 from finetuning.detection import AUTO_FILE, compare_automatic
-from finetuning.evaluation import Model, Result, find_in_empty, measure, unit_of
+from finetuning.evaluation import Result, find_in_empty, measure, unit_of
 from finetuning.figures import draw_comparisons, remove_earlier
-from finetuning.models import MODELS
+from finetuning.model.loading import load_models
+from finetuning.model.model import Model
+from finetuning.model.models import MODELS
 from finetuning.report import format_files, format_summary, summarize
 from finetuning.report_page import Setup, write_page
 from finetuning.report_sentences import empty_sentence

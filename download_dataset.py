@@ -31,7 +31,7 @@ from finetuning.dataset.data_folder import (
 from finetuning.dataset.groups import Grouping
 from finetuning.dataset.overview import OVERVIEW_FILE, describe
 from finetuning.dataset.pairs import split_pairs
-from finetuning.models import MODELS, ensure_checkpoint
+from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.sources.mask_values import MaskRule, add_mask_options
 from finetuning.sources.source import Source, add_source_options
 

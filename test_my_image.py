@@ -30,7 +30,6 @@ from sam2_utils import UserError, select_device
 
 import numpy as np
 
-from finetuning.automatic import ANY, Rule, rule_of
 from finetuning.basics.command_line import (
     ArgumentParser,
     add_device_option,
@@ -46,10 +45,11 @@ from finetuning.basics.image_files import read_image, read_mask
 from finetuning.coco_results import coco_files, require_pycocotools
 from finetuning.folder_run import Tally, Way, read_like_training, segment_folder
 from finetuning.given_prompts import add_prompt_options, make_prompts
-from finetuning.model_choice import load_segmenters, value_range_of
-from finetuning.models import MODELS, ensure_checkpoint
+from finetuning.model.automatic import ANY, Rule, rule_of
+from finetuning.model.loading import load_segmenters, value_range_of
+from finetuning.model.models import MODELS, ensure_checkpoint
+from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.prompt_table import check_inside, read_prompts
-from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.result_files import KINDS, Segmented, free_name, write_files
 from finetuning.results import TABLE, Results, list_images, printable, settings_of
 

@@ -42,11 +42,8 @@ from finetuning.basics.files import only_run_in
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import add_clicks
 from finetuning.dataset.pairs import keep_out, split_pairs
-from finetuning.device_check import trusted_device
 from finetuning.earlier_runs import require_elsewhere, set_aside
 from finetuning.epoch_report import EpochReport
-from finetuning.evaluation import Model
-from finetuning.feature_source import FeatureSource, open_cache
 from finetuning.learner import (
     Learner,
     Machine,
@@ -58,7 +55,12 @@ from finetuning.learner import (
 )
 from finetuning.learning_rate import learning_rate_factor, try_learning_rates
 from finetuning.losses import batch_loss
-from finetuning.models import load_predictor, own_image_size
+from finetuning.model import trainable_encoder
+from finetuning.model.cache_places import open_cache
+from finetuning.model.loading import trusted_device
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import load_predictor, own_image_size
+from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
 from finetuning.repeats import (
     Training,
@@ -73,7 +75,6 @@ from finetuning.repeats import (
 from finetuning.resuming import load_state
 from finetuning.run_state import Start
 from finetuning.seen_images import seen_before
-from finetuning.segmentation import encode_images, predict_masks
 from finetuning.validation import MOST_OBJECTS, Validation
 
 
@@ -91,7 +92,7 @@ def train_one_epoch(
     """
     loader.sampler.epoch = epoch
     learns = recipe.train_encoder != "none"
-    encode = encoder_training.encode_with_gradients if learns else encode_images
+    encode = trainable_encoder.encode_with_gradients if learns else encode_images
     input_size, steps = (predictor.model.image_size,) * 2, recipe.epochs * len(loader)
     report = EpochReport(epoch, predictor.device)
     progress = tqdm(loader, desc=f"Epoch {epoch}/{recipe.epochs}", unit="step", leave=False)
@@ -218,7 +219,13 @@ def train(
     cache = None
     if settings["cache"]:
         folder = Path(settings["cache"])
-        cache = open_cache(predictor, folder, machine.precision, pairs, machine.cache_in)
+        cache = open_cache(
+            predictor,
+            folder,
+            machine.precision,
+            {split: [pair.image for pair in found] for split, found in pairs.items()},
+            machine.cache_in,
+        )
     model = Model(predictor, FeatureSource(predictor, machine.precision, cache))
     size = predictor.model.image_size
     training_set = TrainingSet(pairs["train"], cache, size, recipe.seed, recipe.prompt_mix)

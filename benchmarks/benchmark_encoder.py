@@ -25,7 +25,7 @@ from finetuning.basics.command_line import run
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.dataset.pairs import split_pairs
 from finetuning.learner import make_learner
-from finetuning.models import build_predictor
+from finetuning.model.models import build_predictor
 
 STEPS = 2  # the second has the optimizer's state in memory beside the rest
 

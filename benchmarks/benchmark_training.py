@@ -47,12 +47,12 @@ import train_sam2_proper
 from finetuning import run_state
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.basics.files import atomic_write, write_csv
-from finetuning.checkpoints import save_checkpoint
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.feature_cache import FeatureCache
 from finetuning.learner import make_learner
-from finetuning.models import (
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.models import (
     MODELS,
     build_predictor,
     ensure_checkpoint,
@@ -60,9 +60,9 @@ from finetuning.models import (
     own_image_size,
     parse_image_size,
 )
-from finetuning.prompts import make_prompt
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.recipe import GUIDE
-from finetuning.segmentation import encode_images, predict_masks
 from finetuning.validation import Validation
 
 GUIDES_LOOP, PEER = "the guide's loop", "transformers' loop"

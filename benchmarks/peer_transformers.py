@@ -15,7 +15,7 @@ from tqdm import tqdm
 from finetuning.basics.image_files import read_image
 from finetuning.dataset.pairs import Pair
 from finetuning.losses import mask_losses
-from finetuning.prompts import mask_box
+from finetuning.model.prompts import mask_box
 
 # Of Sam2HieraDetConfig; tiny is its default
 BACKBONES = {

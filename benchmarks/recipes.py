@@ -42,14 +42,15 @@ from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.clicks import measure_clicks
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.evaluation import Model, features_for, mean_metrics, measure
-from finetuning.feature_cache import FeatureCache
-from finetuning.feature_source import FeatureSource, open_cache
+from finetuning.evaluation import mean_metrics, measure
 from finetuning.learner import make_learner
-from finetuning.models import MODELS, ensure_checkpoint, load_predictor
-from finetuning.prompts import prompt_from_mask
+from finetuning.model.cache_places import open_cache
+from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.model import FeatureSource, Model, features_for
+from finetuning.model.models import MODELS, ensure_checkpoint, load_predictor
+from finetuning.model.prompts import prompt_from_mask
+from finetuning.model.segmentation import predict_masks
 from finetuning.recipe import DEFAULT, GUIDE, MINI_LR, RECIPE_OPTIONS, Recipe
-from finetuning.segmentation import predict_masks
 from train_sam2_proper import train_one_epoch
 
 BATCH = replace(GUIDE, batch_size=4)
@@ -204,7 +205,7 @@ def measure_background(model: Model, pairs: list[Pair]) -> float:
             continue
         rng, count = np.random.default_rng([0, index]), BACKGROUND_POINTS
         points = [prompt_from_mask(background, "random", rng) for _ in range(count)]
-        features = features_for([model], pair, objects.size)[0].of([0] * count)
+        features = features_for([model], pair.image, objects.size)[0].of([0] * count)
         with autocast(predictor.device, model.source.precision):
             prediction = predict_masks(predictor, features, points, [objects.size] * count)
         no_object += (prediction.object_logits <= 0).flatten().tolist()
@@ -335,7 +336,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     predictor, _ = load_predictor(args.model, checkpoint, device)
     pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
-    cache = open_cache(predictor, args.output / "cache", precision, pairs)
+    cache = open_cache(
+        predictor,
+        args.output / "cache",
+        precision,
+        {split: [pair.image for pair in found] for split, found in pairs.items()},
+    )
     model = Model(predictor, FeatureSource(predictor, precision, cache))
     original = measure_all(model, pairs["val"])
 

@@ -24,17 +24,17 @@ from finetuning.basics.image_files import read_image, require_equal_sizes
 from finetuning.basics.threads import in_threads
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.feature_cache import FeatureCache
+from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.prompts import Prompt
+from finetuning.model.segmentation import Features
 from finetuning.prompts import (
     RANDOM_POINTS,
-    Prompt,
     PromptMix,
     PromptPlan,
     draw_prompt,
     plan_prompts,
     scale_prompt,
 )
-from finetuning.segmentation import Features
 from finetuning.training_masks import ALL, BACKGROUND, FEW, HALF, ImageMasks, pack_masks
 
 PREFETCH = 2  # batches that each loading process has ready

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import torch
 
-from finetuning.prompts import Prompt, make_prompt
-from finetuning.segmenter import Segmenter
+from finetuning.model.model import Segmenter
+from finetuning.model.prompts import Prompt, make_prompt
 
 SURE = 10.0  # the logits of a mask that is given; SAM 2 turns masks into logits of -10 and 10
 

@@ -22,15 +22,17 @@ from finetuning.basics.files import atomic_write, write_csv
 from finetuning.basics.language import ENGLISH, Language
 from finetuning.batches import Batch
 from finetuning.dataset.objects import read_objects
-from finetuning.evaluation import Result, features_for, group_by_image
-from finetuning.prompts import Prompt, add_click, corrective_click
-from finetuning.segmentation import (
+from finetuning.evaluation import Result, group_by_image
+from finetuning.model.model import features_for
+from finetuning.model.prompts import Prompt, corrective_click
+from finetuning.model.segmentation import (
     Features,
     choose_masks,
     predict_masks,
     segment_with_logits,
     upscale_masks,
 )
+from finetuning.prompts import add_click
 from finetuning.tables import Table
 from finetuning.training_masks import HALF
 

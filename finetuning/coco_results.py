@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from finetuning.basics.files import atomic_write, read_file
-from finetuning.prompts import mask_box
+from finetuning.model.prompts import mask_box
 from finetuning.result_files import Segmented
 
 MAKER = "segmented by test_my_image.py"  # what tells such a file from one that a person made

@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
 from finetuning.basics.files import write_csv
 from finetuning.basics.language import ENGLISH, Language
-from finetuning.checkpoints import save_checkpoint
 from finetuning.dataset.objects import Objects, read_pair
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import Model
-from finetuning.feature_source import FeatureSource
-from finetuning.models import load_predictor
-from finetuning.prompts import mask_box
+from finetuning.model.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import mask_box
 from finetuning.tables import Table
 
 MATCH_IOU = 0.5  # of a mask with the object that it counts as

@@ -9,34 +9,23 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from sam2_utils import autocast
-
 import numpy as np
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.feature_source import FeatureSource
 from finetuning.metrics import METRICS, Metric
-from finetuning.prompts import Prompt, make_prompt, prompt_from_mask
-from finetuning.segmentation import Features, segment_together
+from finetuning.model.model import Model, features_for, segment_with_all
+from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
+from finetuning.model.segmentation import Features
 
 AT_ONCE = {"cuda": 16}  # images, and prompts, that are decoded together
 AT_ONCE_ON_CPU = 4
 RESAMPLES = 10_000  # of the bootstrap
 
 T = TypeVar("T")
-
-
-class Model(NamedTuple):
-    """A model to measure, and where it has the features of images from."""
-
-    predictor: SAM2ImagePredictor
-    source: FeatureSource  # models with one encoder share it
 
 
 class Example(NamedTuple):
@@ -198,40 +187,6 @@ def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
     items = iter(items)
     while part := list(itertools.islice(items, size)):
         yield part
-
-
-def features_for(
-    models: Sequence[Model], images: Sequence[tuple[Path, tuple[int, int]]]
-) -> list[Features]:
-    """Return the features of B images for each model; models with one source share them.
-
-    images: each one's file, and the (H,W) of its mask. Raises UserError where the image has
-    another size.
-    """
-    sources = {model.source for model in models}
-    of_source = {
-        source: Features.join([source.features(*image) for image in images]) for source in sources
-    }
-    return [of_source[model.source] for model in models]
-
-
-def segment_with_all(
-    models: Sequence[Model],
-    features: Sequence[Features],
-    prompts: list[Prompt],
-    image_sizes: list[tuple[int, int]],
-    mask_kind: str = "best",
-) -> list[list[np.ndarray]]:
-    """Return each model's HxW bool masks for B prompts of as many points each.
-
-    features: of each model, for B images of these (H,W).
-    """
-    masks = []
-    for model, of_model in zip(models, features, strict=True):
-        with autocast(model.predictor.device, model.source.precision):
-            predicted = segment_together(model.predictor, of_model, prompts, image_sizes, mask_kind)
-        masks.append(predicted)
-    return masks
 
 
 def group_by_image(results: Sequence[Result]) -> list[list[Result]]:

@@ -22,8 +22,8 @@ from sam2.modeling.sam2_base import SAM2Base
 
 from finetuning.basics.command_line import ArgumentParser, run, tell
 from finetuning.basics.files import atomic_write
-from finetuning.checkpoints import save_checkpoint
-from finetuning.models import load_predictor
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.models import load_predictor
 
 # Ultralytics' loader goes by the end of a file's name. mini has none.
 ULTRALYTICS_NAMES = {

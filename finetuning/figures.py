@@ -11,15 +11,10 @@ from tqdm import tqdm
 from finetuning.clicks import CLICK_FILES
 from finetuning.dataset.objects import read_pair
 from finetuning.detection import AUTO_FILE
-from finetuning.drawing import draw_object, draw_panels
-from finetuning.evaluation import (
-    Result,
-    features_for,
-    group_by_image,
-    mean_gain,
-    mean_metrics,
-    segment_with_all,
-)
+from finetuning.drawing import draw_panels
+from finetuning.evaluation import Result, group_by_image, mean_gain, mean_metrics
+from finetuning.model.drawing import draw_object
+from finetuning.model.model import features_for, segment_with_all
 
 FIGURE_NAME = re.compile(r"comparison_\d+_[+-]\d+p_")
 MODEL_NAMES = ("original", "fine-tuned")

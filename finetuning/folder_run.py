@@ -16,14 +16,14 @@ from sam2_utils import UserError
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.automatic import Rule, find_objects
 from finetuning.basics.command_line import quoted
 from finetuning.basics.image_files import read_image, read_values
+from finetuning.model.automatic import Rule, find_objects
+from finetuning.model.model import Segmenter
+from finetuning.model.prompts import Prompt, make_prompt
 from finetuning.prompt_table import check_inside
-from finetuning.prompts import Prompt, make_prompt
 from finetuning.result_files import Segmented
 from finetuning.results import FolderImage, Results
-from finetuning.segmenter import Segmenter
 from finetuning.window import ask_in_window
 
 READ_AHEAD = 2  # images, while the model computes

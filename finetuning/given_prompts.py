@@ -10,7 +10,7 @@ from typing import Any
 from sam2_utils import UserError
 
 from finetuning.basics.command_line import ArgumentParser, number, parse_numbers
-from finetuning.prompts import Prompt, make_prompt
+from finetuning.model.prompts import Prompt, make_prompt
 
 
 class AddToPrompt(argparse.Action):

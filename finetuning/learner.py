@@ -13,10 +13,10 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics import distributed
 from finetuning.basics.command_line import ArgumentParser, add_device_option, add_precision_option
-from finetuning.encoder_training import let_encoder_learn
-from finetuning.feature_source import CACHE_PLACES
+from finetuning.model.cache_places import CACHE_PLACES
+from finetuning.model.segmentation import Features, PromptedDecoder, feature_shapes
+from finetuning.model.trainable_encoder import let_encoder_learn
 from finetuning.recipe import Recipe
-from finetuning.segmentation import Features, PromptedDecoder, feature_shapes
 
 # Compiling the decoder takes about a minute, which so many objects of a full-size model win back.
 COMPILE_FROM_OBJECTS = 3000
@@ -86,7 +86,9 @@ def make_learner(
     """
     model, device = predictor.model, predictor.device
     model.eval().requires_grad_(False)
-    encoder_weights = let_encoder_learn(model, recipe, checkpointing)
+    encoder_weights = let_encoder_learn(
+        model, recipe.train_encoder, recipe.lora_rank, checkpointing
+    )
     weights = LearningWeights(model, encoder_weights).requires_grad_(True)
     decoder_weights = [*weights.prompt_encoder.parameters(), *weights.mask_decoder.parameters()]
     groups = [{"params": decoder_weights, "initial_lr": recipe.lr}]

@@ -13,8 +13,8 @@ from sam2_utils import NotFiniteError, UserError
 import numpy as np
 
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
-from finetuning.evaluation import Model
 from finetuning.learner import make_learner
+from finetuning.model.model import Model
 from finetuning.recipe import Recipe
 from finetuning.validation import Validation
 

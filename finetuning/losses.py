@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+from finetuning.model.segmentation import Prediction, upscale_masks
 from finetuning.recipe import Recipe
-from finetuning.segmentation import Prediction, upscale_masks
 
 
 def image_losses(

@@ -13,7 +13,7 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import normal, plain_number, quoted
 from finetuning.basics.csv_files import read_table
-from finetuning.prompts import Prompt, make_prompt
+from finetuning.model.prompts import Prompt, make_prompt
 
 POINT, BOX = ("x", "y"), ("x1", "y1", "x2", "y2")
 LARGEST = 1e9  # of a coordinate; no image is as large

@@ -9,9 +9,9 @@ import numpy as np
 
 from finetuning.basics.command_line import one_line
 from finetuning.basics.language import ENGLISH, Language
-from finetuning.compared_models import Files
 from finetuning.evaluation import Result, mean_metrics
-from finetuning.models import own_image_size
+from finetuning.model.loading import Files
+from finetuning.model.models import own_image_size
 from finetuning.report_sentences import (
     count_sentence,
     format_interval,

@@ -11,8 +11,8 @@ import numpy as np
 
 from finetuning.basics.files import atomic_write
 from finetuning.basics.image_files import write_image
-from finetuning.drawing import draw_object
-from finetuning.prompts import Prompt, mask_box
+from finetuning.model.drawing import draw_object
+from finetuning.model.prompts import Prompt, mask_box
 
 KINDS = ("masks", "overlays", "cutouts", "coco")
 # How the names of a single image's files end; the coco files are those of finetuning/coco_results

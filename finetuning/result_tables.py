@@ -11,7 +11,7 @@ from finetuning.basics.files import write_csv
 from finetuning.basics.language import ENGLISH, Language
 from finetuning.evaluation import Result, group_by_image, mean_metrics, unit_of
 from finetuning.metrics import METRICS, PIXEL_METRICS
-from finetuning.prompts import prompt_text
+from finetuning.model.prompts import prompt_text
 from finetuning.tables import Table
 
 # Of an object, by the fraction of the image that its true mask covers: at least, and below

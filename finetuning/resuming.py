@@ -10,9 +10,9 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import tell
 from finetuning.basics.run_outputs import BEST_FILE, STATE_FILE
-from finetuning.checkpoints import load_checkpoint
 from finetuning.learner import Learner
-from finetuning.models import own_image_size
+from finetuning.model.checkpoints import load_checkpoint
+from finetuning.model.models import own_image_size
 from finetuning.recipe import GUIDE
 
 # What a resumed run may have otherwise than the run that it goes on with.

@@ -16,15 +16,15 @@ from finetuning.basics import distributed
 from finetuning.basics.command_line import ArgumentParser, number, tell
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256, write_csv
 from finetuning.basics.run_outputs import BEST_FILE, LOG_FILES, STATE_FILE
-from finetuning.checkpoints import save_checkpoint
 from finetuning.dataset.data_folder import draw_demo, is_filled
 from finetuning.dataset.pairs import Pair, read_facts, split_pairs
 from finetuning.drawing import draw_learning_curve
-from finetuning.encoder_training import merged_state_dict
 from finetuning.learner import Learner
 from finetuning.learning_rate import learning_rate_factor
-from finetuning.models import MODELS as MODEL_SIZES
-from finetuning.models import ensure_checkpoint, parse_image_size
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.models import MODELS as MODEL_SIZES
+from finetuning.model.models import ensure_checkpoint, parse_image_size
+from finetuning.model.trainable_encoder import merged_state_dict
 from finetuning.recipe import Recipe
 from finetuning.resuming import Log, restore
 from finetuning.seen_images import SEEN, Contents, hash_files, record_seen

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from sam2_utils import UserError
 
 from finetuning.basics.files import hash_contents
-from finetuning.checkpoints import setting
 from finetuning.dataset.pairs import Pair
-from finetuning.models import is_published
+from finetuning.model.checkpoints import setting
+from finetuning.model.models import is_published
 
 SEEN = "seen"  # the record, among the settings of a model's file
 

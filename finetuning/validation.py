@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from finetuning.dataset.objects import limit_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import Example, Model, mean_metrics, measure_examples, read_examples
+from finetuning.evaluation import Example, mean_metrics, measure_examples, read_examples
 from finetuning.metrics import LOGGED
+from finetuning.model.model import Model
 
 MOST_OBJECTS = 2000  # after each epoch
 

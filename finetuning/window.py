@@ -10,8 +10,8 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.clicked_object import Box, Click, ClickedObject, WindowObject
-from finetuning.prompts import make_prompt
-from finetuning.segmenter import Segmenter
+from finetuning.model.model import Segmenter
+from finetuning.model.prompts import make_prompt
 from finetuning.window_picture import WindowPicture
 
 LEFT_BUTTON, RIGHT_BUTTON = 1, 3

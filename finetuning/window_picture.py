@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.artist import Artist
 
 from finetuning.clicked_object import Box, WindowObject
-from finetuning.drawing import draw_object
-from finetuning.prompts import make_prompt
+from finetuning.model.drawing import draw_object
+from finetuning.model.prompts import make_prompt
 
 LARGEST = 1600  # pixels of the longer side that masks are drawn at; more take long on large screens
 Part = tuple[int, int, int, int]  # X1,Y1,X2,Y2 in pixels of the image, the last two exclusive

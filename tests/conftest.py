@@ -27,12 +27,13 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
 import compare_models
-from finetuning import checkpoints, models, run_state
+from finetuning import run_state
 from finetuning.basics import command_line, image_decoding, language
 from finetuning.basics.files import content_sha256
 from finetuning.basics.image_files import write_image
-from finetuning.checkpoints import save_checkpoint
-from finetuning.models import MODELS, build_predictor
+from finetuning.model import checkpoints, models
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.models import MODELS, build_predictor
 
 CPU = torch.device("cpu")
 

@@ -17,21 +17,22 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 import compare_models
 import test_my_image as segmenting
 import train_sam2_proper
-from finetuning import automatic, detection
-from finetuning.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
+from finetuning import detection
 from finetuning.basics.image_files import write_image
 from finetuning.batches import Step, TrainingSet
-from finetuning.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.dataset.objects import Objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.detection import Counts, best_score, choose_rule, iou_table, match, total
-from finetuning.evaluation import Model
-from finetuning.feature_source import FeatureSource
 from finetuning.losses import image_losses
-from finetuning.models import load_predictor, make_predictor
-from finetuning.prompts import PromptMix, make_prompt, plan_prompts
+from finetuning.model import automatic
+from finetuning.model.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
+from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import load_predictor, make_predictor
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import Prediction
+from finetuning.prompts import PromptMix, plan_prompts
 from finetuning.recipe import DEFAULT
-from finetuning.segmentation import Prediction
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 OUTPUT = Path("output/my_results/folder")

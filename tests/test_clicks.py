@@ -12,9 +12,8 @@ import torch
 from conftest import CPU, draw_pair, write_data
 
 from compare_models import main
-from finetuning import clicks, compared_models, segmentation
+from finetuning import clicks
 from finetuning.basics.image_files import read_image
-from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import (
     clicks_table,
     measure_clicks,
@@ -24,11 +23,13 @@ from finetuning.clicks import (
 )
 from finetuning.dataset.objects import Objects
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import Model, Result
-from finetuning.feature_source import FeatureSource
-from finetuning.models import load_predictor
-from finetuning.prompts import corrective_click, make_prompt
-from finetuning.segmentation import Prediction, encode_images
+from finetuning.evaluation import Result
+from finetuning.model import loading, segmentation
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import corrective_click, make_prompt
+from finetuning.model.segmentation import Prediction, encode_images
 
 FOLDER = Path("output/comparison")
 
@@ -273,7 +274,7 @@ def test_the_features_of_an_image_serve_all_its_clicks(
 
     loaded.clear()
     hashes = iter(["one", "another"])  # as if the encoders were different
-    monkeypatch.setattr(compared_models, "hash_encoder", lambda _: next(hashes))
+    monkeypatch.setattr(loading, "hash_encoder", lambda _: next(hashes))
     assert run_script(main, *options).out == together.out
     assert sorted(loaded) == sorted(names * 4)  # twice as often
     assert read_rows("clicks.csv") == rows

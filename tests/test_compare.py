@@ -19,15 +19,16 @@ from conftest import CPU, snapshot, write_data
 
 import train_sam2_proper
 from compare_models import main
-from finetuning import compared_models, feature_source
 from finetuning.basics.image_files import read_image, read_mask, write_image
-from finetuning.checkpoints import save_checkpoint
-from finetuning.compared_models import choose_precision, load_models
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import Result, bootstrap_interval
 from finetuning.figures import choose_figures
 from finetuning.metrics import METRICS
-from finetuning.prompts import make_prompt
+from finetuning.model import loading
+from finetuning.model import model as model_module
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.loading import choose_precision, load_models
+from finetuning.model.prompts import make_prompt
 from finetuning.report import format_box, summarize
 from finetuning.report_sentences import format_interval
 from finetuning.result_tables import sizes_table
@@ -210,7 +211,7 @@ def loaded(monkeypatch):
         torch.nn.init.zeros_(model.image_encoder.bias)
         return Namespace(model=model, device=device), {"model_name": "mini", "settings": settings}
 
-    monkeypatch.setattr(compared_models, "load_predictor", load)
+    monkeypatch.setattr(loading, "load_predictor", load)
     return found
 
 
@@ -288,13 +289,13 @@ def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
     run_script, trained, random_mini, tmp_path, monkeypatch
 ):
     encoded = []
-    encode_images = feature_source.encode_images
+    encode_images = model_module.encode_images
 
     def count(*arguments):
         encoded.append(arguments)
         return encode_images(*arguments)
 
-    monkeypatch.setattr(feature_source, "encode_images", count)
+    monkeypatch.setattr(model_module, "encode_images", count)
     options = ("--original", random_mini, "--figures", 0)
     from_cache = run_script(main, *options).out
     assert len(encoded) == 0
@@ -304,7 +305,7 @@ def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
     assert together == from_cache
 
     hashes = iter(["one", "another"])  # as if the encoders were different
-    monkeypatch.setattr(compared_models, "hash_encoder", lambda _: next(hashes))
+    monkeypatch.setattr(loading, "hash_encoder", lambda _: next(hashes))
     apart = run_script(main, *options).out  # with features that no cache has rounded
     assert printed_ious(apart) == pytest.approx(printed_ious(together), abs=0.002)
     assert len(encoded) == 4 + 8

@@ -25,7 +25,7 @@ import test_my_image
 import train_sam2_proper
 from finetuning.basics import command_line, language
 from finetuning.basics.image_files import read_mask
-from finetuning.checkpoints import load_checkpoint
+from finetuning.model.checkpoints import load_checkpoint
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 CPU = ("--device", "cpu")

@@ -17,7 +17,7 @@ import compare_models
 import test_my_image
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
-from finetuning.checkpoints import load_checkpoint
+from finetuning.model.checkpoints import load_checkpoint
 
 OPTIONS = ("--model", "mini", "--device", "cpu", "--lr", "1e-3")
 SAVED = ("train_state.pt", "sam2_best.pt")

@@ -19,9 +19,9 @@ from finetuning import run_state
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.dataset.demo_images import draw_demo_pair, write_demo_dataset
 from finetuning.dataset.pairs import split_pairs
-from finetuning.models import load_predictor
-from finetuning.prompts import make_prompt, prompt_from_mask
-from finetuning.segmentation import encode_images, predict_masks, segment
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import make_prompt, prompt_from_mask
+from finetuning.model.segmentation import encode_images, predict_masks, segment
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 

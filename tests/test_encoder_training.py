@@ -16,12 +16,16 @@ import compare_models
 import train_sam2_proper
 from finetuning import resuming
 from finetuning.basics import run_outputs
-from finetuning.checkpoints import save_checkpoint
-from finetuning.encoder_training import encode_with_gradients, let_encoder_learn, merged_state_dict
-from finetuning.models import MODELS, load_predictor, make_predictor
-from finetuning.prompts import make_prompt
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.models import MODELS, load_predictor, make_predictor
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import encode_images, predict_masks
+from finetuning.model.trainable_encoder import (
+    encode_with_gradients,
+    let_encoder_learn,
+    merged_state_dict,
+)
 from finetuning.recipe import GUIDE, Recipe
-from finetuning.segmentation import encode_images, predict_masks
 from train_sam2_proper import main
 
 KINDS = ("lora", "full")
@@ -108,7 +112,7 @@ def test_the_saved_file_is_plain_sam2_and_does_what_the_adapters_do(predictor, t
     model = predictor.model
     original_keys = list(model.state_dict())
     plain = encode_images(predictor, IMAGES)
-    let_encoder_learn(model, recipe_of("lora"))
+    let_encoder_learn(model, "lora", 4)
     move_adapters(model)
     adapted = encode_images(predictor, IMAGES)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -210,7 +214,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, random_mini):
         predictor, _ = load_predictor("mini", random_mini, CPU)
         predictor.model.requires_grad_(False)
         torch.manual_seed(0)  # of the adapters
-        let_encoder_learn(predictor.model, recipe_of(kind), checkpointing)
+        let_encoder_learn(predictor.model, kind, 4, checkpointing)
         move_adapters(predictor.model)
         found.append(gradients(predictor))
     assert found[0].keys() == found[1].keys()
@@ -220,7 +224,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, random_mini):
 
 def test_stages_before_the_first_adapter_keep_no_graph(predictor):
     need("lora")
-    weights = let_encoder_learn(predictor.model, recipe_of("lora"), checkpointing=True)
+    weights = let_encoder_learn(predictor.model, "lora", 4, checkpointing=True)
     requires_grad, checkpointed = [], []
     for block in predictor.model.image_encoder.trunk.blocks:
         block.register_forward_hook(lambda *call: requires_grad.append(call[2].requires_grad))
@@ -233,7 +237,7 @@ def test_stages_before_the_first_adapter_keep_no_graph(predictor):
 
 def test_adapters_stay_float32_under_bfloat16(predictor):
     need("lora")
-    weights = let_encoder_learn(predictor.model, recipe_of("lora"))
+    weights = let_encoder_learn(predictor.model, "lora", 4)
     move_adapters(predictor.model)
     with autocast(CPU, torch.bfloat16):
         found = gradients(predictor)

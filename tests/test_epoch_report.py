@@ -21,9 +21,9 @@ from finetuning.basics.distributed import mean_over_all
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.dataset.pairs import split_pairs
 from finetuning.epoch_report import READ_EVERY, RECENT, EpochReport
-from finetuning.feature_cache import FeatureCache
 from finetuning.learner import make_learner
-from finetuning.models import load_predictor
+from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.models import load_predictor
 from finetuning.recipe import DEFAULT
 from train_sam2_proper import train_one_epoch
 

@@ -9,11 +9,11 @@ from conftest import CPU, draw_pair, snapshot
 from safetensors.torch import load_file
 
 from finetuning import export
-from finetuning.checkpoints import save_checkpoint
 from finetuning.export import transformers_config, transformers_weights
-from finetuning.models import MODELS, build_predictor, load_predictor
-from finetuning.prompts import make_prompt
-from finetuning.segmentation import encode_images, predict_masks
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.models import MODELS, build_predictor, load_predictor
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import encode_images, predict_masks
 
 # Of mini, one name for each rule of renaming
 TELLING = {

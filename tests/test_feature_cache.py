@@ -25,20 +25,22 @@ from sam2.build_sam import build_sam2
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
 
-from finetuning import feature_cache, feature_source
 from finetuning.basics import files
 from finetuning.basics.files import only_run_in
 from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.batches import Batch, EpochSampler, Step, TrainingSet, make_loader
 from finetuning.dataset.objects import count_objects, read_pair
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.feature_cache import FeatureCache, hash_encoder
-from finetuning.feature_source import FeatureSource, check_room, choose_place, open_cache
 from finetuning.learner import compiling_pays
 from finetuning.losses import batch_loss
-from finetuning.models import MODELS, load_predictor, make_predictor
+from finetuning.model import cache_places, feature_cache
+from finetuning.model import model as model_module
+from finetuning.model.cache_places import check_room, choose_place, open_cache
+from finetuning.model.feature_cache import FeatureCache, hash_encoder
+from finetuning.model.model import FeatureSource
+from finetuning.model.models import MODELS, load_predictor, make_predictor
+from finetuning.model.segmentation import Features, PromptedDecoder, encode_images, predict_masks
 from finetuning.recipe import GUIDE
-from finetuning.segmentation import Features, PromptedDecoder, encode_images, predict_masks
 from finetuning.training_masks import HALF, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 
@@ -78,7 +80,7 @@ def encoded(monkeypatch) -> list[tuple[int, int]]:
         sizes.extend(image.shape[:2] for image in images)
         return encode_images(predictor, images)
 
-    for module in (feature_cache, feature_source):
+    for module in (feature_cache, model_module):
         monkeypatch.setattr(module, "encode_images", record)
     return sizes
 
@@ -641,7 +643,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert run_training(run_script, random_mini, "--limit", 2).status == 0
     before = snapshot(tmp_path)
     encoded.clear()
-    monkeypatch.setattr(feature_source.shutil, "disk_usage", lambda _: Namespace(free=200_000))
+    monkeypatch.setattr(cache_places.shutil, "disk_usage", lambda _: Namespace(free=200_000))
     outcome = run_training(run_script, random_mini)
     assert outcome.status == 2
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err

@@ -18,9 +18,9 @@ from finetuning import folder_run, results
 from finetuning.basics.image_files import read_image, read_mask, read_values, write_image
 from finetuning.clicked_object import WindowObject
 from finetuning.coco_results import to_polygons
-from finetuning.models import load_predictor
-from finetuning.prompts import make_prompt, mask_box
-from finetuning.segmenter import Segmenter
+from finetuning.model.model import Segmenter
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import make_prompt, mask_box
 from finetuning.window import Answer
 
 main = test_my_image.main

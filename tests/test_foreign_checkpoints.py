@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 import test_my_image
 import train_sam2_proper
-from finetuning import checkpoints, models
-from finetuning.checkpoints import load_checkpoint, save_checkpoint
-from finetuning.models import build_predictor, load_predictor
+from finetuning.model import checkpoints, models
+from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
+from finetuning.model.models import build_predictor, load_predictor
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,20 @@ from hypothesis.extra import numpy as hnp
 from finetuning.basics.image_files import IMAGE_SUFFIXES, read_image, read_mask, write_image
 from finetuning.dataset.pairs import find_pairs
 from finetuning.dataset.splitting import split_names
-from finetuning.drawing import draw_overlay
 from finetuning.given_prompts import parse_box, parse_point
 from finetuning.losses import image_losses
-from finetuning.models import load_predictor
+from finetuning.model.drawing import draw_overlay
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import (
+    deepest_point,
+    make_prompt,
+    mask_box,
+    prompt_from_mask,
+    random_point,
+)
+from finetuning.model.segmentation import Prediction, encode_images, segment, upscale_masks
 from finetuning.prompt_table import check_inside
-from finetuning.prompts import deepest_point, make_prompt, mask_box, prompt_from_mask, random_point
 from finetuning.recipe import GUIDE
-from finetuning.segmentation import Prediction, encode_images, segment, upscale_masks
 from finetuning.training_masks import HALF, mask_on_grid
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)

@@ -17,10 +17,10 @@ from finetuning.clicks import add_clicks
 from finetuning.dataset.pairs import split_pairs
 from finetuning.learner import Learner, make_learner, objects_at_once, set_learning_rate, take_step
 from finetuning.losses import batch_loss
-from finetuning.models import load_predictor
+from finetuning.model.models import load_predictor
+from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.prompts import PromptPlan
 from finetuning.recipe import DEFAULT
-from finetuning.segmentation import encode_images, predict_masks
 from train_sam2_proper import parse_args
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]

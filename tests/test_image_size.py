@@ -15,10 +15,10 @@ import compare_models
 import test_my_image as segmenting
 import train_sam2_proper
 from finetuning.basics.image_files import read_mask, write_image
-from finetuning.checkpoints import load_checkpoint, save_checkpoint
-from finetuning.models import is_image_size, load_predictor
-from finetuning.prompts import make_prompt
-from finetuning.segmentation import encode_images, feature_shapes, segment
+from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
+from finetuning.model.models import is_image_size, load_predictor
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import encode_images, feature_shapes, segment
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ import torch
 from conftest import write_data
 
 import train_sam2_proper
-from finetuning import feature_cache, run_state
+from finetuning import run_state
 from finetuning.basics import command_line, files
 from finetuning.basics.files import only_run_in
+from finetuning.model import feature_cache
 from train_sam2_proper import main
 
 OPTIONS = ("--model", "mini", "--device", "cpu", "--epochs", "3", "--lr", "1e-3")

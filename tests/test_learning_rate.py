@@ -16,8 +16,8 @@ from conftest import CPU, write_data
 import compare_models
 from finetuning import learning_rate, run_state
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import Model
 from finetuning.learning_rate import RATES, choose_rate, split_for_trials
+from finetuning.model.model import Model
 from finetuning.recipe import GUIDE, Recipe
 from finetuning.run_state import best_of
 from finetuning.validation import Validation

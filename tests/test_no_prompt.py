@@ -14,11 +14,12 @@ from finetuning.basics.image_files import write_image
 from finetuning.batches import EpochSampler, Step, TrainingSet
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import Model, measure
-from finetuning.feature_source import FeatureSource
-from finetuning.models import load_predictor
-from finetuning.prompts import PromptMix, make_prompt, plan_prompts
-from finetuning.segmentation import encode_images, predict_masks
+from finetuning.evaluation import measure
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import encode_images, predict_masks
+from finetuning.prompts import PromptMix, plan_prompts
 from finetuning.training_masks import ALL, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 

@@ -24,11 +24,11 @@ from finetuning.batches import EpochSampler, TrainingSet
 from finetuning.dataset.filling import write_objects
 from finetuning.dataset.objects import count_objects, limit_objects, read_objects
 from finetuning.dataset.pairs import Pair, facts_text, read_facts, split_pairs
-from finetuning.evaluation import Model, bootstrap_interval, measure
-from finetuning.feature_cache import FeatureCache
-from finetuning.feature_source import FeatureSource
-from finetuning.models import load_predictor
-from finetuning.segmentation import encode_images, predict_masks
+from finetuning.evaluation import bootstrap_interval, measure
+from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import load_predictor
+from finetuning.model.segmentation import encode_images, predict_masks
 
 SIZE = (96, 128)
 

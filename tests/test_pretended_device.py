@@ -12,10 +12,11 @@ from pretended_device import device_of, pretend, tensors_in
 import compare_models
 import test_my_image
 import train_sam2_proper
-from finetuning import device_check, prompts
-from finetuning.models import build_predictor
-from finetuning.prompts import make_prompt
-from finetuning.segmentation import Features, encode_images, predict_masks
+from finetuning import prompts
+from finetuning.model import loading
+from finetuning.model.models import build_predictor
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import Features, encode_images, predict_masks
 
 PLATFORMS = [("cuda", "bfloat16"), ("cuda", "float16"), ("mps", "float32")]
 
@@ -150,10 +151,10 @@ def wrong_features(predictor, images):
 def test_an_mps_that_computes_as_the_cpu_does_is_used(random_mini, capsys):
     with pretend("mps"):
         predictor = build_predictor("mini", torch.device("mps"))
-        differences = device_check.differences_from_cpu(predictor)
+        differences = loading.differences_from_cpu(predictor)
         assert list(differences) == ["features", "mask logits", "gradients"]
         assert max(differences.values()) < 1e-5
-        assert device_check.trusted_device(predictor, torch.device("mps"), False).type == "mps"
+        assert loading.trusted_device(predictor, torch.device("mps"), False).type == "mps"
         assert all(weight.grad is None for weight in predictor.model.parameters())
     assert capsys.readouterr().out == ""
 
@@ -162,7 +163,7 @@ def test_an_mps_that_computes_as_the_cpu_does_is_used(random_mini, capsys):
 def test_an_mps_that_computes_wrongly_is_left_for_the_cpu_unless_insisted_on(
     run_script, random_mini, data, monkeypatch, insists
 ):
-    monkeypatch.setattr(device_check, "encode_images", wrong_features)
+    monkeypatch.setattr(loading, "encode_images", wrong_features)
     options = ("--model", "mini", "--checkpoint", random_mini, "--epochs", 1)
     machine = ("--precision", "float32", *(("--device", "mps") if insists else ()))
     image = data / "images/val/pair_002.jpg"
@@ -192,6 +193,6 @@ def test_wrong_gradients_alone_are_found(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", half)
     with pretend("mps"):
         predictor = build_predictor("mini", torch.device("mps"))
-        differences = device_check.differences_from_cpu(predictor)
+        differences = loading.differences_from_cpu(predictor)
     assert max(differences["features"], differences["mask logits"]) < 1e-5
     assert differences["gradients"] == pytest.approx(0.5)

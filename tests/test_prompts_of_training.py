@@ -12,21 +12,23 @@ from finetuning.basics.image_files import read_mask
 from finetuning.batches import Batch, Step, TrainingSet
 from finetuning.clicks import add_clicks
 from finetuning.dataset.pairs import Pair
-from finetuning.models import load_predictor
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import (
+    distance_inside,
+    make_prompt,
+    mask_box,
+    random_inner_point,
+    random_point,
+)
+from finetuning.model.segmentation import Features, PromptedDecoder, encode_images
 from finetuning.prompts import (
     MAX_CLICKS,
     PromptMix,
     PromptPlan,
     add_click,
-    distance_inside,
     draw_prompt,
-    make_prompt,
-    mask_box,
     plan_prompts,
-    random_inner_point,
-    random_point,
 )
-from finetuning.segmentation import Features, PromptedDecoder, encode_images
 from finetuning.training_masks import HALF, LOSS_GRID, mask_on_grid
 
 

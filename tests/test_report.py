@@ -23,16 +23,16 @@ from finetuning.basics.files import DATASET_URL
 from finetuning.basics.image_files import write_image
 from finetuning.basics.language import ENGLISH, KOREAN, Language, parse_language
 from finetuning.basics.run_outputs import RUNS_FILE
-from finetuning.checkpoints import save_checkpoint
 from finetuning.clicks import clicks_table
-from finetuning.compared_models import Files
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.evaluation import Model, Result
-from finetuning.feature_source import FeatureSource
+from finetuning.evaluation import Result
 from finetuning.figures import Picture
 from finetuning.metrics import METRICS
-from finetuning.models import MODELS, is_published, load_predictor
-from finetuning.prompts import make_prompt
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.loading import Files
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import MODELS, is_published, load_predictor
+from finetuning.model.prompts import make_prompt
 from finetuning.report import format_box, format_files, format_summary, summarize
 from finetuning.report_page import TEMPLATE, Setup, write_page
 from finetuning.report_sentences import (

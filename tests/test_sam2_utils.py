@@ -16,11 +16,11 @@ from conftest import CPU, draw_pair
 from sam2.utils.transforms import SAM2Transforms
 
 import compare_models
-from finetuning import models, segmentation
 from finetuning.basics import pictures
-from finetuning.drawing import draw_overlay
-from finetuning.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
-from finetuning.prompts import (
+from finetuning.model import models, segmentation
+from finetuning.model.drawing import draw_overlay
+from finetuning.model.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
+from finetuning.model.prompts import (
     corrective_click,
     deepest_point,
     distance_inside,
@@ -29,7 +29,7 @@ from finetuning.prompts import (
     prompt_from_mask,
     random_point,
 )
-from finetuning.segmentation import (
+from finetuning.model.segmentation import (
     Prediction,
     encode_images,
     predict_masks,

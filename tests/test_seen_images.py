@@ -9,9 +9,9 @@ from conftest import draw_pair, write_data, write_pair
 import compare_models
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
-from finetuning.checkpoints import load_checkpoint
 from finetuning.dataset.pairs import split_pairs
-from finetuning.models import MODELS
+from finetuning.model.checkpoints import load_checkpoint
+from finetuning.model.models import MODELS
 from finetuning.seen_images import (
     SEEN,
     Overlap,

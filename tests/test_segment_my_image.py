@@ -11,9 +11,9 @@ import pytest
 from conftest import CPU, draw_pair
 
 from finetuning.basics.image_files import read_image, read_mask, write_image
-from finetuning.models import load_predictor
-from finetuning.prompts import make_prompt
-from finetuning.segmentation import encode_images, segment
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import encode_images, segment
 from test_my_image import main
 
 

@@ -12,16 +12,17 @@ import pytest
 import torch
 from conftest import CPU, draw_pair, write_data
 
-from finetuning import batches, feature_cache
+from finetuning import batches
 from finetuning.basics import distributed, files, threads
 from finetuning.basics.files import content_sha256, hash_contents
 from finetuning.basics.threads import in_threads
 from finetuning.batches import Step, TrainingSet
 from finetuning.dataset.filling import write_objects
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.feature_cache import FeatureCache
-from finetuning.feature_source import open_cache
-from finetuning.models import load_predictor
+from finetuning.model import feature_cache
+from finetuning.model.cache_places import open_cache
+from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.models import load_predictor
 from finetuning.prompts import PromptMix
 from finetuning.recipe import DEFAULT
 from finetuning.run_state import Start, run_settings
@@ -258,10 +259,21 @@ def test_an_image_that_differs_on_another_machine_is_not_kept_as_that_of_the_fir
 def test_only_the_process_that_validates_holds_the_features_of_val(
     predictor, pairs, tmp_path, be_process, rank, splits
 ):
-    open_cache(predictor, tmp_path / "cache", torch.float32, pairs)
+    open_cache(
+        predictor,
+        tmp_path / "cache",
+        torch.float32,
+        {split: [pair.image for pair in found] for split, found in pairs.items()},
+    )
     for each in range(rank + 1):  # the first one's word comes first
         be_process(each)
-        cache = open_cache(predictor, tmp_path / "cache", torch.float32, pairs, "memory")
+        cache = open_cache(
+            predictor,
+            tmp_path / "cache",
+            torch.float32,
+            {split: [pair.image for pair in found] for split, found in pairs.items()},
+            "memory",
+        )
     held = {cache._path(pair.image) for split in splits for pair in pairs[split]}
     assert cache._held.keys() == held
 

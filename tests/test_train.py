@@ -23,10 +23,11 @@ from finetuning.drawing import draw_learning_curve
 from finetuning.learner import Learner, make_learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.losses import batch_loss, image_losses
-from finetuning.models import MODELS, load_predictor
-from finetuning.prompts import PromptMix, PromptPlan, make_prompt
+from finetuning.model.models import MODELS, load_predictor
+from finetuning.model.prompts import make_prompt
+from finetuning.model.segmentation import Features, Prediction
+from finetuning.prompts import PromptMix, PromptPlan
 from finetuning.recipe import GUIDE, Recipe
-from finetuning.segmentation import Features, Prediction
 from finetuning.validation import Validation
 from train_sam2_proper import main, parse_args, train_one_epoch
 

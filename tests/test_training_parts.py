@@ -13,17 +13,19 @@ import train_sam2_proper
 from finetuning import evaluation, run_state
 from finetuning.basics.image_files import write_image
 from finetuning.basics.run_outputs import STATE_FILE
-from finetuning.checkpoints import load_checkpoint
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import Model, mean_metrics, measure
+from finetuning.evaluation import mean_metrics, measure
 from finetuning.learner import Learner, Machine, make_learner, take_step
-from finetuning.prompts import prompt_from_mask
+from finetuning.model import model as model_module
+from finetuning.model.checkpoints import load_checkpoint
+from finetuning.model.model import Model
+from finetuning.model.prompts import prompt_from_mask
+from finetuning.model.segmentation import Features
 from finetuning.recipe import DEFAULT, Recipe
 from finetuning.repeats import Training
 from finetuning.resuming import restore
 from finetuning.run_state import Start, run_settings
-from finetuning.segmentation import Features
 from finetuning.validation import Validation
 
 
@@ -59,7 +61,7 @@ def models(monkeypatch) -> list[Model]:
 
     nothing = Features(torch.zeros(2, 1), [])
     monkeypatch.setattr(evaluation, "features_for", lambda models, _: [nothing] * len(models))
-    monkeypatch.setattr(evaluation, "segment_together", segment_together)
+    monkeypatch.setattr(model_module, "segment_together", segment_together)
     return [
         Model(Namespace(finds=finds, device=CPU, asked=asked), Namespace(precision=torch.float32))
         for finds in ("half", "row")
@@ -120,7 +122,7 @@ def test_validation_asks_for_the_deepest_point_and_where_wanted_for_all_objects(
         return masks
 
     nothing = Features(torch.zeros(2, 1), [])
-    monkeypatch.setattr(evaluation, "segment_together", segment_made_up)
+    monkeypatch.setattr(model_module, "segment_together", segment_made_up)
     monkeypatch.setattr(evaluation, "features_for", lambda *_: [nothing])
     model = Model(Namespace(device=CPU), Namespace(precision=torch.float32))
     means = {"val_iou": pytest.approx(1 / 2), "val_dice": pytest.approx(2 / 3)}

@@ -13,11 +13,11 @@ from conftest import CPU, draw_pair
 from finetuning import evaluation
 from finetuning.basics.image_files import write_image
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import AT_ONCE_ON_CPU, Model, find_in_empty, mean_metrics, measure
-from finetuning.feature_cache import FeatureCache
-from finetuning.feature_source import FeatureSource
+from finetuning.evaluation import AT_ONCE_ON_CPU, find_in_empty, mean_metrics, measure
 from finetuning.metrics import LOGGED
-from finetuning.models import load_predictor
+from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import load_predictor
 from finetuning.validation import Validation
 
 # (H,W), and how many objects: more images than are decoded at once, and more objects in one of them

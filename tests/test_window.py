@@ -17,10 +17,10 @@ from finetuning import window_picture
 from finetuning.basics.image_files import read_mask, write_image
 from finetuning.basics.pictures import COLORS
 from finetuning.clicked_object import WindowObject, mask_to_logits
-from finetuning.drawing import draw_object
-from finetuning.models import load_predictor
-from finetuning.prompts import make_prompt
-from finetuning.segmenter import Segmenter
+from finetuning.model.drawing import draw_object
+from finetuning.model.model import Segmenter
+from finetuning.model.models import load_predictor
+from finetuning.model.prompts import make_prompt
 from finetuning.window import ask_in_window
 from test_my_image import main
 

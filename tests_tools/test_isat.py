@@ -13,8 +13,8 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from ISAT.segment_any.segment_any import SegAny
 
-from finetuning.models import load_predictor
-from finetuning.segmentation import encode_images, segment_with_logits
+from finetuning.model.models import load_predictor
+from finetuning.model.segmentation import encode_images, segment_with_logits
 
 
 def open_isat(checkpoint: Path, folder: Path) -> Segment:

@@ -15,7 +15,7 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from sam2.utils.amg import rle_to_mask
 
-from finetuning.prompts import Prompt, make_prompt
+from finetuning.model.prompts import Prompt, make_prompt
 
 RULE = "auto_objects"  # what a checkpoint calls its rule
 POINTS_PER_SIDE = 32  # of the grid, as SAM 2 has it

@@ -29,7 +29,7 @@ from finetuning.basics.command_line import is_memory_error
 from finetuning.basics.files import atomic_write, content_sha256, hash_contents
 from finetuning.basics.image_files import read_image
 from finetuning.basics.threads import in_threads
-from finetuning.segmentation import Features, encode_images, feature_shapes
+from finetuning.model.segmentation import Features, encode_images, feature_shapes
 
 FORMAT = 2  # of the files; another one is not read
 ENCODED_AT_ONCE = {"cuda": 8}  # images; one elsewhere

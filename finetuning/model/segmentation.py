@@ -13,7 +13,7 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetuning.prompts import Prompt
+from finetuning.model.prompts import Prompt
 
 
 class Features(NamedTuple):

@@ -1,12 +1,11 @@
-"""Where features come from: opening the cache for a run, and reading one image's."""
+"""Opening the feature cache for a run: on disk, in memory, or on a GPU."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
-from sam2_utils import UserError, autocast
+from sam2_utils import UserError
 
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
@@ -14,38 +13,10 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from finetuning.basics import distributed
 from finetuning.basics.command_line import tell
 from finetuning.basics.files import remove_abandoned
-from finetuning.basics.image_files import read_image, require_equal_sizes
-from finetuning.dataset.pairs import Pair
-from finetuning.feature_cache import FeatureCache
-from finetuning.segmentation import Features, encode_images
+from finetuning.model.feature_cache import FeatureCache
 
 CACHE_PLACES = ("auto", "gpu", "memory", "disk")
 HELD_SHARE = 0.5  # of a GPU's free memory, at most, for features; training needs the rest
-
-
-class FeatureSource(NamedTuple):
-    """Where an image's features come from: a cache, as far as it has them, or the encoder."""
-
-    predictor: SAM2ImagePredictor
-    precision: torch.dtype
-    cache: FeatureCache | None = None
-
-    def features(self, image: Path, mask_size: tuple[int, int] | None = None) -> Features:
-        """Return float32 features of one image on the predictor's device.
-
-        mask_size: (H,W) of the image's mask, if it has one; raises UserError for another size.
-        """
-        device, is_cached = self.predictor.device, self.cache is not None and image in self.cache
-        pixels = None if is_cached else read_image(image)
-        size = self.cache.size(image) if is_cached else pixels.shape[:2]
-        require_equal_sizes(image, size, "its mask", mask_size or size)
-        if is_cached:
-            return self.cache.read([image]).to(device, torch.float32)
-        with autocast(device, self.precision):
-            features = encode_images(self.predictor, [pixels])
-        if self.cache is not None:  # round them as the cache does, so that the same numbers follow
-            features = features.to(device, torch.float16)
-        return features.to(device, torch.float32).channels_last()
 
 
 def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:
@@ -66,10 +37,12 @@ def open_cache(
     predictor: SAM2ImagePredictor,
     folder: Path,
     precision: torch.dtype,
-    pairs_of_splits: dict[str, list[Pair]],
+    images: dict[str, list[Path]],
     cache_in: str = "disk",
 ) -> FeatureCache:
     """Return the cache in a folder, after encoding what is not yet there.
+
+    images: by the names of their splits.
 
     What killed runs left half-written is removed. cache_in: where to read features from, as in
     choose_place. Processes other than the first hold those of the train split only, since they do
@@ -78,7 +51,6 @@ def open_cache(
     Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
     """
     cache = FeatureCache(folder, predictor, precision)
-    images = {split: [pair.image for pair in pairs] for split, pairs in pairs_of_splits.items()}
     everyone = list(dict.fromkeys(image for of_split in images.values() for image in of_split))
     read_here = everyone if distributed.rank() == 0 else images.get("train", [])
     place = choose_place(cache_in, predictor.device, cache.bytes_of(len(read_here)))

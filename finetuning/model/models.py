@@ -16,7 +16,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics.command_line import number
 from finetuning.basics.files import content_sha256, download_file
-from finetuning.checkpoints import load_checkpoint, setting
+from finetuning.model.checkpoints import load_checkpoint, setting
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 SIZE_STEP = 64  # pixels: the encoder halves an image five times
