@@ -44,6 +44,9 @@ from finetuning.clicks import add_clicks
 from finetuning.dataset.pairs import keep_out, split_pairs
 from finetuning.earlier_runs import require_elsewhere, set_aside
 from finetuning.epoch_report import EpochReport
+from finetuning.evaluation import object_matching
+from finetuning.evaluation.measuring import MOST_OBJECTS, Validation
+from finetuning.evaluation.seen_images import seen_before
 from finetuning.learner import (
     Learner,
     Machine,
@@ -74,8 +77,6 @@ from finetuning.repeats import (
 )
 from finetuning.resuming import load_state
 from finetuning.run_state import Start
-from finetuning.seen_images import seen_before
-from finetuning.validation import MOST_OBJECTS, Validation
 
 
 def train_one_epoch(
@@ -293,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
             logs.append(train(predictor, training, machine, settings, resume, aside))
             if args.choose_thresholds and distributed.rank() == 0:
                 best, images = training.output / run_outputs.BEST_FILE, training.pairs["train"]
-                detection.keep_rule(best, device, precision, images, training.recipe.seed)
+                object_matching.keep_rule(best, device, precision, images, training.recipe.seed)
             tell(f"wrote {', '.join(run_outputs.RESULTS)} to {training.output}")
         if distributed.rank() == 0 and len(logs) > 1:
             print(conclude_repeats(args.output, trainings, logs, args.folds))

@@ -49,6 +49,7 @@ from finetuning.basics.command_line import ArgumentParser, add_device_option, nu
 from finetuning.basics.files import atomic_write, write_csv
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
+from finetuning.evaluation.measuring import Validation
 from finetuning.learner import make_learner
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.feature_cache import FeatureCache
@@ -63,7 +64,6 @@ from finetuning.model.models import (
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.recipe import GUIDE
-from finetuning.validation import Validation
 
 GUIDES_LOOP, PEER = "the guide's loop", "transformers' loop"
 EPOCHS = 20  # of the totals

@@ -39,10 +39,10 @@ from tqdm import tqdm
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
 from finetuning.basics.files import as_it_was, atomic_write, write_csv
 from finetuning.batches import EpochSampler, TrainingSet, make_loader
-from finetuning.clicks import measure_clicks
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.evaluation import mean_metrics, measure
+from finetuning.evaluation.measuring import mean_metrics, measure
+from finetuning.evaluation.simulated_clicks import measure_clicks
 from finetuning.learner import make_learner
 from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache

@@ -12,7 +12,7 @@ from finetuning.clicks import CLICK_FILES
 from finetuning.dataset.objects import read_pair
 from finetuning.detection import AUTO_FILE
 from finetuning.drawing import draw_panels
-from finetuning.evaluation import Result, group_by_image, mean_gain, mean_metrics
+from finetuning.evaluation.measuring import Result, group_by_image, mean_gain, mean_metrics
 from finetuning.model.drawing import draw_object
 from finetuning.model.model import features_for, segment_with_all
 

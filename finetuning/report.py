@@ -9,18 +9,13 @@ import numpy as np
 
 from finetuning.basics.command_line import one_line
 from finetuning.basics.language import ENGLISH, Language
-from finetuning.evaluation import Result, mean_metrics
+from finetuning.evaluation.interval import format_interval, group_numbers
+from finetuning.evaluation.measuring import Result, mean_metrics
+from finetuning.evaluation.seen_images import Overlap
 from finetuning.model.loading import Files
 from finetuning.model.models import own_image_size
-from finetuning.report_sentences import (
-    count_sentence,
-    format_interval,
-    group_numbers,
-    runs_sentence,
-    split_sentences,
-)
+from finetuning.report_sentences import count_sentence, runs_sentence, split_sentences
 from finetuning.result_tables import metrics_table, sizes_table
-from finetuning.seen_images import Overlap
 from finetuning.tables import BOX_WIDTH, Table, display_width, draw_box, format_table, pad
 
 

@@ -12,10 +12,8 @@ import numpy as np
 from finetuning.basics.command_line import quoted
 from finetuning.basics.language import ENGLISH, Language
 from finetuning.basics.run_outputs import read_runs
-from finetuning.evaluation import Result, bootstrap_interval
-from finetuning.seen_images import Overlap
-
-FEW_IMAGES = 20  # below it, bootstrap intervals are clearly too narrow
+from finetuning.evaluation.measuring import Result
+from finetuning.evaluation.seen_images import Overlap
 
 
 def count_sentence(results: list[Result], say: Language = ENGLISH) -> str:
@@ -32,58 +30,6 @@ def count_sentence(results: list[Result], say: Language = ENGLISH) -> str:
     return say(
         "images {count}: {better} better, {equal} equal, {worse} worse", count=images, **counts
     )
-
-
-def group_numbers(results: list[Result]) -> np.ndarray:
-    """Return a number an object, equal for those of images that are not independent.
-
-    Such are copies and the images of one patient: of one Pair.group. Others are on their own.
-    """
-    groups = [result.pair.group for result in results]
-    keys = [
-        (group, -1 if group else result.index)
-        for group, result in zip(groups, results, strict=True)
-    ]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return np.array([numbers[key] for key in keys])
-
-
-def format_interval(
-    gains: np.ndarray,
-    seed: int,
-    groups: np.ndarray | None = None,
-    images: int | None = None,
-    say: Language = ENGLISH,
-) -> tuple[str, str]:
-    """Return the interval of the mean gain in %p, and a sentence that says what to beware of.
-
-    The first is empty where there is no interval.
-
-    Arguments:
-      gains, groups: as in bootstrap_interval, whose images may be groups of images.
-      images: how many there are (default: as many as groups).
-    """
-    count = len(gains if groups is None else np.unique(groups))
-    images = images or count
-    line = say("improvement {gain:+.1f}%p", gain=100 * gains.mean())
-    if count == 1 < images:
-        return "", line + say(", of one group of images: too few for an interval")
-    if count == 1:
-        return "", line + say(", of one image: too few for an interval")
-    low, high = bootstrap_interval(gains, seed, groups)
-    interval = say("95% interval {low:+.1f} to {high:+.1f}", low=100 * low, high=100 * high)
-    over = say(" (paired bootstrap over {images} images)", images=images)
-    if count < images:
-        over = say(
-            " (paired bootstrap over {groups} groups of {images} images)",
-            groups=count, images=images,
-        )  # fmt: skip
-    line += ", " + interval + over
-    if low <= 0 <= high:
-        line += say("; it includes 0: could be chance")
-    if count < FEW_IMAGES:
-        line += say("; few images: take it as wider")
-    return interval, line
 
 
 def split_sentences(split: str, overlap: Overlap, say: Language = ENGLISH) -> list[str]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from finetuning.basics.files import write_csv
 from finetuning.basics.language import ENGLISH, Language
-from finetuning.evaluation import Result, group_by_image, mean_metrics, unit_of
-from finetuning.metrics import METRICS, PIXEL_METRICS
+from finetuning.evaluation.measuring import Result, group_by_image, mean_metrics, unit_of
+from finetuning.evaluation.metrics import METRICS, PIXEL_METRICS
 from finetuning.model.prompts import prompt_text
 from finetuning.tables import Table
 

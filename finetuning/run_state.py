@@ -19,6 +19,7 @@ from finetuning.basics.run_outputs import BEST_FILE, LOG_FILES, STATE_FILE
 from finetuning.dataset.data_folder import draw_demo, is_filled
 from finetuning.dataset.pairs import Pair, read_facts, split_pairs
 from finetuning.drawing import draw_learning_curve
+from finetuning.evaluation.seen_images import SEEN, Contents, hash_files, record_seen
 from finetuning.learner import Learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.model.checkpoints import save_checkpoint
@@ -27,7 +28,6 @@ from finetuning.model.models import ensure_checkpoint, parse_image_size
 from finetuning.model.trainable_encoder import merged_state_dict
 from finetuning.recipe import Recipe
 from finetuning.resuming import Log, restore
-from finetuning.seen_images import SEEN, Contents, hash_files, record_seen
 
 CURVE_EVERY = 30  # seconds: drawing takes half of one, which may be as long as an epoch
 

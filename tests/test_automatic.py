@@ -17,12 +17,19 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 import compare_models
 import test_my_image as segmenting
 import train_sam2_proper
-from finetuning import detection
 from finetuning.basics.image_files import write_image
 from finetuning.batches import Step, TrainingSet
 from finetuning.dataset.objects import Objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.detection import Counts, best_score, choose_rule, iou_table, match, total
+from finetuning.evaluation import object_matching
+from finetuning.evaluation.object_matching import (
+    Counts,
+    best_score,
+    choose_rule,
+    iou_table,
+    match,
+    total,
+)
 from finetuning.losses import image_losses
 from finetuning.model import automatic
 from finetuning.model.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
@@ -167,28 +174,28 @@ def test_a_rule_is_chosen_on_some_of_the_images_drawn_by_seed(monkeypatch):
         read.append(pair)
         return None, objects_of(square(10, 10))
 
-    monkeypatch.setattr(detection, "read_pair", note)
-    monkeypatch.setattr(detection, "find_objects", lambda *_: [found(square(10, 10))])
+    monkeypatch.setattr(object_matching, "read_pair", note)
+    monkeypatch.setattr(object_matching, "find_objects", lambda *_: [found(square(10, 10))])
     drawn = []
     for seed in (1, 1, 2):
         read.clear()
         choose_rule(Model(Namespace(), Namespace(precision=None)), list(range(60)), seed)
         drawn.append(list(read))
     assert drawn[0] == drawn[1] != drawn[2]
-    assert all(len(set(pairs)) == detection.MOST_TUNED for pairs in drawn)
+    assert all(len(set(pairs)) == object_matching.MOST_TUNED for pairs in drawn)
 
 
 def test_each_model_finds_objects_by_its_own_rule(tmp_path, monkeypatch):
     pair = make_pair(tmp_path, square(10, 10).astype(np.uint8))
     masks = [found(square(10, 10), 0.9), found(square(60, 60), 0.5)]
     monkeypatch.setattr(
-        detection,
+        object_matching,
         "find_objects",
         lambda _, __, ___, rule: [one for one in masks if one.score >= rule.min_score],
     )
     model = Model(Namespace(), Namespace(precision=torch.float32))
     rules = [Rule(min_score=0.4), Rule(min_score=0.8)]
-    counts = detection.count_objects_found([model, model], rules, [pair])
+    counts = object_matching.count_objects_found([model, model], rules, [pair])
     assert counts == [[Counts(objects=1, found=2, matched=1)], [Counts(1, 1, 1)]]
 
 
@@ -214,7 +221,7 @@ def test_a_rule_is_chosen_by_what_is_found_in_training_images(tmp_path, predicto
     pairs = [make_pair(tmp_path, labels)] * 3
     specks = [found(square(x, 90, side=3), 0.7) for x in (0, 10, 20)]
     masks = [found(square(10, 10), 0.8), *specks, found(square(60, 60), 0.6)]
-    monkeypatch.setattr(detection, "find_objects", lambda *given: masks)
+    monkeypatch.setattr(object_matching, "find_objects", lambda *given: masks)
     rule = choose_rule(Model(predictor, FeatureSource(predictor, torch.float32)), pairs, seed=0)
     assert rule == ANY._replace(min_score=pytest.approx(0.4), min_area=pytest.approx(0.01))
 

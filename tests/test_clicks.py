@@ -12,18 +12,13 @@ import torch
 from conftest import CPU, draw_pair, write_data
 
 from compare_models import main
-from finetuning import clicks
 from finetuning.basics.image_files import read_image
-from finetuning.clicks import (
-    clicks_table,
-    measure_clicks,
-    number_of_clicks,
-    simulate_clicks,
-    write_clicks,
-)
+from finetuning.clicks import clicks_table, number_of_clicks, write_clicks
 from finetuning.dataset.objects import Objects
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import Result
+from finetuning.evaluation import simulated_clicks
+from finetuning.evaluation.measuring import Result
+from finetuning.evaluation.simulated_clicks import measure_clicks, simulate_clicks
 from finetuning.model import loading, segmentation
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.model import FeatureSource, Model
@@ -143,7 +138,7 @@ def test_a_perfect_mask_is_clicked_no_more(monkeypatch, use_mask_prompt):
         asked.append((prompt.point_labels.tolist(), size, mask_input))
         return answers[len(asked) - 1]
 
-    monkeypatch.setattr(clicks, "segment_with_logits", answer)
+    monkeypatch.setattr(simulated_clicks, "segment_with_logits", answer)
     ious = simulate_clicks(None, None, true_mask, 5, use_mask_prompt)
     assert ious == pytest.approx([0, 1, 1, 1, 1])
     # All of the image is wrong after the first click: the background is the deeper of the two.
@@ -160,7 +155,7 @@ def test_a_model_that_ignores_clicks_is_asked_elsewhere_until_nothing_is_left(mo
         asked.append(prompt.point_coords.tolist())
         return np.zeros_like(true_mask), 0.5, None
 
-    monkeypatch.setattr(clicks, "segment_with_logits", find_nothing)
+    monkeypatch.setattr(simulated_clicks, "segment_with_logits", find_nothing)
     assert simulate_clicks(None, None, true_mask, 20, False) == [0.0] * 20
     pixels = [[2, 4], [3, 4], [4, 4], [5, 4]]
     assert asked == [pixels[: click + 1] for click in range(4)]
@@ -194,9 +189,9 @@ def test_each_object_has_the_clicks_on_its_own_mask_by_each_model(monkeypatch):
         for index, (of_pair, masks) in enumerate(objects.items())
         for k in range(len(masks))
     ]
-    monkeypatch.setattr(clicks, "read_objects", objects.get)
-    monkeypatch.setattr(clicks, "features_for", lambda *_: ["of half", "of whole"])
-    monkeypatch.setattr(clicks, "segment_with_logits", answer)
+    monkeypatch.setattr(simulated_clicks, "read_objects", objects.get)
+    monkeypatch.setattr(simulated_clicks, "features_for", lambda *_: ["of half", "of whole"])
+    monkeypatch.setattr(simulated_clicks, "segment_with_logits", answer)
     ious = measure_clicks(results, 2, True, "single")
     assert ious == pytest.approx(np.array([[[0.5, 0.5]] * 3, [[1, 1]] * 3]), abs=1e-6)
     assert set(asked) == {("half", "of half", "single"), ("whole", "of whole", "single")}

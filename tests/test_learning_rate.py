@@ -16,11 +16,11 @@ from conftest import CPU, write_data
 import compare_models
 from finetuning import learning_rate, run_state
 from finetuning.dataset.pairs import Pair
+from finetuning.evaluation.measuring import Validation
 from finetuning.learning_rate import RATES, choose_rate, split_for_trials
 from finetuning.model.model import Model
 from finetuning.recipe import GUIDE, Recipe
 from finetuning.run_state import best_of
-from finetuning.validation import Validation
 from train_sam2_proper import main, parse_args
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from finetuning.metrics import METRICS, PIXEL_METRICS, crop_to_union
-from finetuning.metrics import METRICS as METRICS_OF_EVALUATION
+from finetuning.evaluation.metrics import METRICS, PIXEL_METRICS, crop_to_union
+from finetuning.evaluation.metrics import METRICS as METRICS_OF_EVALUATION
 
 SIZES = [(1, 1), (1, 9), (7, 2), (13, 17), (24, 31), (90, 120), (200, 150)]  # (H,W)
 SYMMETRIC = ("IoU", "Dice", "Boundary IoU", "HD95")

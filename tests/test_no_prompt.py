@@ -14,7 +14,7 @@ from finetuning.basics.image_files import write_image
 from finetuning.batches import EpochSampler, Step, TrainingSet
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import measure
+from finetuning.evaluation.measuring import measure
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import make_prompt

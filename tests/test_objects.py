@@ -24,7 +24,8 @@ from finetuning.batches import EpochSampler, TrainingSet
 from finetuning.dataset.filling import write_objects
 from finetuning.dataset.objects import count_objects, limit_objects, read_objects
 from finetuning.dataset.pairs import Pair, facts_text, read_facts, split_pairs
-from finetuning.evaluation import bootstrap_interval, measure
+from finetuning.evaluation.interval import bootstrap_interval
+from finetuning.evaluation.measuring import measure
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor

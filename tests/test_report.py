@@ -25,9 +25,11 @@ from finetuning.basics.language import ENGLISH, KOREAN, Language, parse_language
 from finetuning.basics.run_outputs import RUNS_FILE
 from finetuning.clicks import clicks_table
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.evaluation import Result
+from finetuning.evaluation.interval import format_interval, group_numbers
+from finetuning.evaluation.measuring import Result
+from finetuning.evaluation.metrics import METRICS
+from finetuning.evaluation.seen_images import SEEN, Overlap, hash_files, record_seen
 from finetuning.figures import Picture
-from finetuning.metrics import METRICS
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.loading import Files
 from finetuning.model.model import FeatureSource, Model
@@ -35,15 +37,8 @@ from finetuning.model.models import MODELS, is_published, load_predictor
 from finetuning.model.prompts import make_prompt
 from finetuning.report import format_box, format_files, format_summary, summarize
 from finetuning.report_page import TEMPLATE, Setup, write_page
-from finetuning.report_sentences import (
-    empty_sentence,
-    format_interval,
-    group_numbers,
-    runs_sentence,
-    split_sentences,
-)
+from finetuning.report_sentences import empty_sentence, runs_sentence, split_sentences
 from finetuning.result_tables import metrics_table
-from finetuning.seen_images import SEEN, Overlap, hash_files, record_seen
 from finetuning.tables import (
     BOX_CHARACTERS,
     WIDE_ENCODINGS,

@@ -10,9 +10,7 @@ import compare_models
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
 from finetuning.dataset.pairs import split_pairs
-from finetuning.model.checkpoints import load_checkpoint
-from finetuning.model.models import MODELS
-from finetuning.seen_images import (
+from finetuning.evaluation.seen_images import (
     SEEN,
     Overlap,
     add_overlaps,
@@ -21,6 +19,8 @@ from finetuning.seen_images import (
     record_seen,
     seen_before,
 )
+from finetuning.model.checkpoints import load_checkpoint
+from finetuning.model.models import MODELS
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from finetuning.basics.image_files import read_image, write_image
 from finetuning.batches import Batch, EpochSampler, TrainingSet, make_loader
 from finetuning.dataset.pairs import split_pairs
 from finetuning.drawing import draw_learning_curve
+from finetuning.evaluation.measuring import Validation
 from finetuning.learner import Learner, make_learner
 from finetuning.learning_rate import learning_rate_factor
 from finetuning.losses import batch_loss, image_losses
@@ -28,7 +29,6 @@ from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import Features, Prediction
 from finetuning.prompts import PromptMix, PromptPlan
 from finetuning.recipe import GUIDE, Recipe
-from finetuning.validation import Validation
 from train_sam2_proper import main, parse_args, train_one_epoch
 
 # Points in objects and on background reach all of the prompt encoder and mask decoder but these:

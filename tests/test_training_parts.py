@@ -10,12 +10,13 @@ import torch
 from conftest import CPU, draw_pair
 
 import train_sam2_proper
-from finetuning import evaluation, run_state
+from finetuning import run_state
 from finetuning.basics.image_files import write_image
 from finetuning.basics.run_outputs import STATE_FILE
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import mean_metrics, measure
+from finetuning.evaluation import measuring
+from finetuning.evaluation.measuring import Validation, mean_metrics, measure
 from finetuning.learner import Learner, Machine, make_learner, take_step
 from finetuning.model import model as model_module
 from finetuning.model.checkpoints import load_checkpoint
@@ -26,7 +27,6 @@ from finetuning.recipe import DEFAULT, Recipe
 from finetuning.repeats import Training
 from finetuning.resuming import restore
 from finetuning.run_state import Start, run_settings
-from finetuning.validation import Validation
 
 
 def write_pair_of_three(folder: Path, name: str) -> Pair:
@@ -60,7 +60,7 @@ def models(monkeypatch) -> list[Model]:
         return masks
 
     nothing = Features(torch.zeros(2, 1), [])
-    monkeypatch.setattr(evaluation, "features_for", lambda models, _: [nothing] * len(models))
+    monkeypatch.setattr(measuring, "features_for", lambda models, _: [nothing] * len(models))
     monkeypatch.setattr(model_module, "segment_together", segment_together)
     return [
         Model(Namespace(finds=finds, device=CPU, asked=asked), Namespace(precision=torch.float32))
@@ -123,7 +123,7 @@ def test_validation_asks_for_the_deepest_point_and_where_wanted_for_all_objects(
 
     nothing = Features(torch.zeros(2, 1), [])
     monkeypatch.setattr(model_module, "segment_together", segment_made_up)
-    monkeypatch.setattr(evaluation, "features_for", lambda *_: [nothing])
+    monkeypatch.setattr(measuring, "features_for", lambda *_: [nothing])
     model = Model(Namespace(device=CPU), Namespace(precision=torch.float32))
     means = {"val_iou": pytest.approx(1 / 2), "val_dice": pytest.approx(2 / 3)}
     assert Validation(pairs).measure(model) == means

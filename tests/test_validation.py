@@ -10,15 +10,20 @@ import pytest
 import torch
 from conftest import CPU, draw_pair
 
-from finetuning import evaluation
 from finetuning.basics.image_files import write_image
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation import AT_ONCE_ON_CPU, find_in_empty, mean_metrics, measure
-from finetuning.metrics import LOGGED
+from finetuning.evaluation import measuring
+from finetuning.evaluation.measuring import (
+    AT_ONCE_ON_CPU,
+    Validation,
+    find_in_empty,
+    mean_metrics,
+    measure,
+)
+from finetuning.evaluation.metrics import LOGGED
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
-from finetuning.validation import Validation
 
 # (H,W), and how many objects: more images than are decoded at once, and more objects in one of them
 IMAGES = [
@@ -88,13 +93,13 @@ def test_chosen_objects_are_measured_and_without_a_prompt_all_of_their_images(pa
 
 @pytest.mark.parametrize("without_prompt", [True, False])
 def test_masks_are_read_once_however_often_it_measures(pairs, model, monkeypatch, without_prompt):
-    read, read_objects = [], evaluation.read_objects
+    read, read_objects = [], measuring.read_objects
 
     def note_what_is_read(pair):
         read.append(pair.name)
         return read_objects(pair)
 
-    monkeypatch.setattr(evaluation, "read_objects", note_what_is_read)
+    monkeypatch.setattr(measuring, "read_objects", note_what_is_read)
     measured = Validation(pairs, without_prompt)
     assert read == []
     first = measured.measure(model)

@@ -1,8 +1,4 @@
-"""How good models are: the same prompts for all of them, and metrics of their masks.
-
-Training's validation and the comparison both measure here, on the same batches in the same order:
-in bfloat16 a batch of another size has other last digits.
-"""
+"""Measure models: the same prompts for all of them, and metrics of their masks."""
 
 from __future__ import annotations
 
@@ -11,21 +7,24 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from sam2_utils import UserError
+
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.dataset.objects import read_objects
+from finetuning.dataset.objects import limit_objects, read_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.metrics import METRICS, Metric
+from finetuning.evaluation.metrics import LOGGED, METRICS, Metric
 from finetuning.model.model import Model, features_for, segment_with_all
 from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.model.segmentation import Features
 
 AT_ONCE = {"cuda": 16}  # images, and prompts, that are decoded together
 AT_ONCE_ON_CPU = 4
-RESAMPLES = 10_000  # of the bootstrap
 
 T = TypeVar("T")
+
+MOST_OBJECTS = 2000  # after each epoch
 
 
 class Example(NamedTuple):
@@ -212,23 +211,50 @@ def unit_of(results: Sequence[Result]) -> str:
     return "image" if len({result.index for result in results}) == len(results) else "object"
 
 
-def bootstrap_interval(
-    gains: np.ndarray, seed: int, images: np.ndarray | None = None
-) -> tuple[float, float]:
-    """Return the 95% confidence interval of the mean of M gains in IoU, one an object.
+class Validation:
+    """Measures a model on the same objects with the same prompts, as often as is asked for.
 
-    It is the percentile interval of the bootstrap (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, chapter 13) over images, since objects of one image are not independent; the
-    two IoUs of an object stay paired. images: of M ints, which are equal for objects of one image;
-    by default, each is in an image of its own.
+    Each object is prompted with the point deepest in its mask; and, where that is wanted, all of an
+    image together with nothing. Images without an object are left out. The numbers are those of
+    measure(), to the last digit.
     """
-    images = np.arange(len(gains)) if images is None else images
-    rng = np.random.default_rng(seed)
-    _, of_image = np.unique(images, return_inverse=True)
-    sums, counts = np.bincount(of_image, gains), np.bincount(of_image)
-    parts = []
-    for _ in range(100):  # not all at once, which would fill the memory with many images
-        drawn = rng.integers(len(sums), size=(RESAMPLES // 100, len(sums)))
-        parts.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
-    return float(low), float(high)
+
+    def __init__(
+        self, pairs: list[Pair], without_prompt: bool = False, most: int | None = None
+    ) -> None:
+        """Nothing is read yet.
+
+        without_prompt: measure that, too. most: how many objects are measured, if there are more.
+        """
+        self.pairs, self.kinds, self.most = pairs, ("center", "none")[: 1 + without_prompt], most
+        self._images: list[list[Example]] = []
+
+    def measure(self, model: Model) -> dict[str, float]:
+        """Return the mean of each metric, and the mean IoU without a prompt, by the log's names.
+
+        Raises UserError where no image has an object, or a mask is not of its image's size.
+        """
+        self._images = self._images or self._read()
+        progress = tqdm(self._images, desc="Validating", unit="image", leave=False)
+        results = list(measure_examples([model], progress, metrics=LOGGED))
+        means = {
+            kind: mean_metrics([result for result in results if result.prompt_kind == kind])
+            for kind in self.kinds
+        }
+        row = {f"val_{name.lower()}": mean for name, mean in means["center"].items()}
+        return row | ({"val_iou_no_prompt": means["none"]["IoU"]} if "none" in means else {})
+
+    def _read(self) -> list[list[Example]]:
+        """Return the examples of each image that has any, and say how many have none."""
+        pairs = self.pairs if self.most is None else limit_objects(self.pairs, self.most)
+        progress = tqdm(pairs, desc="Reading masks", unit="mask", leave=False, delay=1)
+        images = [read_examples(pair, self.kinds) for pair in progress]
+        found = [examples for examples in images if examples]
+        if not found:
+            raise UserError("every validation mask is empty; check that objects are white (255)")
+        if len(found) < len(images):
+            print(
+                f"skipped {len(images) - len(found)} of {len(images)} validation images: their "
+                "masks are empty"
+            )
+        return found

@@ -1,0 +1,86 @@
+"""Confidence intervals by the bootstrap over images, or over groups of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from finetuning.basics.language import ENGLISH, Language
+from finetuning.evaluation.measuring import Result
+
+RESAMPLES = 10_000  # of the bootstrap
+
+FEW_IMAGES = 20  # below it, bootstrap intervals are clearly too narrow
+
+
+def bootstrap_interval(
+    gains: np.ndarray, seed: int, images: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Return the 95% confidence interval of the mean of M gains in IoU, one an object.
+
+    It is the percentile interval of the bootstrap (Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, chapter 13) over images, since objects of one image are not independent; the
+    two IoUs of an object stay paired. images: of M ints, which are equal for objects of one image;
+    by default, each is in an image of its own.
+    """
+    images = np.arange(len(gains)) if images is None else images
+    rng = np.random.default_rng(seed)
+    _, of_image = np.unique(images, return_inverse=True)
+    sums, counts = np.bincount(of_image, gains), np.bincount(of_image)
+    parts = []
+    for _ in range(100):  # not all at once, which would fill the memory with many images
+        drawn = rng.integers(len(sums), size=(RESAMPLES // 100, len(sums)))
+        parts.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def group_numbers(results: list[Result]) -> np.ndarray:
+    """Return a number an object, equal for those of images that are not independent.
+
+    Such are copies and the images of one patient: of one Pair.group. Others are on their own.
+    """
+    groups = [result.pair.group for result in results]
+    keys = [
+        (group, -1 if group else result.index)
+        for group, result in zip(groups, results, strict=True)
+    ]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys])
+
+
+def format_interval(
+    gains: np.ndarray,
+    seed: int,
+    groups: np.ndarray | None = None,
+    images: int | None = None,
+    say: Language = ENGLISH,
+) -> tuple[str, str]:
+    """Return the interval of the mean gain in %p, and a sentence that says what to beware of.
+
+    The first is empty where there is no interval.
+
+    Arguments:
+      gains, groups: as in bootstrap_interval, whose images may be groups of images.
+      images: how many there are (default: as many as groups).
+    """
+    count = len(gains if groups is None else np.unique(groups))
+    images = images or count
+    line = say("improvement {gain:+.1f}%p", gain=100 * gains.mean())
+    if count == 1 < images:
+        return "", line + say(", of one group of images: too few for an interval")
+    if count == 1:
+        return "", line + say(", of one image: too few for an interval")
+    low, high = bootstrap_interval(gains, seed, groups)
+    interval = say("95% interval {low:+.1f} to {high:+.1f}", low=100 * low, high=100 * high)
+    over = say(" (paired bootstrap over {images} images)", images=images)
+    if count < images:
+        over = say(
+            " (paired bootstrap over {groups} groups of {images} images)",
+            groups=count, images=images,
+        )  # fmt: skip
+    line += ", " + interval + over
+    if low <= 0 <= high:
+        line += say("; it includes 0: could be chance")
+    if count < FEW_IMAGES:
+        line += say("; few images: take it as wider")
+    return interval, line
