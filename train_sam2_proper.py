@@ -35,39 +35,44 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from finetuning import detection, encoder_training, run_state
 from finetuning.basics import distributed, run_outputs
 from finetuning.basics.command_line import ArgumentParser, run, tell
 from finetuning.basics.files import only_run_in
-from finetuning.batches import EpochSampler, TrainingSet, make_loader
-from finetuning.clicks import add_clicks
 from finetuning.dataset.pairs import keep_out, split_pairs
-from finetuning.earlier_runs import require_elsewhere, set_aside
-from finetuning.epoch_report import EpochReport
 from finetuning.evaluation import object_matching
 from finetuning.evaluation.measuring import MOST_OBJECTS, Validation
 from finetuning.evaluation.seen_images import seen_before
-from finetuning.learner import (
-    Learner,
-    Machine,
-    add_machine_options,
-    make_learner,
-    set_learning_rate,
-    speed_up,
-    take_step,
-)
-from finetuning.learning_rate import learning_rate_factor, try_learning_rates
-from finetuning.losses import batch_loss
 from finetuning.model import trainable_encoder
 from finetuning.model.cache_places import open_cache
 from finetuning.model.loading import trusted_device
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor, own_image_size
 from finetuning.model.segmentation import encode_images, predict_masks
-from finetuning.recipe import DEMO, RECIPE_OPTIONS, Recipe, add_recipe_options, choose_defaults
-from finetuning.repeats import (
-    Training,
+from finetuning.training import options, run_files
+from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.training.earlier_runs import require_elsewhere, set_aside
+from finetuning.training.learner import (
+    Learner,
+    Machine,
+    make_learner,
+    set_learning_rate,
+    speed_up,
+    take_step,
+)
+from finetuning.training.learning_rate_trial import learning_rate_factor, try_learning_rates
+from finetuning.training.log import EpochReport, Log, conclude, write_log
+from finetuning.training.losses import batch_loss
+from finetuning.training.options import (
+    RECIPE_OPTIONS,
+    add_machine_options,
+    add_recipe_options,
     add_repeat_options,
+    choose_defaults,
+)
+from finetuning.training.prompt_sampling import add_clicks
+from finetuning.training.recipe import DEMO, Recipe
+from finetuning.training.repeats import (
+    Training,
     check_outputs,
     conclude_repeats,
     describe_training,
@@ -75,8 +80,7 @@ from finetuning.repeats import (
     plan_trainings,
     which_resume,
 )
-from finetuning.resuming import load_state
-from finetuning.run_state import Start
+from finetuning.training.run_files import Start, load_state
 
 
 def train_one_epoch(
@@ -109,7 +113,9 @@ def train_one_epoch(
             with autocast(predictor.device, learner.precision):
                 # What the model is shown: a prompt, perhaps with clicks that correct its answers
                 features = of_images.of(part.image_of)
-                prompts, mask_inputs = add_clicks(predictor, features, part, learner.decoder)
+                prompts, mask_inputs = add_clicks(
+                    predictor, features, part.prompts, part.true_masks, part.plan, learner.decoder
+                )
 
                 # Prompt encoder and mask decoder, with gradients
                 sizes = [input_size] * len(prompts)
@@ -139,7 +145,7 @@ def fit(
     loader: DataLoader,
     validation: Validation,
     recipe: Recipe,
-    log: run_state.Log,
+    log: Log,
     settings: dict[str, Any],
     output: Path,
 ) -> None:
@@ -154,23 +160,23 @@ def fit(
                 rate = learner.optimizer.param_groups[0]["lr"]
                 row = {"epoch": epoch, **report, **found, "lr": rate}
                 log.append({**row, "seconds": time.perf_counter() - begun})
-                run_state.save_epoch(output, model.predictor, learner, log, settings)
+                run_files.save_epoch(output, model.predictor, learner, log, settings)
     except KeyboardInterrupt:
         print("\nstopped; to go on after the last finished epoch, add --resume")
         raise
     if is_first:
-        run_state.write_log(output, log)  # a killed run may not have come to it
-        run_state.save_model(output / run_outputs.FINAL_FILE, model.predictor, log[-1], settings)
-        print(run_state.conclude(log))
+        write_log(output, log)  # a killed run may not have come to it
+        run_files.save_model(output / run_outputs.FINAL_FILE, model.predictor, log[-1], settings)
+        print(conclude(log))
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
-    files = run_state.add_file_options(parser)
+    files = options.add_file_options(parser)
     add_repeat_options(files)
-    detection.add_threshold_option(files)
+    options.add_threshold_option(files)
     add_recipe_options(parser)
-    encoder_training.add_encoder_options(parser)
+    options.add_encoder_options(parser)
     add_machine_options(parser)
     return parser
 
@@ -179,8 +185,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     """Return the options in their final values: as typed, else of --demo, else of --recipe."""
     parser = make_parser()
     args = parser.parse_typed(argv, {*DEMO, *RECIPE_OPTIONS}, choose_defaults)
-    encoder_options = {name: getattr(args, name) for name in encoder_training.ENCODER_OPTIONS}
-    problem = encoder_training.contradiction(
+    encoder_options = {name: getattr(args, name) for name in options.ENCODER_OPTIONS}
+    problem = options.contradiction(
         args.train_encoder, encoder_options, args.lr, args.cache, args.compile
     )
     if problem:
@@ -192,7 +198,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args.gradient_checkpointing = {"on": True, "off": False}.get(args.gradient_checkpointing)
     has_cache = not args.no_cache and args.train_encoder == "none"
     args.cache = (args.cache or args.output / "cache") if has_cache else None
-    of_encoder = encoder_training.encoder_settings(
+    of_encoder = options.encoder_settings(
         args.train_encoder, args.lr, args.encoder_lr, args.lora_rank
     )
     args.recipe = Recipe(**{name: getattr(args, name) for name in RECIPE_OPTIONS}, **of_encoder)
@@ -206,10 +212,10 @@ def train(
     settings: dict[str, Any],
     resume: bool,
     aside: Path | None = None,
-) -> run_state.Log:
+) -> Log:
     """Fine-tune a model on the train pairs, for the epochs that are not done yet; return the log.
 
-    settings: of the run, as run_state.run_settings returns them. aside: the folder whose earlier
+    settings: of the run, as run_files.run_settings returns them. aside: the folder whose earlier
     run is moved aside, before the first file of this one is written.
     """
     _, recipe, pairs, output = training
@@ -247,7 +253,7 @@ def train(
     if aside and distributed.rank() == 0:
         set_aside(aside, settings)
     learner = make_learner(predictor, recipe, machine.precision, machine.checkpointing)
-    run_state.start(output, predictor, learner, recipe, state, log, settings)
+    run_files.start(output, predictor, learner, recipe, state, log, settings)
     if log[-1]["epoch"] < recipe.epochs:
         learner = speed_up(learner, predictor, recipe, objects, machine.compiling)
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
@@ -263,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     precision = select_precision(args.precision, device)
     machine = Machine(precision, args.gradient_checkpointing, args.compile, args.cache_in)
     with distributed.process_group(device), contextlib.ExitStack() as locks:
-        checkpoint = run_state.prepare(args.data, args.model, args.checkpoint, args.demo)
+        checkpoint = run_files.prepare(args.data, args.model, args.checkpoint, args.demo)
         size = args.image_size or own_image_size(args.model)
         pairs = {split: split_pairs(args.data, split, args.limit) for split in ("train", "val")}
         trainings = plan_trainings(args.recipe, pairs, args.output, args.runs, args.folds)
@@ -286,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         for training, resume in zip(trainings, resumed, strict=True):
             if logs:  # as it was, for another training
                 predictor, _ = load_predictor(args.model, checkpoint, device, size)
-            settings = run_state.run_settings(training.recipe, start, training.pairs)
+            settings = run_files.run_settings(training.recipe, start, training.pairs)
             tell(describe_training(training, args.data))
             at = f" at {size}x{size} pixels" * (size != own_image_size(args.model))
             print(f"SAM 2.1 {args.model}{at} on {device} in {settings['precision']}")
@@ -300,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
             print(conclude_repeats(args.output, trainings, logs, args.folds))
         if args.cache:
             tell(f"the features in {args.cache} may be deleted; another run would need them again")
-        tell(f"next: {run_state.next_command(args.output, args.data, args.folds)}")
+        tell(f"next: {run_files.next_command(args.output, args.data, args.folds)}")
 
 
 if __name__ == "__main__":

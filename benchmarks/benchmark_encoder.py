@@ -22,10 +22,10 @@ import torch
 
 import train_sam2_proper
 from finetuning.basics.command_line import run
-from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.dataset.pairs import split_pairs
-from finetuning.learner import make_learner
 from finetuning.model.models import build_predictor
+from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.training.learner import make_learner
 
 STEPS = 2  # the second has the optimizer's state in memory beside the rest
 

@@ -44,13 +44,11 @@ from peer_transformers import BACKBONES, train_transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_sam2_proper
-from finetuning import run_state
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.basics.files import atomic_write, write_csv
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.evaluation.measuring import Validation
-from finetuning.learner import make_learner
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.models import (
@@ -63,7 +61,9 @@ from finetuning.model.models import (
 )
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import encode_images, predict_masks
-from finetuning.recipe import GUIDE
+from finetuning.training import run_files
+from finetuning.training.learner import make_learner
+from finetuning.training.recipe import GUIDE
 
 GUIDES_LOOP, PEER = "the guide's loop", "transformers' loop"
 EPOCHS = 20  # of the totals
@@ -74,7 +74,7 @@ PARTS = {
     "compile": (train_sam2_proper, "speed_up"),
     "steps": (train_sam2_proper, "train_one_epoch"),
     "validation": (Validation, "measure"),
-    "saving": (run_state, "save_epoch"),
+    "saving": (run_files, "save_epoch"),
 }
 COLUMNS = (
     "variant", "size", "encode s/image", "step s/image", "compile s", TOTAL, "ratio",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from finetuning.dataset.objects import read_pair
 from finetuning.dataset.pairs import Pair
 from finetuning.model.prompts import random_point
-from finetuning.recipe import Recipe
+from finetuning.training.recipe import Recipe
 
 
 def train_guide(

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from finetuning.basics.image_files import read_image
 from finetuning.dataset.pairs import Pair
-from finetuning.losses import mask_losses
 from finetuning.model.prompts import mask_box
+from finetuning.training.losses import mask_losses
 
 # Of Sam2HieraDetConfig; tiny is its default
 BACKBONES = {

@@ -37,7 +37,6 @@ from sam2_utils import calculate_iou, select_device
 from benchmarks.pretraining_images import Drawing, draw_pretraining_image
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.basics.files import atomic_write
-from finetuning.losses import dice_loss
 from finetuning.model.models import build_predictor, load_predictor, make_predictor
 from finetuning.model.prompts import Prompt, make_prompt, mask_box, prompt_from_mask, random_point
 from finetuning.model.segmentation import (
@@ -48,6 +47,7 @@ from finetuning.model.segmentation import (
     upscale_masks,
 )
 from finetuning.model.trainable_encoder import encode_with_gradients
+from finetuning.training.losses import dice_loss
 
 
 class Phase(NamedTuple):

@@ -38,19 +38,20 @@ from tqdm import tqdm
 
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
 from finetuning.basics.files import as_it_was, atomic_write, write_csv
-from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.evaluation.measuring import mean_metrics, measure
 from finetuning.evaluation.simulated_clicks import measure_clicks
-from finetuning.learner import make_learner
 from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import FeatureSource, Model, features_for
 from finetuning.model.models import MODELS, ensure_checkpoint, load_predictor
 from finetuning.model.prompts import prompt_from_mask
 from finetuning.model.segmentation import predict_masks
-from finetuning.recipe import DEFAULT, GUIDE, MINI_LR, RECIPE_OPTIONS, Recipe
+from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.training.learner import make_learner
+from finetuning.training.options import RECIPE_OPTIONS
+from finetuning.training.recipe import DEFAULT, GUIDE, MINI_LR, Recipe
 from train_sam2_proper import train_one_epoch
 
 BATCH = replace(GUIDE, batch_size=4)

@@ -11,48 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics.files import atomic_write, write_csv
 from finetuning.basics.language import ENGLISH, Language
-from finetuning.batches import Batch
-from finetuning.model.prompts import Prompt
-from finetuning.model.segmentation import Features, choose_masks, predict_masks, upscale_masks
-from finetuning.prompts import add_click
 from finetuning.tables import Table
-from finetuning.training_masks import HALF
 
 TARGET_IOUS = (0.85, 0.90)  # of NoC@85 and NoC@90
 CLICK_FILES = ("clicks.csv", "clicks.png")
-
-
-@torch.no_grad()
-def add_clicks(
-    predictor: SAM2ImagePredictor, features: Features, batch: Batch, decoder: torch.nn.Module
-) -> tuple[list[Prompt], torch.Tensor | None]:
-    """Return the batch's prompts with the clicks of its plan, and what else goes in with them.
-
-    Each click corrects the mask that the model itself would choose. With batch.plan.gives_mask
-    the logits of the last one are returned too, Bx1x(S/4)x(S/4).
-    """
-    prompts, mask_inputs = batch.prompts, None
-    true_masks = batch.true_masks.numpy() >= HALF
-    size = predictor.model.image_size
-    for _ in range(batch.plan.clicks):
-        prediction = predict_masks(
-            predictor, features, prompts, [(size, size)] * len(prompts), decoder, mask_inputs
-        )
-        chosen, _ = choose_masks(predictor, prediction)
-        logits = upscale_masks(predictor, chosen, batch.true_masks.shape[-2:])
-        masks = (logits[:, 0] > 0).cpu().numpy()
-        prompts = [
-            add_click(prompt, mask, true_mask, size)
-            for prompt, mask, true_mask in zip(prompts, masks, true_masks, strict=True)
-        ]
-        mask_inputs = chosen.clamp(-32, 32) if batch.plan.gives_mask else None
-    return prompts, mask_inputs
 
 
 def number_of_clicks(ious: np.ndarray, target: float) -> tuple[float, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,13 @@ import numpy as np
 from finetuning.basics.files import write_csv
 from finetuning.basics.language import ENGLISH, Language
 from finetuning.dataset.pairs import Pair
-from finetuning.evaluation.object_matching import (
-    MOST_TUNED,
-    Counts,
-    choose_rule,
-    count_objects_found,
-    total,
-)
+from finetuning.evaluation.object_matching import Counts, choose_rule, count_objects_found, total
 from finetuning.model.automatic import Rule, rule_of
 from finetuning.model.model import Model
 from finetuning.tables import Table
 
 AUTO_FILE = "auto.csv"
 COLUMNS = ("image", "objects", "model", "found", "matched", "precision", "recall", "f1")
-
-
-def add_threshold_option(parser: argparse._ActionsContainer) -> None:
-    """Add --choose-thresholds, for keep_rule."""
-    parser.add_argument(
-        "--choose-thresholds",
-        action="store_true",
-        help="after training, choose the score and area thresholds of test_my_image.py --auto "
-        f"objects on {MOST_TUNED} training images (slow)",
-    )
 
 
 def compare_automatic(

@@ -18,7 +18,6 @@ import compare_models
 import test_my_image as segmenting
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
-from finetuning.batches import Step, TrainingSet
 from finetuning.dataset.objects import Objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.evaluation import object_matching
@@ -30,7 +29,6 @@ from finetuning.evaluation.object_matching import (
     match,
     total,
 )
-from finetuning.losses import image_losses
 from finetuning.model import automatic
 from finetuning.model.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
@@ -38,8 +36,10 @@ from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor, make_predictor
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import Prediction
-from finetuning.prompts import PromptMix, plan_prompts
-from finetuning.recipe import DEFAULT
+from finetuning.training.batches import Step, TrainingSet
+from finetuning.training.losses import image_losses
+from finetuning.training.prompt_sampling import PromptMix, plan_prompts
+from finetuning.training.recipe import DEFAULT
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 OUTPUT = Path("output/my_results/folder")

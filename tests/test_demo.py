@@ -15,13 +15,13 @@ import download_dataset
 import test_my_image
 import train_sam2_proper
 from benchmarks.pretraining_images import draw_pretraining_image
-from finetuning import run_state
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.dataset.demo_images import draw_demo_pair, write_demo_dataset
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import make_prompt, prompt_from_mask
 from finetuning.model.segmentation import encode_images, predict_masks, segment
+from finetuning.training import run_files
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 
@@ -102,7 +102,7 @@ def test_the_same_seed_draws_the_same_bytes_on_every_platform(tmp_path):
 
 
 def test_the_demo_learns_what_the_original_does_not_know(run_script, monkeypatch):
-    monkeypatch.setattr(run_state, "ensure_checkpoint", lambda _: MINI)
+    monkeypatch.setattr(run_files, "ensure_checkpoint", lambda _: MINI)
     early = run_script(compare_models.main, "--demo")
     assert early.status == 2 and "python download_dataset.py --demo" in early.err
     early = run_script(test_my_image.main, "--demo")

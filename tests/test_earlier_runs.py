@@ -8,7 +8,7 @@ import pytest
 from conftest import snapshot, write_data
 
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, only_run_in
-from finetuning.earlier_runs import set_aside
+from finetuning.training.earlier_runs import set_aside
 from train_sam2_proper import main
 
 SETTINGS = {"data": "data", "cache": None}

@@ -14,7 +14,6 @@ from sam2.build_sam import build_sam2
 
 import compare_models
 import train_sam2_proper
-from finetuning import resuming
 from finetuning.basics import run_outputs
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import MODELS, load_predictor, make_predictor
@@ -25,7 +24,8 @@ from finetuning.model.trainable_encoder import (
     let_encoder_learn,
     merged_state_dict,
 )
-from finetuning.recipe import GUIDE, Recipe
+from finetuning.training import run_files
+from finetuning.training.recipe import GUIDE, Recipe
 from train_sam2_proper import main
 
 KINDS = ("lora", "full")
@@ -190,9 +190,9 @@ def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
     log = [{"epoch": 0, "val_iou": 0.5}]
     state = {"model": {"weight": torch.zeros(1)}, "settings": older, "log": log}
     torch.save(state, tmp_path / run_outputs.STATE_FILE)
-    resuming.load_state(tmp_path, settings)
+    run_files.load_state(tmp_path, settings)
     with pytest.raises(UserError, match="had --train-encoder none, not lora"):
-        resuming.load_state(tmp_path, {**settings, "train_encoder": "lora"})
+        run_files.load_state(tmp_path, {**settings, "train_encoder": "lora"})
 
 
 def gradients(predictor) -> dict[str, torch.Tensor]:

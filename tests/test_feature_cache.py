@@ -28,11 +28,8 @@ from torch.utils.data import DataLoader
 from finetuning.basics import files
 from finetuning.basics.files import only_run_in
 from finetuning.basics.image_files import read_image, read_mask, write_image
-from finetuning.batches import Batch, EpochSampler, Step, TrainingSet, make_loader
 from finetuning.dataset.objects import count_objects, read_pair
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.learner import compiling_pays
-from finetuning.losses import batch_loss
 from finetuning.model import cache_places, feature_cache
 from finetuning.model import model as model_module
 from finetuning.model.cache_places import check_room, choose_place, open_cache
@@ -40,8 +37,11 @@ from finetuning.model.feature_cache import FeatureCache, hash_encoder
 from finetuning.model.model import FeatureSource
 from finetuning.model.models import MODELS, load_predictor, make_predictor
 from finetuning.model.segmentation import Features, PromptedDecoder, encode_images, predict_masks
-from finetuning.recipe import GUIDE
-from finetuning.training_masks import HALF, LOSS_GRID, mask_on_grid
+from finetuning.training.batches import Batch, EpochSampler, Step, TrainingSet, make_loader
+from finetuning.training.learner import compiling_pays
+from finetuning.training.losses import batch_loss
+from finetuning.training.recipe import GUIDE
+from finetuning.training.training_masks import HALF, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 
 ROOT = Path(__file__).parents[1]

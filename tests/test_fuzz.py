@@ -21,7 +21,6 @@ from finetuning.basics.image_files import IMAGE_SUFFIXES, read_image, read_mask,
 from finetuning.dataset.pairs import find_pairs
 from finetuning.dataset.splitting import split_names
 from finetuning.given_prompts import parse_box, parse_point
-from finetuning.losses import image_losses
 from finetuning.model.drawing import draw_overlay
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import (
@@ -33,8 +32,9 @@ from finetuning.model.prompts import (
 )
 from finetuning.model.segmentation import Prediction, encode_images, segment, upscale_masks
 from finetuning.prompt_table import check_inside
-from finetuning.recipe import GUIDE
-from finetuning.training_masks import HALF, mask_on_grid
+from finetuning.training.losses import image_losses
+from finetuning.training.recipe import GUIDE
+from finetuning.training.training_masks import HALF, mask_on_grid
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same every time")

@@ -12,15 +12,20 @@ import torch
 from conftest import CPU, write_data
 
 import train_sam2_proper
-from finetuning.batches import EpochSampler, Step, TrainingSet, make_loader
-from finetuning.clicks import add_clicks
 from finetuning.dataset.pairs import split_pairs
-from finetuning.learner import Learner, make_learner, objects_at_once, set_learning_rate, take_step
-from finetuning.losses import batch_loss
 from finetuning.model.models import load_predictor
 from finetuning.model.segmentation import encode_images, predict_masks
-from finetuning.prompts import PromptPlan
-from finetuning.recipe import DEFAULT
+from finetuning.training.batches import EpochSampler, Step, TrainingSet, make_loader
+from finetuning.training.learner import (
+    Learner,
+    make_learner,
+    objects_at_once,
+    set_learning_rate,
+    take_step,
+)
+from finetuning.training.losses import batch_loss
+from finetuning.training.prompt_sampling import PromptPlan, add_clicks
+from finetuning.training.recipe import DEFAULT
 from train_sam2_proper import parse_args
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,7 +38,9 @@ def gradients_of_a_step(checkpoint, batch, plan, precision) -> dict[str, torch.T
     batch = batch._replace(plan=plan)
     with autocast(CPU, precision):
         features = encode_images(predictor, batch.images).to(CPU, torch.float32)
-        prompts, mask_inputs = add_clicks(predictor, features, batch, learner.decoder)
+        prompts, mask_inputs = add_clicks(
+            predictor, features, batch.prompts, batch.true_masks, batch.plan, learner.decoder
+        )
         prediction = predict_masks(
             predictor, features, prompts, [(256, 256)] * 2, learner.decoder, mask_inputs
         )

@@ -10,10 +10,10 @@ import torch
 from conftest import write_data
 
 import train_sam2_proper
-from finetuning import run_state
 from finetuning.basics import command_line, files
 from finetuning.basics.files import only_run_in
 from finetuning.model import feature_cache
+from finetuning.training import run_files
 from train_sam2_proper import main
 
 OPTIONS = ("--model", "mini", "--device", "cpu", "--epochs", "3", "--lr", "1e-3")
@@ -23,8 +23,8 @@ OPTIONS += ("--batch-size", "2", "--precision", "float32")
 MOMENTS = {
     "while features are written": (Path, "write_bytes", 3),
     "in the middle of the first epoch": (train_sam2_proper, "batch_loss", 2),
-    "between the best file and the state": (run_state, "save_state", 3),
-    "between the state and the log": (run_state, "write_log", 2),
+    "between the best file and the state": (run_files, "save_state", 3),
+    "between the state and the log": (run_files, "write_log", 2),
     "while a file takes its name": (Path, "replace", 12),
 }
 

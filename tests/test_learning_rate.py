@@ -14,13 +14,13 @@ import torch
 from conftest import CPU, write_data
 
 import compare_models
-from finetuning import learning_rate, run_state
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.measuring import Validation
-from finetuning.learning_rate import RATES, choose_rate, split_for_trials
 from finetuning.model.model import Model
-from finetuning.recipe import GUIDE, Recipe
-from finetuning.run_state import best_of
+from finetuning.training import learning_rate_trial, run_files
+from finetuning.training.learning_rate_trial import RATES, choose_rate, split_for_trials
+from finetuning.training.log import best_of
+from finetuning.training.recipe import GUIDE, Recipe
 from train_sam2_proper import main, parse_args
 
 
@@ -112,15 +112,15 @@ def test_of_epochs_that_are_equally_good_the_earliest_is_the_best():
 
 def test_the_best_model_is_replaced_by_a_better_one_only(tmp_path, monkeypatch):
     saved, to_go_on_from = [], []
-    monkeypatch.setattr(run_state, "save_model", lambda path, _, row, __: saved.append((path, row)))
+    monkeypatch.setattr(run_files, "save_model", lambda path, _, row, __: saved.append((path, row)))
     monkeypatch.setattr(
-        run_state, "save_state", lambda _, __, log, ___: to_go_on_from.append(log[-1]["epoch"])
+        run_files, "save_state", lambda _, __, log, ___: to_go_on_from.append(log[-1]["epoch"])
     )
-    monkeypatch.setattr(run_state, "write_log", lambda *_: None)
+    monkeypatch.setattr(run_files, "write_log", lambda *_: None)
     log = [{"epoch": 0, "val_iou": 0.5}]
     for epoch, iou in enumerate((0.5, 0.6, 0.6, 0.4, 0.7), start=1):
         log.append({"epoch": epoch, "val_iou": iou, "loss": 1.0, "train_iou": 0.5, "seconds": 1.0})
-        run_state.save_epoch(tmp_path, None, None, log, {})
+        run_files.save_epoch(tmp_path, None, None, log, {})
     assert [(path.name, row["epoch"]) for path, row in saved] == [
         ("sam2_best.pt", 2),
         ("sam2_best.pt", 5),
@@ -152,9 +152,9 @@ def test_trials_learn_from_some_training_images_and_are_measured_on_others():
         learn_from, held_out, epochs = split_for_trials(indices, seed=1)
         assert set(learn_from) | set(held_out) <= set(indices)
         assert not set(learn_from) & set(held_out)
-        assert 2 <= len(held_out) <= learning_rate.MOST_HELD_OUT
-        assert epochs * len(learn_from) >= learning_rate.TRIAL_IMAGES
-        assert (epochs - 1) * len(learn_from) < learning_rate.TRIAL_IMAGES
+        assert 2 <= len(held_out) <= learning_rate_trial.MOST_HELD_OUT
+        assert epochs * len(learn_from) >= learning_rate_trial.TRIAL_IMAGES
+        assert (epochs - 1) * len(learn_from) < learning_rate_trial.TRIAL_IMAGES
         assert split_for_trials(indices, seed=1) == (learn_from, held_out, epochs)
         assert split_for_trials(indices, seed=2) != (learn_from, held_out, epochs)
     with pytest.raises(UserError, match="needs 8 training images"):
@@ -190,7 +190,7 @@ def test_trials_start_from_the_original_and_are_measured_on_images_they_did_not_
 
     monkeypatch.setattr(Validation, "measure", measure_made_up)
     objects, recipe = dict.fromkeys(range(12), 1), Recipe(lr="auto")
-    found = learning_rate.try_learning_rates(
+    found = learning_rate_trial.try_learning_rates(
         model, Namespace(pairs=pairs), objects, recipe, train_one_epoch
     )
     assert found == 1e-4 and tuple(rates) == RATES
@@ -209,13 +209,15 @@ def test_of_rates_that_are_alike_the_lowest_is_chosen():
 
 def test_where_no_rate_is_clearly_better_than_no_training_it_says_so(capsys):
     for gain, doubts in ((0.1, False), (0.001, True), (math.nan, True)):
-        assert learning_rate.find_learning_rate(lambda _, gain=gain: 0.5 + gain, 0.5) == min(RATES)
+        assert learning_rate_trial.find_learning_rate(lambda _, gain=gain: 0.5 + gain, 0.5) == min(
+            RATES
+        )
         assert ("no rate was clearly better" in capsys.readouterr().out) == doubts
 
 
 def test_auto_finds_a_rate_and_trains_as_with_that_rate(train, monkeypatch):
-    monkeypatch.setattr(learning_rate, "TRIAL_IMAGES", 12)
-    monkeypatch.setattr(learning_rate, "RATES", RATES[1:4])
+    monkeypatch.setattr(learning_rate_trial, "TRIAL_IMAGES", 12)
+    monkeypatch.setattr(learning_rate_trial, "RATES", RATES[1:4])
     outcome = train("--epochs", 2, "--lr", "auto", "--output", "auto")
     assert outcome.status == 0, outcome.err
     for rate in RATES[1:4]:
@@ -235,8 +237,8 @@ def test_auto_finds_a_rate_and_trains_as_with_that_rate(train, monkeypatch):
 
 
 def test_a_rate_at_which_training_breaks_down_is_passed_over(train, monkeypatch):
-    monkeypatch.setattr(learning_rate, "TRIAL_IMAGES", 6)
-    monkeypatch.setattr(learning_rate, "RATES", (1e-4, 1e6))
+    monkeypatch.setattr(learning_rate_trial, "TRIAL_IMAGES", 6)
+    monkeypatch.setattr(learning_rate_trial, "RATES", (1e-4, 1e6))
     outcome = train("--epochs", 1, "--lr", "auto")
     assert outcome.status == 0, outcome.err
     assert "chose --lr 0.0001" in outcome.out

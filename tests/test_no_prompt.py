@@ -11,7 +11,6 @@ from conftest import CPU, draw_pair, write_data
 import compare_models
 from finetuning.basics import distributed
 from finetuning.basics.image_files import write_image
-from finetuning.batches import EpochSampler, Step, TrainingSet
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.measuring import measure
@@ -19,8 +18,9 @@ from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import encode_images, predict_masks
-from finetuning.prompts import PromptMix, plan_prompts
-from finetuning.training_masks import ALL, LOSS_GRID, mask_on_grid
+from finetuning.training.batches import EpochSampler, Step, TrainingSet
+from finetuning.training.prompt_sampling import PromptMix, plan_prompts
+from finetuning.training.training_masks import ALL, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 
 

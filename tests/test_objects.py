@@ -20,7 +20,6 @@ import compare_models
 import test_my_image
 import train_sam2_proper
 from finetuning.basics.image_files import read_image, write_image
-from finetuning.batches import EpochSampler, TrainingSet
 from finetuning.dataset.filling import write_objects
 from finetuning.dataset.objects import count_objects, limit_objects, read_objects
 from finetuning.dataset.pairs import Pair, facts_text, read_facts, split_pairs
@@ -30,6 +29,7 @@ from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
 from finetuning.model.segmentation import encode_images, predict_masks
+from finetuning.training.batches import EpochSampler, TrainingSet
 
 SIZE = (96, 128)
 

@@ -12,11 +12,11 @@ from pretended_device import device_of, pretend, tensors_in
 import compare_models
 import test_my_image
 import train_sam2_proper
-from finetuning import prompts
 from finetuning.model import loading
 from finetuning.model.models import build_predictor
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import Features, encode_images, predict_masks
+from finetuning.training import prompt_sampling
 
 PLATFORMS = [("cuda", "bfloat16"), ("cuda", "float16"), ("mps", "float32")]
 
@@ -24,7 +24,7 @@ PLATFORMS = [("cuda", "bfloat16"), ("cuda", "float16"), ("mps", "float32")]
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Return a data folder; each step of a training on it has clicks."""
-    monkeypatch.setattr(prompts, "CLICK_SHARE", 1.0)
+    monkeypatch.setattr(prompt_sampling, "CLICK_SHARE", 1.0)
     return write_data(tmp_path / "data", train=2, val=1)
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import CPU, write_data
 
-from finetuning import batches
 from finetuning.basics import distributed
 from finetuning.basics.command_line import run
-from finetuning.batches import EpochSampler, TrainingSet, count_workers, make_loader
 from finetuning.dataset.pairs import split_pairs
+from finetuning.training import batches
+from finetuning.training.batches import EpochSampler, TrainingSet, count_workers, make_loader
 
 MEGABYTE = 2**20
 

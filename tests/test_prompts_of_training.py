@@ -9,8 +9,6 @@ from conftest import CPU, draw_pair, write_pair
 from sam2.utils.transforms import SAM2Transforms
 
 from finetuning.basics.image_files import read_mask
-from finetuning.batches import Batch, Step, TrainingSet
-from finetuning.clicks import add_clicks
 from finetuning.dataset.pairs import Pair
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import (
@@ -21,15 +19,17 @@ from finetuning.model.prompts import (
     random_point,
 )
 from finetuning.model.segmentation import Features, PromptedDecoder, encode_images
-from finetuning.prompts import (
+from finetuning.training.batches import Batch, Step, TrainingSet
+from finetuning.training.prompt_sampling import (
     MAX_CLICKS,
     PromptMix,
     PromptPlan,
     add_click,
+    add_clicks,
     draw_prompt,
     plan_prompts,
 )
-from finetuning.training_masks import HALF, LOSS_GRID, mask_on_grid
+from finetuning.training.training_masks import HALF, LOSS_GRID, mask_on_grid
 
 
 @pytest.fixture
@@ -152,7 +152,9 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
     batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0, 1], 1.0)]
     batch = batch._replace(plan=PromptPlan("random", 2, gives_mask))
     features, decoder = encode_images(predictor, batch.images), PromptedDecoder(predictor.model)
-    prompts, mask_inputs = add_clicks(predictor, features, batch, decoder)
+    prompts, mask_inputs = add_clicks(
+        predictor, features, batch.prompts, batch.true_masks, batch.plan, decoder
+    )
     assert [len(prompt.point_labels) for prompt in prompts] == [3, 3]
     assert (mask_inputs is not None) == gives_mask
     if gives_mask:
@@ -165,7 +167,9 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
             images=[batch.images[i]],
         )
         one = Features(features.image_embed[i : i + 1], [f[i : i + 1] for f in features[1]])
-        (expected,), _ = add_clicks(predictor, one, alone, decoder)
+        (expected,), _ = add_clicks(
+            predictor, one, alone.prompts, alone.true_masks, alone.plan, decoder
+        )
         assert np.allclose(prompt.point_coords, expected.point_coords)
         # What is clicked as foreground is foreground
         grid = mask_on_grid(read_mask(pairs[i].mask), LOSS_GRID) >= HALF
@@ -196,7 +200,9 @@ def test_clicks_correct_the_mask_of_three_with_the_highest_score(chosen):
 
     plan, start = PromptPlan("random", 2, gives_mask=True), make_prompt([(80, 80)])
     batch = Batch(None, [], [0], [start], plan, true_mask[None], 1.0)
-    (prompt,), mask_inputs = add_clicks(predictor, None, batch, decode)
+    (prompt,), mask_inputs = add_clicks(
+        predictor, None, batch.prompts, batch.true_masks, batch.plan, decode
+    )
     middle = [4 * (6 + 15 * chosen) + 1.5, 4 * 45 + 1.5]  # of its square, in pixels of the input
     assert prompt.point_coords.tolist() == [[80, 80], middle, middle]
     assert prompt.point_labels.tolist() == [1, 0, 0]
@@ -210,7 +216,10 @@ def test_clicks_correct_the_mask_of_three_with_the_highest_score(chosen):
 def test_without_clicks_the_prompts_stay_as_they_are(pairs):
     batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0], 1.0)]
     unused = Namespace(model=Namespace(image_size=256))
-    assert add_clicks(unused, None, batch, None) == (batch.prompts, None)
+    assert add_clicks(unused, None, batch.prompts, batch.true_masks, batch.plan, None) == (
+        batch.prompts,
+        None,
+    )
 
 
 def test_the_same_step_has_the_same_plan_whoever_does_it(pairs):

@@ -14,8 +14,8 @@ import train_sam2_proper
 from finetuning.basics.csv_files import read_with_digest, write_with_digest
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.checkpoints import load_checkpoint
-from finetuning.recipe import Recipe
-from finetuning.repeats import plan_trainings
+from finetuning.training.recipe import Recipe
+from finetuning.training.repeats import plan_trainings
 from train_sam2_proper import main
 
 

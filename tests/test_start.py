@@ -12,20 +12,20 @@ import pytest
 import torch
 from conftest import CPU, draw_pair, write_data
 
-from finetuning import batches
 from finetuning.basics import distributed, files, threads
 from finetuning.basics.files import content_sha256, hash_contents
 from finetuning.basics.threads import in_threads
-from finetuning.batches import Step, TrainingSet
 from finetuning.dataset.filling import write_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.model import feature_cache
 from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.models import load_predictor
-from finetuning.prompts import PromptMix
-from finetuning.recipe import DEFAULT
-from finetuning.run_state import Start, run_settings
+from finetuning.training import batches
+from finetuning.training.batches import Step, TrainingSet
+from finetuning.training.prompt_sampling import PromptMix
+from finetuning.training.recipe import DEFAULT
+from finetuning.training.run_files import Start, run_settings
 
 EVERYTHING = PromptMix("mixed", none_share=0.4, background_share=0.6)
 

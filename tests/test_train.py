@@ -15,20 +15,20 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.build_sam import build_sam2, build_sam2_video_predictor
 
 import train_sam2_proper
-from finetuning import run_state
 from finetuning.basics.image_files import read_image, write_image
-from finetuning.batches import Batch, EpochSampler, TrainingSet, make_loader
 from finetuning.dataset.pairs import split_pairs
-from finetuning.drawing import draw_learning_curve
 from finetuning.evaluation.measuring import Validation
-from finetuning.learner import Learner, make_learner
-from finetuning.learning_rate import learning_rate_factor
-from finetuning.losses import batch_loss, image_losses
 from finetuning.model.models import MODELS, load_predictor
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import Features, Prediction
-from finetuning.prompts import PromptMix, PromptPlan
-from finetuning.recipe import GUIDE, Recipe
+from finetuning.training import log as log_module
+from finetuning.training.batches import Batch, EpochSampler, TrainingSet, make_loader
+from finetuning.training.learner import Learner, make_learner
+from finetuning.training.learning_rate_trial import learning_rate_factor
+from finetuning.training.log import draw_learning_curve
+from finetuning.training.losses import batch_loss, image_losses
+from finetuning.training.prompt_sampling import PromptMix, PromptPlan
+from finetuning.training.recipe import GUIDE, Recipe
 from train_sam2_proper import main, parse_args, train_one_epoch
 
 # Points in objects and on background reach all of the prompt encoder and mask decoder but these:
@@ -496,7 +496,7 @@ def test_a_log_that_is_open_elsewhere_does_not_stop_the_training(
     def locked(path, *_):  # as Excel does on Windows
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(run_state, "write_csv", locked)
+    monkeypatch.setattr(log_module, "write_csv", locked)
     outcome = run_training(run_script, random_mini, "--epochs", 1)
     assert outcome.status == 0 and "train_log.csv cannot be written" in outcome.out
     assert Path("output/sam2_final.pt").is_file()

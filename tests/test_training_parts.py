@@ -10,23 +10,22 @@ import torch
 from conftest import CPU, draw_pair
 
 import train_sam2_proper
-from finetuning import run_state
 from finetuning.basics.image_files import write_image
 from finetuning.basics.run_outputs import STATE_FILE
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import measuring
 from finetuning.evaluation.measuring import Validation, mean_metrics, measure
-from finetuning.learner import Learner, Machine, make_learner, take_step
 from finetuning.model import model as model_module
 from finetuning.model.checkpoints import load_checkpoint
 from finetuning.model.model import Model
 from finetuning.model.prompts import prompt_from_mask
 from finetuning.model.segmentation import Features
-from finetuning.recipe import DEFAULT, Recipe
-from finetuning.repeats import Training
-from finetuning.resuming import restore
-from finetuning.run_state import Start, run_settings
+from finetuning.training import run_files
+from finetuning.training.learner import Learner, Machine, make_learner, take_step
+from finetuning.training.recipe import DEFAULT, Recipe
+from finetuning.training.repeats import Training
+from finetuning.training.run_files import Start, restore, run_settings
 
 
 def write_pair_of_three(folder: Path, name: str) -> Pair:
@@ -156,7 +155,7 @@ def test_steps_show_what_the_recipe_says(tmp_path, monkeypatch):
 
     for name in ("make_learner", "speed_up"):
         monkeypatch.setattr(train_sam2_proper, name, lambda *_: None)
-    monkeypatch.setattr(run_state, "start", lambda *_: None)
+    monkeypatch.setattr(run_files, "start", lambda *_: None)
     monkeypatch.setattr(Validation, "measure", lambda *_: {"val_iou": 0.5})
     monkeypatch.setattr(train_sam2_proper, "fit", note_what_is_shown)
     predictor = Namespace(model=Namespace(image_size=64), device=CPU)
@@ -192,7 +191,7 @@ def test_a_restored_learner_takes_the_steps_that_the_saved_one_would_have_taken(
     first, second = small_learner(0, 1e-3), small_learner(1, 1e-3)
     for factor in (1.0, -2.0, 3.0):
         step(first, factor)
-    run_state.save_state(tmp_path, first, [{"epoch": 1}], {})
+    run_files.save_state(tmp_path, first, [{"epoch": 1}], {})
     path = tmp_path / STATE_FILE
     state = load_checkpoint(path)
     state["optimizer"]["param_groups"][0].pop("initial_lr")  # as in files of earlier versions
@@ -208,10 +207,10 @@ def test_a_restored_learner_takes_the_steps_that_the_saved_one_would_have_taken(
 
 def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(run_state, "save_model", lambda path, _, row, __: saved.append(row))
-    monkeypatch.setattr(run_state, "save_state", lambda *_: saved.append("state"))
+    monkeypatch.setattr(run_files, "save_model", lambda path, _, row, __: saved.append(row))
+    monkeypatch.setattr(run_files, "save_state", lambda *_: saved.append("state"))
     learner, recipe, original = small_learner(0, 1e-3), Recipe(), {"epoch": 0, "val_iou": 0.5}
-    run_state.start(tmp_path, None, learner, recipe, None, [original], {})
+    run_files.start(tmp_path, None, learner, recipe, None, [original], {})
     assert saved == ["state", original]
     state = {
         "model": learner.weights.state_dict(),
@@ -222,7 +221,7 @@ def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monke
     for iou, kept in ((0.6, []), (0.4, [original])):
         saved.clear()
         log = [original, {"epoch": 1, "val_iou": iou}]
-        run_state.start(tmp_path, None, learner, recipe, state, log, {})
+        run_files.start(tmp_path, None, learner, recipe, state, log, {})
         assert saved == kept
 
 
@@ -246,12 +245,12 @@ def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monke
 def test_a_learning_rate_that_jumps_as_a_run_goes_on_is_said_to(
     tmp_path, monkeypatch, capsys, schedule, done, before, now, says
 ):
-    monkeypatch.setattr(run_state, "restore", lambda *_: None)
+    monkeypatch.setattr(run_files, "restore", lambda *_: None)
     recipe = Recipe(epochs=now, schedule=schedule)
     log = [{"epoch": epoch, "val_iou": float(epoch)} for epoch in range(done + 1)]
     state = {"settings": {"epochs": before}}
-    monkeypatch.setattr(run_state, "save_model", lambda *_: None)
-    run_state.start(tmp_path, None, small_learner(0, 1e-3), recipe, state, log, {})
+    monkeypatch.setattr(run_files, "save_model", lambda *_: None)
+    run_files.start(tmp_path, None, small_learner(0, 1e-3), recipe, state, log, {})
     lines = [line for line in capsys.readouterr().out.splitlines() if "learning rate" in line]
     assert len(lines) == bool(says)
     assert not says or (says in lines[0] and f"{now} epochs, not {before}" in lines[0])

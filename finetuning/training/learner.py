@@ -12,11 +12,9 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics import distributed
-from finetuning.basics.command_line import ArgumentParser, add_device_option, add_precision_option
-from finetuning.model.cache_places import CACHE_PLACES
 from finetuning.model.segmentation import Features, PromptedDecoder, feature_shapes
 from finetuning.model.trainable_encoder import let_encoder_learn
-from finetuning.recipe import Recipe
+from finetuning.training.recipe import Recipe
 
 # Compiling the decoder takes about a minute, which so many objects of a full-size model win back.
 COMPILE_FROM_OBJECTS = 3000
@@ -48,30 +46,6 @@ class Learner(NamedTuple):
     precision: torch.dtype  # that the components compute in
     decoder: torch.nn.Module  # computes with the weights, perhaps compiled or distributed
     at_once: int = sys.maxsize  # objects of a step that it computes together
-
-
-def add_machine_options(parser: ArgumentParser) -> None:
-    """Add --device, --threads, --precision, --cache-in and --compile."""
-    machine = parser.add_argument_group("the machine")
-    add_device_option(machine)
-    add_precision_option(
-        machine,
-        "auto: bfloat16 on GPUs and CPUs that multiply it, else float16 on CUDA, float32 elsewhere",
-    )
-    machine.add_argument(
-        "--cache-in",
-        choices=CACHE_PLACES,
-        default="auto",
-        help="where features are read from in each step; auto: the memory of a CUDA GPU, if they "
-        "take less than half of what is free, else the disk",
-    )
-    machine.add_argument(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="compile the decoder; auto: in bfloat16 on a CPU, where the run is long enough to win "
-        "the time back",
-    )
 
 
 def make_learner(

@@ -1,66 +1,39 @@
-"""A run's files: its settings, its log, its models, and what it needs to go on."""
+"""A run's files: what it saves after each epoch, and how an interrupted run is resumed."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from sam2_utils import UserError
 
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics import distributed
-from finetuning.basics.command_line import ArgumentParser, number, tell
-from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256, write_csv
-from finetuning.basics.run_outputs import BEST_FILE, LOG_FILES, STATE_FILE
+from finetuning.basics.command_line import tell
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256
+from finetuning.basics.run_outputs import BEST_FILE, STATE_FILE
 from finetuning.dataset.data_folder import draw_demo, is_filled
 from finetuning.dataset.pairs import Pair, read_facts, split_pairs
-from finetuning.drawing import draw_learning_curve
 from finetuning.evaluation.seen_images import SEEN, Contents, hash_files, record_seen
-from finetuning.learner import Learner
-from finetuning.learning_rate import learning_rate_factor
-from finetuning.model.checkpoints import save_checkpoint
-from finetuning.model.models import MODELS as MODEL_SIZES
-from finetuning.model.models import ensure_checkpoint, parse_image_size
+from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
+from finetuning.model.models import ensure_checkpoint, own_image_size
 from finetuning.model.trainable_encoder import merged_state_dict
-from finetuning.recipe import Recipe
-from finetuning.resuming import Log, restore
+from finetuning.training.learner import Learner
+from finetuning.training.learning_rate_trial import learning_rate_factor
+from finetuning.training.log import CURVE_EVERY, Log, best_of, write_log
+from finetuning.training.recipe import GUIDE, Recipe
 
-CURVE_EVERY = 30  # seconds: drawing takes half of one, which may be as long as an epoch
+# What a resumed run may have otherwise than the run that it goes on with.
+FREE_SETTINGS = (
+    "epochs", "checkpoint", "checkpoint_sha256", "data", "data_hash", "cache", "value_range",
+    "seen",
+)  # fmt: skip
 
-
-def add_file_options(parser: ArgumentParser) -> argparse._ActionsContainer:
-    """Add what a run reads and writes, and the model that it starts from; return the former."""
-    files = parser.add_argument_group("what is read and written")
-    files.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
-    files.add_argument(
-        "--demo", action="store_true", help="train mini on drawn images, into output/demo"
-    )
-    files.add_argument("--limit", type=number(int, at_least=1), help="use the first N images only")
-    files.add_argument("--output", type=Path, default=Path("output"), help="where results go")
-    files.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    cache = files.add_mutually_exclusive_group()
-    cache.add_argument(
-        "--cache", type=Path, help="where the images' features are kept (default: OUTPUT/cache)"
-    )
-    cache.add_argument(
-        "--no-cache", action="store_true", help="encode each image anew in each epoch (slow)"
-    )
-
-    model = parser.add_argument_group("the model to start from")
-    model.add_argument("--model", choices=MODEL_SIZES, default="small", help="its size")
-    model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
-    model.add_argument(
-        "--image-size",
-        type=parse_image_size,
-        metavar="S",
-        help="pixels a side that images are resized to; 512 is several times faster than the "
-        "default, 1024, and sees less (mini: 256)",
-    )
-    return files
+LARGEST = 1e300  # of a number in a log; whole ones may be beyond all floats
 
 
 def prepare(data: Path, model_name: str, checkpoint: Path | None, is_demo: bool) -> Path:
@@ -170,25 +143,6 @@ def tell_jump(recipe: Recipe, epochs_before: Any, done: int) -> None:
         )
 
 
-def best_of(log: Log) -> dict[str, float]:
-    """Return the row of the epoch with the highest val IoU; the earliest of several."""
-    return max(log, key=lambda row: row["val_iou"])
-
-
-def conclude(log: Log) -> str:
-    """Return the last word on a run: how good it became, or that it did not help."""
-    before, best = log[0]["val_iou"], best_of(log)
-    if best["epoch"]:
-        return (
-            f"val IoU {before:.4f} before training, {best['val_iou']:.4f} at best "
-            f"(epoch {best['epoch']})"
-        )
-    return (
-        f"fine-tuning did not help: no epoch was better than the original (val IoU {before:.4f}), "
-        "so sam2_best.pt is the original; try --lr auto or a smaller --lr, or more images"
-    )
-
-
 def next_command(output: Path, data: Path, folds: int | None = None) -> str:
     """Return the command that compares what a run has trained."""
     if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds:
@@ -235,17 +189,102 @@ def save_model(
     )
 
 
-def write_log(output: Path, log: Log, draw_every: float = 0) -> None:
-    """Write train_log.csv and learning_curve.png, a row and a point an epoch.
+def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Read what save_state saved; its settings must be these, but an lr that is auto may be any.
 
-    Each is written whole, so that one that is open elsewhere only has to wait. draw_every: leave
-    the curve as it is where it is younger than so many seconds.
+    Raises UserError if there is no such run, or its settings, its data or its model differ.
     """
-    columns = list(log[-1])
-    table, curve = (output / name for name in LOG_FILES)
+    path = output / STATE_FILE
+    if not path.is_file():
+        raise UserError(f"nothing to resume in {output}; run without --resume")
+    state = load_checkpoint(path)
+    log = read_log(state)
+    if log is None or not are_settings(state.get("settings", {})):
+        raise UserError(_not_a_state(path))
+    # Files from before there were recipes, --train-encoder or --image-size do not say these.
+    before = {**asdict(GUIDE), "image_size": own_image_size(settings["model"])}
+    before |= state.get("settings", {})
+    if before["prompts"] == "point":  # as it was called
+        before["prompts"] = "random"
+    for name in [name for name in settings if name not in FREE_SETTINGS]:
+        is_found = name == "lr" and settings["lr"] == "auto"
+        if before.get(name) != settings[name] and not is_found:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"the run in {output} had {option} {before.get(name)}, not {settings[name]}; "
+                "resume with the same, or use another --output"
+            )
+    if "data_hash" not in before:
+        tell(f"warning: whether {settings['data']} is still as it was, an earlier version's run "
+              "does not say")  # fmt: skip
+        before["data_hash"] = settings["data_hash"]
+    for name, what in (
+        ("checkpoint_sha256", f"started from another --checkpoint than {settings['checkpoint']}"),
+        ("data_hash", f"had other images or masks than {settings['data']} has now"),
+    ):
+        if before.get(name) != settings[name]:
+            raise UserError(f"the run in {output} {what}; resume with the same, or start anew")
+    require_best(output, log)
+    return {**state, "log": log, "settings": before}
+
+
+def read_log(state: dict[str, Any]) -> Log | None:
+    """Return the log of a state, a row an epoch from 0 on; None where it holds something else."""
+    rows = state.get("log")
+    if "original_iou" in state and isinstance(rows, list):  # from before epoch 0 had a row
+        rows = [{"epoch": 0, "val_iou": state["original_iou"]}, *rows]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return None
+    numbers = [value for row in rows for value in row.values()]
+    are_numbers = all(_is_number(value) for value in numbers)
+    are_complete = all(row.keys() >= {"epoch", "val_iou"} for row in rows)
+    if not (rows and are_numbers and are_complete):
+        return None
+    return rows if [row["epoch"] for row in rows] == list(range(len(rows))) else None
+
+
+def are_settings(values: Any) -> bool:
+    """Say whether a value is settings: plain values by name, with a learning rate that is one."""
+    plain = str | int | float | list | dict | None
+    are_plain = isinstance(values, dict) and all(isinstance(v, plain) for v in values.values())
+    return are_plain and _is_number(values.get("lr", 0.0))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < LARGEST  # nor NaN
+
+
+def _not_a_state(path: Path) -> str:
+    return (
+        f"{path} is damaged, or not the state of a training; put the right one back, or start anew "
+        "without --resume"
+    )
+
+
+def require_best(output: Path, log: Log) -> None:
+    """Raise UserError where the best model of a run, as its log has it, is missing or damaged."""
+    best = output / BEST_FILE
+    if any("loss" in row for row in log) and not best.is_file():
+        raise UserError(
+            f"{best} is missing, the best model of the run so far; put it back, or start anew "
+            "without --resume"
+        )
+    if best.is_file():
+        load_checkpoint(best)
+
+
+def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
+    """Put the learner back to where an interrupted run was; path: of the file that says it."""
+    rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
     try:
-        write_csv(table, columns, [[row.get(column, "") for column in columns] for row in log])
-        if not curve.exists() or time.time() - curve.stat().st_mtime >= draw_every:
-            draw_learning_curve(curve, log)
-    except PermissionError as error:
-        tell(f"warning: {error.filename} cannot be written; is it open in another program?")
+        learner.weights.load_state_dict(state["model"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        learner.scaler.load_state_dict(state["scaler"])
+        steps = [of_weight["exp_avg"].shape for of_weight in learner.optimizer.state.values()]
+        weights = [weight.shape for weight in learner.optimizer.state]
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(_not_a_state(path)) from error
+    if steps != weights:  # which torch does not look at before the next step
+        raise UserError(_not_a_state(path))
+    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
+        group["initial_lr"] = rate  # files of earlier versions do not have it

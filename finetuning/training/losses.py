@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.model.segmentation import Prediction, upscale_masks
-from finetuning.recipe import Recipe
+from finetuning.training.recipe import Recipe
 
 
 def image_losses(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 from collections.abc import Sequence
@@ -11,29 +10,13 @@ from typing import NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import number
 from finetuning.basics.csv_files import write_with_digest
 from finetuning.basics.files import content_sha256
 from finetuning.basics.run_outputs import FOLDS_FILE, MODELS, RUN_COLUMNS, RUNS_FILE, STATE_FILE
 from finetuning.dataset.pairs import Pair
 from finetuning.dataset.splitting import FOLD_COLUMNS, fold_folder, keyed, make_folds
-from finetuning.recipe import Recipe
-from finetuning.resuming import Log
-from finetuning.run_state import best_of
-
-
-def add_repeat_options(files: argparse._ActionsContainer) -> None:
-    """Add --runs and --folds."""
-    repeats = files.add_mutually_exclusive_group()
-    repeats.add_argument(
-        "--runs", type=number(int, at_least=1), default=1, help="train so often, by further seeds"
-    )
-    repeats.add_argument(
-        "--folds",
-        type=number(int, at_least=2),
-        metavar="K",
-        help="train K times, each without another part of train and val; compare with --folds",
-    )
+from finetuning.training.log import Log, best_of
+from finetuning.training.recipe import Recipe
 
 
 class Training(NamedTuple):

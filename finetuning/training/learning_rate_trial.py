@@ -12,11 +12,11 @@ from sam2_utils import NotFiniteError, UserError
 
 import numpy as np
 
-from finetuning.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.evaluation.measuring import Validation
-from finetuning.learner import make_learner
 from finetuning.model.model import Model
-from finetuning.recipe import Recipe
+from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.training.learner import make_learner
+from finetuning.training.recipe import Recipe
 
 WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
 # --lr auto: what is tried, each on this many images shown, and measured on others

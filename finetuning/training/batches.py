@@ -27,7 +27,7 @@ from finetuning.dataset.pairs import Pair
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.prompts import Prompt
 from finetuning.model.segmentation import Features
-from finetuning.prompts import (
+from finetuning.training.prompt_sampling import (
     RANDOM_POINTS,
     PromptMix,
     PromptPlan,
@@ -35,7 +35,7 @@ from finetuning.prompts import (
     plan_prompts,
     scale_prompt,
 )
-from finetuning.training_masks import ALL, BACKGROUND, FEW, HALF, ImageMasks, pack_masks
+from finetuning.training.training_masks import ALL, BACKGROUND, FEW, HALF, ImageMasks, pack_masks
 
 PREFETCH = 2  # batches that each loading process has ready
 

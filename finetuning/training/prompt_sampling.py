@@ -1,10 +1,12 @@
-"""Prompts: given, drawn at random for training, and clicks that correct a mask."""
+"""The prompts of training: drawn at random on a grid, with clicks that correct the answers."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.model.prompts import (
     Prompt,
@@ -13,6 +15,8 @@ from finetuning.model.prompts import (
     mask_box,
     prompt_from_mask,
 )
+from finetuning.model.segmentation import Features, choose_masks, predict_masks, upscale_masks
+from finetuning.training.training_masks import HALF
 
 BOX_SHARE = 0.25  # of the steps; the others start with a point
 CLICK_SHARE = 0.35  # of the steps have 1 to MAX_CLICKS corrective clicks
@@ -90,3 +94,34 @@ def scale_prompt(prompt: Prompt, grid: tuple[int, int], size: int) -> Prompt:
     labels = prompt.point_labels[:, None]
     place = np.select([labels == 2, labels == 3], [np.float32(0), np.float32(1)], np.float32(0.5))
     return prompt._replace(point_coords=(prompt.point_coords + place) * scale - place)
+
+
+@torch.no_grad()
+def add_clicks(
+    predictor: SAM2ImagePredictor,
+    features: Features,
+    prompts: list[Prompt],
+    true_masks: torch.Tensor,
+    plan: PromptPlan,
+    decoder: torch.nn.Module,
+) -> tuple[list[Prompt], torch.Tensor | None]:
+    """Return a batch's prompts with the clicks of its plan, and what else goes in with them.
+
+    Each click corrects the mask that the model itself would choose. With plan.gives_mask
+    the logits of the last one are returned too, Bx1x(S/4)x(S/4).
+    """
+    mask_inputs, covered = None, true_masks.numpy() >= HALF
+    size = predictor.model.image_size
+    for _ in range(plan.clicks):
+        prediction = predict_masks(
+            predictor, features, prompts, [(size, size)] * len(prompts), decoder, mask_inputs
+        )
+        chosen, _ = choose_masks(predictor, prediction)
+        logits = upscale_masks(predictor, chosen, true_masks.shape[-2:])
+        masks = (logits[:, 0] > 0).cpu().numpy()
+        prompts = [
+            add_click(prompt, mask, true_mask, size)
+            for prompt, mask, true_mask in zip(prompts, masks, covered, strict=True)
+        ]
+        mask_inputs = chosen.clamp(-32, 32) if plan.gives_mask else None
+    return prompts, mask_inputs
