@@ -39,23 +39,27 @@ from finetuning.basics.command_line import (
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
 from finetuning.basics.language import Language, add_language_option
 from finetuning.basics.run_outputs import RUNS_FILE
-from finetuning.clicks import CLICK_FILES, clicks_table, draw_clicks, write_clicks
+from finetuning.comparison.clicks import CLICK_FILES, clicks_table, draw_clicks, write_clicks
+from finetuning.comparison.detection import AUTO_FILE, compare_automatic
+from finetuning.comparison.figures import draw_comparisons, draw_scatter, remove_earlier
+from finetuning.comparison.report import (
+    format_files,
+    format_summary,
+    size_of,
+    summarize,
+    write_results,
+)
+from finetuning.comparison.report_page import Setup, write_page
+from finetuning.comparison.report_sentences import empty_sentence
+from finetuning.comparison.tables import Table, format_table, print_anywhere
 from finetuning.dataset.pairs import SPLITS, Pair, keep_out, split_pairs
 from finetuning.dataset.splitting import read_folds
-from finetuning.detection import AUTO_FILE, compare_automatic
 from finetuning.evaluation.measuring import Result, find_in_empty, measure, unit_of
 from finetuning.evaluation.seen_images import add_overlaps, count_overlap, require_unseen
 from finetuning.evaluation.simulated_clicks import MAX_CLICKS, measure_clicks
-from finetuning.figures import draw_comparisons, remove_earlier
 from finetuning.model.loading import load_models
 from finetuning.model.model import Model
 from finetuning.model.models import MODELS
-from finetuning.report import format_files, format_summary, summarize
-from finetuning.report_page import Setup, write_page
-from finetuning.report_sentences import empty_sentence
-from finetuning.result_tables import size_of, write_results
-from finetuning.scatter import draw_scatter
-from finetuning.tables import Table, format_table, print_anywhere
 
 
 def choose_pairs(

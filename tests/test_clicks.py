@@ -13,7 +13,7 @@ from conftest import CPU, draw_pair, write_data
 
 from compare_models import main
 from finetuning.basics.image_files import read_image
-from finetuning.clicks import clicks_table, number_of_clicks, write_clicks
+from finetuning.comparison.clicks import clicks_table, number_of_clicks, write_clicks
 from finetuning.dataset.objects import Objects
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import simulated_clicks

@@ -20,20 +20,19 @@ from conftest import CPU, snapshot, write_data
 import train_sam2_proper
 from compare_models import main
 from finetuning.basics.image_files import read_image, read_mask, write_image
+from finetuning.comparison.figures import choose_figures
+from finetuning.comparison.report import format_box, sizes_table, summarize
+from finetuning.comparison.tables import print_anywhere
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.interval import bootstrap_interval, format_interval
 from finetuning.evaluation.measuring import Result
 from finetuning.evaluation.metrics import METRICS
 from finetuning.evaluation.seen_images import Overlap
-from finetuning.figures import choose_figures
 from finetuning.model import loading
 from finetuning.model import model as model_module
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.loading import choose_precision, load_models
 from finetuning.model.prompts import make_prompt
-from finetuning.report import format_box, summarize
-from finetuning.result_tables import sizes_table
-from finetuning.tables import print_anywhere
 
 
 @pytest.fixture(scope="module")

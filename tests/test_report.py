@@ -23,23 +23,18 @@ from finetuning.basics.files import DATASET_URL
 from finetuning.basics.image_files import write_image
 from finetuning.basics.language import ENGLISH, KOREAN, Language, parse_language
 from finetuning.basics.run_outputs import RUNS_FILE
-from finetuning.clicks import clicks_table
-from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.evaluation.interval import format_interval, group_numbers
-from finetuning.evaluation.measuring import Result
-from finetuning.evaluation.metrics import METRICS
-from finetuning.evaluation.seen_images import SEEN, Overlap, hash_files, record_seen
-from finetuning.figures import Picture
-from finetuning.model.checkpoints import save_checkpoint
-from finetuning.model.loading import Files
-from finetuning.model.model import FeatureSource, Model
-from finetuning.model.models import MODELS, is_published, load_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.report import format_box, format_files, format_summary, summarize
-from finetuning.report_page import TEMPLATE, Setup, write_page
-from finetuning.report_sentences import empty_sentence, runs_sentence, split_sentences
-from finetuning.result_tables import metrics_table
-from finetuning.tables import (
+from finetuning.comparison.clicks import clicks_table
+from finetuning.comparison.figures import Picture
+from finetuning.comparison.report import (
+    format_box,
+    format_files,
+    format_summary,
+    metrics_table,
+    summarize,
+)
+from finetuning.comparison.report_page import TEMPLATE, Setup, write_page
+from finetuning.comparison.report_sentences import empty_sentence, runs_sentence, split_sentences
+from finetuning.comparison.tables import (
     BOX_CHARACTERS,
     WIDE_ENCODINGS,
     Table,
@@ -47,6 +42,16 @@ from finetuning.tables import (
     format_table,
     print_anywhere,
 )
+from finetuning.dataset.pairs import Pair, split_pairs
+from finetuning.evaluation.interval import format_interval, group_numbers
+from finetuning.evaluation.measuring import Result
+from finetuning.evaluation.metrics import METRICS
+from finetuning.evaluation.seen_images import SEEN, Overlap, hash_files, record_seen
+from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.loading import Files
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import MODELS, is_published, load_predictor
+from finetuning.model.prompts import make_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 SAY_KOREAN = Language("ko")

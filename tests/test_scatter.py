@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from finetuning.basics.image_files import read_image
-from finetuning.scatter import SIZE_COLORS, draw_scatter, plot_scatter
+from finetuning.comparison.figures import SIZE_COLORS, draw_scatter, plot_scatter
 
 IOUS = np.array([[0.5, 0.8], [0.0, 0.4], [0.9, 0.7], [1.0, 1.0]])
 LABELS = ["small", "large", "small", "medium"]

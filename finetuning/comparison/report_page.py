@@ -22,13 +22,13 @@ from finetuning.basics.command_line import quoted
 from finetuning.basics.files import DATASET_URL, atomic_write, content_sha256
 from finetuning.basics.image_files import read_image
 from finetuning.basics.language import ENGLISH, Language
+from finetuning.comparison.figures import Picture
+from finetuning.comparison.report import Summary
+from finetuning.comparison.tables import Table
 from finetuning.dataset.pairs import read_facts
 from finetuning.evaluation.seen_images import SEEN, Overlap
-from finetuning.figures import Picture
 from finetuning.model.loading import Files
 from finetuning.model.model import Model
-from finetuning.report import Summary
-from finetuning.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_PICTURES = 5  # of the biggest gains, and of the biggest losses

@@ -1,4 +1,4 @@
-"""How many of the objects are found without a prompt: precision, recall and F1; and the rule."""
+"""How many objects both models find without a prompt, as a table and a file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from finetuning.basics.files import write_csv
 from finetuning.basics.language import ENGLISH, Language
+from finetuning.comparison.tables import Table
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.object_matching import Counts, choose_rule, count_objects_found, total
 from finetuning.model.automatic import Rule, rule_of
 from finetuning.model.model import Model
-from finetuning.tables import Table
 
 AUTO_FILE = "auto.csv"
 COLUMNS = ("image", "objects", "model", "found", "matched", "precision", "recall", "f1")

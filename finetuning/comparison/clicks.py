@@ -1,10 +1,4 @@
-"""Interactive segmentation, simulated: how good a mask gets from one click to the next.
-
-The first click goes to the point deepest inside the object, each following one to where the
-model's own last mask is most wrong, and none to a pixel that was clicked before: the protocol of
-RITM (Sofiiuk et al., Reviving Iterative Training with Mask Guidance, 2021), which SAM and SAM 2 are
-measured with as well.
-"""
+"""Simulated clicks, as a table, a chart and a file."""
 
 from __future__ import annotations
 
@@ -15,7 +9,7 @@ from matplotlib.figure import Figure
 
 from finetuning.basics.files import atomic_write, write_csv
 from finetuning.basics.language import ENGLISH, Language
-from finetuning.tables import Table
+from finetuning.comparison.tables import Table
 
 TARGET_IOUS = (0.85, 0.90)  # of NoC@85 and NoC@90
 CLICK_FILES = ("clicks.csv", "clicks.png")
