@@ -42,16 +42,20 @@ from finetuning.basics.command_line import (
 )
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, only_run_in
 from finetuning.basics.image_files import read_image, read_mask
-from finetuning.coco_results import coco_files, require_pycocotools
-from finetuning.folder_run import Tally, Way, read_like_training, segment_folder
-from finetuning.given_prompts import add_prompt_options, make_prompts
+from finetuning.inference.coco_files import coco_files, require_pycocotools
+from finetuning.inference.folder_results import TABLE, Results, list_images, printable, settings_of
+from finetuning.inference.given_prompts import (
+    add_prompt_options,
+    check_inside,
+    make_prompts,
+    read_prompts,
+)
+from finetuning.inference.result_files import KINDS, Segmented, free_name, write_files
+from finetuning.inference.segmenting import Tally, Way, read_like_training, segment_folder
 from finetuning.model.automatic import ANY, Rule, rule_of
 from finetuning.model.loading import load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
-from finetuning.prompt_table import check_inside, read_prompts
-from finetuning.result_files import KINDS, Segmented, free_name, write_files
-from finetuning.results import TABLE, Results, list_images, printable, settings_of
 
 DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))
 

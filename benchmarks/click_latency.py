@@ -26,9 +26,9 @@ import torch
 from matplotlib.backend_bases import MouseEvent
 
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
+from finetuning.inference.window import ClickWindow
 from finetuning.model.model import Segmenter
 from finetuning.model.models import MODELS, build_predictor
-from finetuning.window import ClickWindow
 
 
 class TimedSegmenter(Segmenter):

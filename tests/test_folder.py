@@ -14,14 +14,14 @@ import torch
 from conftest import CPU, draw_pair, snapshot
 
 import test_my_image
-from finetuning import folder_run, results
 from finetuning.basics.image_files import read_image, read_mask, read_values, write_image
-from finetuning.clicked_object import WindowObject
-from finetuning.coco_results import to_polygons
+from finetuning.inference import folder_results, segmenting
+from finetuning.inference.clicked_object import WindowObject
+from finetuning.inference.coco_files import to_polygons
+from finetuning.inference.window import Answer
 from finetuning.model.model import Segmenter
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import make_prompt, mask_box
-from finetuning.window import Answer
 
 main = test_my_image.main
 OUTPUT = Path("output/my_results/사진")
@@ -117,13 +117,13 @@ def test_points_labels_and_objects_of_a_table_become_prompts(run_script, folder,
 
 def count_segmented(monkeypatch) -> list[str]:
     """Return a list that will hold the names of the images whose results are written."""
-    names, add = [], results.Results.add
+    names, add = [], folder_results.Results.add
 
     def counted(self, image, *others):
         names.append(image.name)
         add(self, image, *others)
 
-    monkeypatch.setattr(results.Results, "add", counted)
+    monkeypatch.setattr(folder_results.Results, "add", counted)
     return names
 
 
@@ -167,21 +167,21 @@ def test_an_image_that_fails_now_keeps_no_results_of_before(run_script, folder):
 
 
 def test_a_run_that_was_killed_is_completed_by_the_next(run_script, folder, monkeypatch):
-    write = folder_run.Results.write
-    monkeypatch.setattr(folder_run, "WRITE_SECONDS", 0)
-    segment_prompts = folder_run.segment_prompts
+    write = segmenting.Results.write
+    monkeypatch.setattr(segmenting, "WRITE_SECONDS", 0)
+    segment_prompts = segmenting.segment_prompts
 
     def killed(segmenter, image, prompts):
         if (OUTPUT / "a_mask.png").is_file():
-            monkeypatch.setattr(folder_run.Results, "write", lambda self, after=0: None)
+            monkeypatch.setattr(segmenting.Results, "write", lambda self, after=0: None)
             raise KeyboardInterrupt  # with nothing written any more, as by SIGKILL
         return segment_prompts(segmenter, image, prompts)
 
-    monkeypatch.setattr(folder_run, "segment_prompts", killed)
+    monkeypatch.setattr(segmenting, "segment_prompts", killed)
     assert all_boxes(run_script, folder).status == 130
     assert [row["image"] for row in read_rows()] == ["a.png"]
-    monkeypatch.setattr(folder_run.Results, "write", write)
-    monkeypatch.setattr(folder_run, "segment_prompts", segment_prompts)
+    monkeypatch.setattr(segmenting.Results, "write", write)
+    monkeypatch.setattr(segmenting, "segment_prompts", segment_prompts)
     segmented = count_segmented(monkeypatch)
     assert all_boxes(run_script, folder).status == 0
     assert segmented == ["b.jpg", "한글 이름.png"]
@@ -189,7 +189,7 @@ def test_a_run_that_was_killed_is_completed_by_the_next(run_script, folder, monk
 
 
 def test_an_interrupted_run_keeps_its_last_seconds(run_script, folder, monkeypatch):
-    segment_prompts, calls = folder_run.segment_prompts, []
+    segment_prompts, calls = segmenting.segment_prompts, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -197,8 +197,8 @@ def test_an_interrupted_run_keeps_its_last_seconds(run_script, folder, monkeypat
             raise KeyboardInterrupt
         return segment_prompts(*arguments)
 
-    monkeypatch.setattr(folder_run, "WRITE_SECONDS", 1000)
-    monkeypatch.setattr(folder_run, "segment_prompts", interrupted)
+    monkeypatch.setattr(segmenting, "WRITE_SECONDS", 1000)
+    monkeypatch.setattr(segmenting, "segment_prompts", interrupted)
     assert all_boxes(run_script, folder).status == 130
     assert len(read_rows()) == 2
 
@@ -251,7 +251,7 @@ def test_the_same_stem_keeps_its_suffix_and_folders_below_are_not_read(run_scrip
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-    images = results.list_images(tmp_path / "set")
+    images = folder_results.list_images(tmp_path / "set")
     assert {image.name: image.stem for image in images} == {
         "a.png": "a.png", "a.jpg": "a.jpg", "a.jpg.png": "a.jpg.png", "b.PNG": "b", "c.jpg": "c",
     }  # fmt: skip
@@ -320,7 +320,7 @@ def test_a_table_of_another_kind_is_not_overwritten(run_script, folder):
 
 def read_columns(more: str) -> list[str]:
     """Return the lines of a table that has one column more."""
-    return [",".join((*results.COLUMNS, more)), "a.png,1,p,0.5,10,1 1 2 2,a_mask.png,,mine"]
+    return [",".join((*folder_results.COLUMNS, more)), "a.png,1,p,0.5,10,1 1 2 2,a_mask.png,,mine"]
 
 
 def test_names_that_a_spreadsheet_would_run_are_known_again(run_script, folder, monkeypatch):
@@ -431,7 +431,7 @@ def answers(monkeypatch, *given: Answer) -> list[tuple[str, list[str]]]:
         opened.append((title, list(segmenters)))
         return left.pop(0)
 
-    monkeypatch.setattr(folder_run, "ask_in_window", ask)
+    monkeypatch.setattr(segmenting, "ask_in_window", ask)
     return opened
 
 
@@ -466,7 +466,7 @@ def test_what_was_clicked_is_written_before_the_next_window(run_script, folder, 
             assert [row["image"] for row in read_rows()] == ["a.png"]
         return SimpleNamespace(objects=found, leaves=not title.startswith("a.png"))
 
-    monkeypatch.setattr(folder_run, "ask_in_window", ask)
+    monkeypatch.setattr(segmenting, "ask_in_window", ask)
     assert segment(run_script, folder).status == 0
 
 
@@ -509,10 +509,10 @@ def test_a_single_image_can_have_cutouts_and_coco_files_too(run_script, folder):
 
 def test_only_a_few_images_are_read_ahead():
     names, read = [str(number) for number in range(20)], []
-    ahead = folder_run.read_ahead(names, lambda name: read.append(name) or name)
+    ahead = segmenting.read_ahead(names, lambda name: read.append(name) or name)
     for number, (name, future) in enumerate(ahead):
         assert future.result() == name == str(number)
-        assert len(read) <= number + 1 + folder_run.READ_AHEAD
+        assert len(read) <= number + 1 + segmenting.READ_AHEAD
 
 
 def test_results_do_not_go_among_the_images(run_script, folder):

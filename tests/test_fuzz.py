@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from finetuning.basics.image_files import IMAGE_SUFFIXES, read_image, read_mask, write_image
 from finetuning.dataset.pairs import find_pairs
 from finetuning.dataset.splitting import split_names
-from finetuning.given_prompts import parse_box, parse_point
+from finetuning.inference.given_prompts import check_inside, parse_box, parse_point
 from finetuning.model.drawing import draw_overlay
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import (
@@ -31,7 +31,6 @@ from finetuning.model.prompts import (
     random_point,
 )
 from finetuning.model.segmentation import Prediction, encode_images, segment, upscale_masks
-from finetuning.prompt_table import check_inside
 from finetuning.training.losses import image_losses
 from finetuning.training.recipe import GUIDE
 from finetuning.training.training_masks import HALF, mask_on_grid

@@ -23,8 +23,8 @@ from finetuning.basics.files import LARGEST, content_sha256, lies_in, read_file,
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.basics.run_outputs import read_runs
 from finetuning.dataset.pairs import files_by_stem
+from finetuning.inference.folder_results import list_images
 from finetuning.model.checkpoints import load_checkpoint
-from finetuning.results import list_images
 from finetuning.sources.annotations import read_annotations
 from finetuning.sources.archives import open_archive
 from finetuning.sources.folder_layouts import read_folder

@@ -13,15 +13,15 @@ import torch
 from conftest import CPU, draw_pair
 from matplotlib.backend_bases import KeyEvent, MouseEvent, NavigationToolbar2
 
-from finetuning import window_picture
 from finetuning.basics.image_files import read_mask, write_image
 from finetuning.basics.pictures import COLORS
-from finetuning.clicked_object import WindowObject, mask_to_logits
+from finetuning.inference import window_picture
+from finetuning.inference.clicked_object import WindowObject, mask_to_logits
+from finetuning.inference.window import ask_in_window
 from finetuning.model.drawing import draw_object
 from finetuning.model.model import Segmenter
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import make_prompt
-from finetuning.window import ask_in_window
 from test_my_image import main
 
 IMAGE = draw_pair(0)[0]

@@ -9,10 +9,10 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.clicked_object import Box, Click, ClickedObject, WindowObject
+from finetuning.inference.clicked_object import Box, Click, ClickedObject, WindowObject
+from finetuning.inference.window_picture import WindowPicture
 from finetuning.model.model import Segmenter
 from finetuning.model.prompts import make_prompt
-from finetuning.window_picture import WindowPicture
 
 LEFT_BUTTON, RIGHT_BUTTON = 1, 3
 DRAG = 6  # pixels of the screen; a shorter drag is a click of an unsteady hand

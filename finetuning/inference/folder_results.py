@@ -15,10 +15,10 @@ import numpy as np
 from finetuning.basics.csv_files import read_table
 from finetuning.basics.files import as_it_was, atomic_write, content_sha256, read_file, write_csv
 from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.coco_results import coco_files
+from finetuning.inference.coco_files import coco_files
+from finetuning.inference.result_files import Segmented, file_names, remove_others, write_files
 from finetuning.model.automatic import Rule
 from finetuning.model.prompts import Prompt, mask_box, prompt_text
-from finetuning.result_files import Segmented, file_names, remove_others, write_files
 
 COLUMNS = ("image", "object", "prompt", "score", "area", "box", "files", "error")
 TABLE, SETTINGS = "results.csv", "settings.json"

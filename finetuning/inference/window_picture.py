@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from matplotlib.artist import Artist
 
-from finetuning.clicked_object import Box, WindowObject
+from finetuning.inference.clicked_object import Box, WindowObject
 from finetuning.model.drawing import draw_object
 from finetuning.model.prompts import make_prompt
 

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from finetuning.basics.command_line import quoted
 from finetuning.basics.image_files import read_image, read_values
+from finetuning.inference.folder_results import FolderImage, Results
+from finetuning.inference.given_prompts import check_inside
+from finetuning.inference.result_files import Segmented
+from finetuning.inference.window import ask_in_window
 from finetuning.model.automatic import Rule, find_objects
 from finetuning.model.model import Segmenter
 from finetuning.model.prompts import Prompt, make_prompt
-from finetuning.prompt_table import check_inside
-from finetuning.result_files import Segmented
-from finetuning.results import FolderImage, Results
-from finetuning.window import ask_in_window
 
 READ_AHEAD = 2  # images, while the model computes
 WRITE_SECONDS = 3.0  # a killed run loses what it has done in so long

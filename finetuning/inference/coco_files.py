@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 
 from finetuning.basics.files import atomic_write, read_file
+from finetuning.inference.result_files import Segmented
 from finetuning.model.prompts import mask_box
-from finetuning.result_files import Segmented
 
 MAKER = "segmented by test_my_image.py"  # what tells such a file from one that a person made
 CATEGORY = {"id": 1, "name": "object"}
