@@ -206,7 +206,8 @@ def measure_background(model: Model, pairs: list[Pair]) -> float:
             continue
         rng, count = np.random.default_rng([0, index]), BACKGROUND_POINTS
         points = [prompt_from_mask(background, "random", rng) for _ in range(count)]
-        features = features_for([model], pair.image, objects.size)[0].of([0] * count)
+        (of_image,) = features_for([model], [(pair.image, objects.size)])
+        features = of_image.of([0] * count)
         with autocast(predictor.device, model.source.precision):
             prediction = predict_masks(predictor, features, points, [objects.size] * count)
         no_object += (prediction.object_logits <= 0).flatten().tolist()

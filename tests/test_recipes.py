@@ -38,6 +38,16 @@ def test_the_runs_of_its_table_are_known_again(tmp_path):
     assert known == [key_of(key) for key in keys]
 
 
+class NoFeatures:
+    """A source of empty features for images of 48x64 pixels."""
+
+    precision = torch.float32
+
+    def features(self, image: Path, mask_size: tuple[int, int]) -> Features:
+        assert image.suffix == ".jpg" and mask_size == (48, 64)
+        return Features(torch.zeros(1, 1, 1, 1), [])
+
+
 def test_it_asks_on_background_alone_and_counts_the_answer_no_object(tmp_path, monkeypatch):
     asked = []
 
@@ -52,10 +62,8 @@ def test_it_asks_on_background_alone_and_counts_the_answer_no_object(tmp_path, m
         write_image(pair.mask, mask.astype(np.uint8) * 255)
         return pair
 
-    features = [Features(torch.zeros(1, 1, 1, 1), [])]
-    monkeypatch.setattr(benchmarks.recipes, "features_for", lambda *_: features)
     monkeypatch.setattr(benchmarks.recipes, "predict_masks", see_objects_on_the_right)
-    model = Model(Namespace(device=CPU), Namespace(precision=torch.float32))
+    model = Model(Namespace(device=CPU), NoFeatures())
     is_left = np.indices((48, 64))[1] < 32
     on_right, on_left = make_pair("right", ~is_left), make_pair("left", is_left)
     full, empty = make_pair("full", is_left >= 0), make_pair("empty", is_left < 0)
