@@ -47,7 +47,7 @@ from finetuning.basics.image_files import read_image, read_mask
 from finetuning.inference.coco_files import coco_files, require_pycocotools
 from finetuning.inference.folder_results import (
     RESULTS_FILE,
-    Results,
+    FolderResults,
     list_images,
     make_settings,
     utf8_name,
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with only_run_in(args.output):
         settings = make_settings(args.image, checkpoint, *ranges, rule)
-        results = Results(args.output, args.save, settings, args.overwrite)
+        results = FolderResults(args.output, args.save, settings, args.overwrite)
         tally = segment_folder(images, folder_prompts, method, ranges, results, args.overwrite)
     print_tally(tally, args.output / RESULTS_FILE)
 

@@ -1,4 +1,4 @@
-"""A folder of images is segmented: what is written, what a second run does, and what fails."""
+"""Segmenting a folder of images: the files written, a second run, and failures."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ BOX = (30, 20, 100, 80)
 
 @pytest.fixture
 def folder(tmp_path, random_mini, monkeypatch) -> Path:
-    """Write three images, and random weights where the fine-tuned ones are looked for."""
+    """Write three images, and random weights in the place of the fine-tuned ones."""
     monkeypatch.chdir(tmp_path)
     Path("output").mkdir()
     shutil.copy(random_mini, "output/sam2_best.pt")
@@ -116,14 +116,14 @@ def test_points_labels_and_objects_of_a_table_become_prompts(run_script, folder,
 
 
 def count_segmented(monkeypatch) -> list[str]:
-    """Return a list that will hold the names of the images whose results are written."""
-    names, add = [], folder_results.Results.add
+    """Return a list that collects the names of the images whose results are added."""
+    names, add = [], folder_results.FolderResults.add
 
     def counted(self, image, *others):
         names.append(image.name)
         add(self, image, *others)
 
-    monkeypatch.setattr(folder_results.Results, "add", counted)
+    monkeypatch.setattr(folder_results.FolderResults, "add", counted)
     return names
 
 
@@ -167,20 +167,20 @@ def test_an_image_that_fails_now_keeps_no_results_of_before(run_script, folder):
 
 
 def test_a_run_that_was_killed_is_completed_by_the_next(run_script, folder, monkeypatch):
-    write = segmenting.Results.write
+    write = segmenting.FolderResults.write
     monkeypatch.setattr(segmenting, "WRITE_SECONDS", 0)
     segment_prompts = segmenting.segment_prompts
 
     def killed(segmenter, image, prompts):
         if (OUTPUT / "a_mask.png").is_file():
-            monkeypatch.setattr(segmenting.Results, "write", lambda self, after=0: None)
+            monkeypatch.setattr(segmenting.FolderResults, "write", lambda self, after=0: None)
             raise KeyboardInterrupt  # with nothing written any more, as by SIGKILL
         return segment_prompts(segmenter, image, prompts)
 
     monkeypatch.setattr(segmenting, "segment_prompts", killed)
     assert all_boxes(run_script, folder).status == 130
     assert [row["image"] for row in read_rows()] == ["a.png"]
-    monkeypatch.setattr(segmenting.Results, "write", write)
+    monkeypatch.setattr(segmenting.FolderResults, "write", write)
     monkeypatch.setattr(segmenting, "segment_prompts", segment_prompts)
     segmented = count_segmented(monkeypatch)
     assert all_boxes(run_script, folder).status == 0
@@ -319,7 +319,7 @@ def test_a_table_of_another_kind_is_not_overwritten(run_script, folder):
 
 
 def read_columns(more: str) -> list[str]:
-    """Return the lines of a table that has one column more."""
+    """Return the lines of a results table with one more column."""
     header = ",".join((*folder_results.RESULT_COLUMNS, more))
     return [header, "a.png,1,p,0.5,10,1 1 2 2,a_mask.png,,mine"]
 
@@ -425,7 +425,7 @@ def test_the_whole_mask_is_what_predict_finds_with_nothing(run_script, folder, r
 
 
 def answers(monkeypatch, *given: Answer) -> list[tuple[str, list[str]]]:
-    """Answer for the person at the window; return what it is opened with, in turn."""
+    """Give these answers instead of opening windows; return the list of windows asked for."""
     opened, left = [], list(given)
 
     def ask(image, title, segmenters, *start):

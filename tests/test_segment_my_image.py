@@ -19,7 +19,7 @@ from test_my_image import main
 
 @pytest.fixture
 def image_path(tmp_path, random_mini) -> Path:
-    """Write an image, and random weights where the fine-tuned ones are looked for."""
+    """Write an image, and random weights in the place of the fine-tuned ones."""
     (tmp_path / "output").mkdir()
     shutil.copy(random_mini, tmp_path / "output" / "sam2_best.pt")
     write_image(tmp_path / "내 사진.jpg", draw_pair(0)[0])

@@ -1,4 +1,4 @@
-"""In the window, real mouse and key events show masks at once, and leave them as they are seen."""
+"""In the window, mouse and key events show masks at once, and the masks shown are saved."""
 
 import warnings
 from pathlib import Path
@@ -32,7 +32,7 @@ A, B, C = (60, 40), (30, 70), (100, 20)  # pixels of it
 
 @pytest.fixture(scope="session")
 def segmenters() -> dict[str, Segmenter]:
-    """Return mini, and a model that sees the same objects a little differently."""
+    """Return mini, and a copy of it with slightly changed weights."""
     predictors = [load_predictor("mini", MINI, CPU)[0] for _ in range(2)]
     torch.manual_seed(1)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def segmenters() -> dict[str, Segmenter]:
 
 
 class Person:
-    """Somebody at the window, who points at pixels of the image and presses keys."""
+    """A user of the window, who clicks on pixels of the image and presses keys."""
 
     def __init__(self, figure, image: np.ndarray) -> None:
         self.figure, self.canvas, self.image = figure, figure.canvas, image
@@ -97,7 +97,7 @@ class Person:
 
 @pytest.fixture
 def at_window(monkeypatch, segmenters):
-    """Let a person do something in a window that is opened; return how it is left."""
+    """Return a function that opens a window, lets a person act in it, and returns the answer."""
     plt.switch_backend("agg")
     plt.close("all")
     monkeypatch.setattr(plt.FigureCanvasBase, "required_interactive_framework", "test")
@@ -111,7 +111,7 @@ def at_window(monkeypatch, segmenters):
 
 
 def replay(segmenter: Segmenter, *prompts: dict, logits=None, image=IMAGE) -> SegmentedObject:
-    """Return what a model finds that is given prompts one after the other, and its own masks."""
+    """Segment with one prompt after the other, each with the logits of the previous mask."""
     segmenter.encode(image)
     for options in prompts:
         prompt = make_prompt(**options)
@@ -127,7 +127,10 @@ def assert_same(one: SegmentedObject, other: SegmentedObject) -> None:
 
 
 def assert_shown(person: Person, one: SegmentedObject, number: int = 0, beside=False) -> None:
-    """The screen has the object's mask, where nothing else is drawn (beside: other masks)."""
+    """Assert that the screen shows the object's mask where nothing else is drawn.
+
+    beside: the other objects' masks.
+    """
     assert f"score {one.score:.3f}, area {one.mask.sum()} pixels" in person.title
     covered = (beside | np.zeros_like(one.mask)).astype(np.uint8)
     covered = cv2.dilate(covered, np.ones((3, 3)))  # with its outline

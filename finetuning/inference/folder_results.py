@@ -81,7 +81,7 @@ def make_settings(
     }
 
 
-class Results:
+class FolderResults:
     """The results of each image of a folder, kept in memory until they are written."""
 
     def __init__(
@@ -115,7 +115,7 @@ class Results:
         try:
             earlier = json.loads(read_file(self.folder / SETTINGS_FILE))
             return next((key for key in self.settings if earlier[key] != self.settings[key]), None)
-        except (UserError, ValueError, KeyError, TypeError, AttributeError):
+        except (UserError, ValueError, KeyError, TypeError):
             return None  # a missing or damaged settings.json does not stop a run
 
     def is_done(self, image: FolderImage, prompts: dict[str, Prompt] | None) -> bool:

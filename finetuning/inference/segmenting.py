@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from finetuning.basics.command_line import quoted
 from finetuning.basics.image_files import read_image, read_values
-from finetuning.inference.folder_results import FolderImage, Results
+from finetuning.inference.folder_results import FolderImage, FolderResults
 from finetuning.inference.given_prompts import check_inside
 from finetuning.inference.window import ask_in_window
 from finetuning.model.automatic import Rule, SegmentedObject, find_objects
@@ -112,7 +112,7 @@ def segment_folder(
     prompts: dict[str, dict[str, Prompt]] | None,
     method: SegmentationMethod,
     ranges: tuple[ValueRange | None, ValueRange | None],
-    results: Results,
+    results: FolderResults,
     overwrite: bool,
 ) -> Tally:
     """Segment a folder's images and write their results.
@@ -157,7 +157,7 @@ def segment_folder(
 
 
 def _is_done(
-    image: FolderImage, prompts: dict[str, dict[str, Prompt]] | None, results: Results
+    image: FolderImage, prompts: dict[str, dict[str, Prompt]] | None, results: FolderResults
 ) -> bool:
     return results.is_done(image, prompts[image.name] if prompts else None)
 
