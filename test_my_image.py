@@ -1,4 +1,4 @@
-"""Segment new images with your fine-tuned SAM 2.1: one, by coordinates or clicks, or a folder.
+"""Segment new images with your fine-tuned SAM 2.1: one image or a folder of them.
 
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg               # click in a window
@@ -6,16 +6,18 @@
     python test_my_image.py --image cells.png --box "5,5,40,40" --box "60,8,90,51"   # two objects
     python test_my_image.py --image my_folder --prompts prompts.csv   # image,x,y; image,x1,y1,x2,y2
     python test_my_image.py --image my_folder                         # click in each image in turn
-    python test_my_image.py --image my_folder --auto whole            # no prompt: one mask an image
+    python test_my_image.py --image my_folder --auto whole            # no prompt: a mask per image
     python test_my_image.py --image my_folder --auto objects          # no prompt: all objects
     python test_my_image.py --image my_folder --auto whole --save masks,overlays,cutouts,coco
-    python test_my_image.py --demo                                    # an image of the demo
+    python test_my_image.py --demo                                    # the demo's model and image
 
-Coordinates are x,y in pixels from the top left. A second --box, or --next-object, begins another
-object; in a table, a column "object" tells them apart, and a column "label" is 0 for background.
-Written to output/my_results/: the mask (of several objects a label map, in which each has a value
-of its own) and the overlay. Those of a folder go to a folder of its name there, with results.csv, a
-row an object; the same command again does what is missing, and --overwrite does all.
+Coordinates are x,y in pixels from the top left. A second --box, or --next-object, starts another
+object. In a table, the column "object" tells objects apart, and "label" is 0 for background points.
+
+Results go to output/my_results/: a mask (for several objects a label map, with a value for each
+object) and an overlay. The results of a folder go to a subfolder with its name and include
+results.csv, with a row for each object. Run the same command again to segment what is missing, or
+with --overwrite to redo everything.
 """
 
 from __future__ import annotations
@@ -43,16 +45,27 @@ from finetuning.basics.command_line import (
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, only_run_in
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.inference.coco_files import coco_files, require_pycocotools
-from finetuning.inference.folder_results import TABLE, Results, list_images, printable, settings_of
+from finetuning.inference.folder_results import (
+    RESULTS_FILE,
+    FolderResults,
+    list_images,
+    make_settings,
+    utf8_name,
+)
 from finetuning.inference.given_prompts import (
     add_prompt_options,
     check_inside,
     make_prompts,
     read_prompts,
 )
-from finetuning.inference.result_files import KINDS, Segmented, free_name, write_files
-from finetuning.inference.segmenting import Tally, Way, read_like_training, segment_folder
-from finetuning.model.automatic import ANY, Rule, rule_of
+from finetuning.inference.result_files import RESULT_KINDS, free_name, write_files
+from finetuning.inference.segmenting import (
+    SegmentationMethod,
+    Tally,
+    read_like_training,
+    segment_folder,
+)
+from finetuning.model.automatic import ANY, Rule, SegmentedObject, rule_of
 from finetuning.model.loading import load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
@@ -60,54 +73,79 @@ from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
 DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))
 
 
-def parse_kinds(text: str) -> set[str]:
-    """Parse "masks,overlays"."""
-    kinds = {kind.strip() for kind in text.split(",")}
-    if not kinds <= set(KINDS):
-        raise argparse.ArgumentTypeError(f'"{text}" is not some of {",".join(KINDS)}')
-    return kinds
-
-
-def prompts_of_each(
+def choose_prompts(
     given: list[tuple[str, Any]], auto: str | None, is_demo_image: bool
 ) -> dict[str, Prompt] | None:
-    """Return the prompts of an image's objects by name; None where they are to be clicked."""
+    """Return an image's prompts by object name; None if they come from elsewhere or are clicked."""
     if auto == "whole":
         return {"1": make_prompt()}
-    if is_demo_image and not given:  # its mask is known
+    if is_demo_image and not given:  # the demo has a true mask to place the point by
         return {"1": prompt_from_mask(read_mask(DEMO_MASK), "center")}
     prompts = make_prompts(given) if given else []
     return {str(number): prompt for number, prompt in enumerate(prompts, start=1)} or None
 
 
+def choose_checkpoint(
+    file: Path | None, finetuned: Path, is_original: bool, model_name: str | None, is_demo: bool
+) -> Path:
+    """Return the checkpoint: the given file, the original (downloaded if missing) or finetuned."""
+    if is_original:
+        return ensure_checkpoint(model_name or "small")
+    if not file and not finetuned.is_file():
+        command = "python train_sam2_proper.py" + " --demo" * is_demo
+        raise UserError(f"no fine-tuned model at {finetuned}; run: {command}, or use --original")
+    return file or finetuned
+
+
+def resolve_rule(
+    facts: dict[str, Any], checkpoint: Path, min_score: float | None, min_area: float | None
+) -> Rule:
+    """Return which masks --auto objects keeps: by the options, else the checkpoint, else SAM 2."""
+    rule = rule_of(facts)
+    if not rule and min_score is not None:
+        rule = ANY  # the user's threshold replaces all of SAM 2's
+    elif not rule:
+        rule = Rule()
+        tell(
+            f"warning: {checkpoint} has no thresholds for --auto objects, so SAM 2's own are used; "
+            "repeat the training command with --resume --choose-thresholds, or give --min-score"
+        )
+    given = {"min_score": min_score, "min_area": min_area}
+    rule = rule._replace(**{name: value for name, value in given.items() if value is not None})
+    area = f"{rule.min_area:.2%} of the image"
+    print(f"kept:    masks with a score above {rule.min_score:.3g} and an area of {area} or more")
+    return rule
+
+
 def segment_one(
-    image: np.ndarray,
-    prompts: dict[str, Prompt] | None,
-    way: Way,
-    title: str,
-) -> list[Segmented]:
-    """Segment one HxWx3 uint8 RGB image; `prompts` are its objects', where there are any."""
+    image: np.ndarray, prompts: dict[str, Prompt] | None, method: SegmentationMethod, title: str
+) -> list[SegmentedObject]:
+    """Segment a single HxWx3 uint8 RGB image; prompts and title as in SegmentationMethod.segment.
+
+    Raises UserError for a prompt outside the image, and if the user clicks on nothing.
+    """
     for prompt in prompts.values() if prompts else ():
         check_inside(prompt, image.shape[1], image.shape[0])
-    objects, _ = way.segment(image, prompts, title)
+    objects, _ = method.segment(image, prompts, title)
     if not objects:
         raise UserError("nothing was clicked; click on the object, then press Enter")
     return objects
 
 
 def save_one(
-    output: Path, path: Path, image: np.ndarray, objects: list[Segmented], kinds: set[str]
+    output: Path, path: Path, image: np.ndarray, objects: list[SegmentedObject], kinds: set[str]
 ) -> None:
-    """Write what was found in one image, under names that are free, and say where and what."""
+    """Write a single image's results under new names, and print the objects and the files."""
     for found in objects:
         which = f"object {found.name}\n" if len(objects) > 1 else ""
         print(f"{which}score:   {found.score:.3f} (the model's own estimate of its IoU)")
         print(f"area:    {found.mask.sum()} pixels, {found.mask.mean():.1%} of the image")
     name = free_name(output, path.stem)
     files = write_files(output, name, image, objects, kinds)
-    paths = dict.fromkeys((what, file) for of_object in files for what, file in of_object.items())
+    # Objects share files, such as the overlay; each is printed once
+    paths = dict.fromkeys(entry for object_files in files for entry in object_files.items())
     for file in coco_files(output, f"{name}_") if "coco" in kinds else ():
-        file.put(printable(path.name), objects)
+        file.put(utf8_name(path.name), objects)
         file.write()
         paths["coco", file.path.name] = None
     for what, file in paths:
@@ -115,10 +153,11 @@ def save_one(
 
 
 def print_tally(tally: Tally, table: Path) -> None:
-    """Say what has become of a folder's images; exit with status 1 where any of them failed."""
+    """Print how many of a folder's images were segmented; exit with status 1 if any failed."""
+    had_results = f"{tally.had_results} had results already (--overwrite redoes them)"
     parts = [
         f"{tally.segmented} segmented",
-        f"{tally.had_results} had results already (--overwrite does all)" * (tally.had_results > 0),
+        had_results * (tally.had_results > 0),
         f"{tally.without_row} without a row in the table" * (tally.without_row > 0),
         f"{tally.skipped} skipped" * (tally.skipped > 0),
     ]
@@ -128,42 +167,55 @@ def print_tally(tally: Tally, table: Path) -> None:
     if tally.failed:
         names = ", ".join(map(quoted, tally.failed[:3])) + ", ..." * (len(tally.failed) > 3)
         message = f"{len(tally.failed)} image(s) failed: {names}; {one_line(table)} says why"
-        print(f"error: {message}; mend them and run this again", file=sys.stderr)
+        print(f"error: {message}; fix them and run this again", file=sys.stderr)
         raise SystemExit(1)
+
+
+def parse_kinds(text: str) -> set[str]:
+    """Parse "masks,overlays" as an argparse type."""
+    kinds = {kind.strip() for kind in text.split(",")}
+    if not kinds <= set(RESULT_KINDS):
+        raise argparse.ArgumentTypeError(f'"{text}": choose from {",".join(RESULT_KINDS)}')
+    return kinds
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--image", type=Path, help="the image to segment, or a folder of them")
-    parser.add_argument("--demo", action="store_true", help="use what the demo trained")
+    parser.add_argument("--image", type=Path, help="the image to segment, or a folder of images")
+    parser.add_argument(
+        "--demo", action="store_true", help="use the demo's fine-tuned model and image"
+    )
     add_prompt_options(parser)
     parser.add_argument(
         "--value-range",
         type=parse_range,
         metavar='"low,high"',
-        help="what is black and white in images of more than 8 bits (default: as in training)",
+        help="pixel values of black and white in images of more than 8 bits (default: as in "
+        "training)",
     )
     model = parser.add_argument_group("the model (default: the fine-tuned output/sam2_best.pt)")
     model.add_argument("--original", action="store_true", help="use the original SAM 2.1")
-    model.add_argument("--checkpoint", type=Path, help="use this file")
+    model.add_argument("--checkpoint", type=Path, help="use this checkpoint")
     model.add_argument(
-        "--model", choices=MODELS, help="its size (default: what the file says, else small)"
+        "--model", choices=MODELS, help="its size (default: the checkpoint's, else small)"
     )
     results = parser.add_argument_group("results")
     results.add_argument(
         "--output",
         type=Path,
-        help="where they go (default: output/my_results, or in it NAME of a folder)",
+        help="their folder (default: output/my_results; for a folder of images, NAME in it)",
     )
     results.add_argument(
-        "--save", type=parse_kinds, metavar="KINDS", default="masks,overlays", help=",".join(KINDS)
+        "--save",
+        type=parse_kinds,
+        metavar="KINDS",
+        default="masks,overlays",
+        help=f"which files to write: {','.join(RESULT_KINDS)}",
     )
-    results.add_argument(
-        "--overwrite", action="store_true", help="of a folder, do all images again"
-    )
+    results.add_argument("--overwrite", action="store_true", help="for a folder: redo all images")
     machine = parser.add_argument_group("the machine")
     add_device_option(machine)
-    add_precision_option(machine, "auto: the fastest that is native")
+    add_precision_option(machine, "auto: the fastest that the device supports natively")
     parser.set_defaults(finetuned=Path("output/sam2_best.pt"), given=[])
     return parser
 
@@ -174,56 +226,25 @@ def parse_args(argv: list[str] | None) -> Namespace:
         argv, image=DEMO_IMAGE, model="mini", finetuned=DEMO_OUTPUT / "sam2_best.pt"
     )
     if not args.image:
-        parser.error("--image is missing: the image to segment")
+        parser.error("--image is missing; give the image to segment")
     if args.original and args.checkpoint:
         parser.error("--original and --checkpoint name two models; give one of them")
     if bool(args.given) + bool(args.prompts) + bool(args.auto) > 1:
-        parser.error("points and boxes, --prompts and --auto are three ways; choose one of them")
+        parser.error("points or boxes, --prompts and --auto exclude each other; choose one of them")
     if args.auto != "objects" and (args.min_score is not None or args.min_area is not None):
-        parser.error("--min-score and --min-area are of --auto objects; add it")
+        parser.error("--min-score and --min-area are for --auto objects; add it")
     if args.given and args.image.is_dir():
-        parser.error("points and boxes are of one image; for a folder, use --prompts FILE.csv")
+        parser.error(
+            "points and boxes are for a single image; for a folder, use --prompts FILE.csv"
+        )
     if (args.prompts or args.overwrite) and not args.image.is_dir():
-        parser.error("--prompts and --overwrite are for a folder of images, which --image is not")
+        parser.error("--prompts and --overwrite are for a folder of images; give one as --image")
     if not args.output:
         args.output = (DEMO_OUTPUT if args.demo else Path("output")) / "my_results"
         args.output /= args.image.resolve().name if args.image.is_dir() else ""
     if args.output.resolve() == args.image.resolve():
-        parser.error("--output is the folder of the images; results go to another one")
+        parser.error("--output is the folder of the images; choose another one for the results")
     return args
-
-
-def choose_checkpoint(
-    file: Path | None, finetuned: Path, is_original: bool, model_name: str | None, is_demo: bool
-) -> Path:
-    """Return the file to load: the one given, the original, downloaded if missing, or finetuned."""
-    if is_original:
-        return ensure_checkpoint(model_name or "small")
-    if not file and not finetuned.is_file():
-        command = "python train_sam2_proper.py" + " --demo" * is_demo
-        raise UserError(f"no fine-tuned model at {finetuned}; run: {command}, or use --original")
-    return file or finetuned
-
-
-def choose_rule(
-    facts: dict[str, Any], checkpoint: Path, min_score: float | None, min_area: float | None
-) -> Rule:
-    """Return which masks --auto objects keeps: as asked for, as the model's file says, or SAM 2."""
-    known = rule_of(facts)
-    if not known and min_score is None:
-        tell(
-            f"warning: {checkpoint} does not say which masks are objects, so SAM 2's own rule for "
-            "the original is taken; repeat the training's command with --resume "
-            "--choose-thresholds, or give a --min-score"
-        )
-    given = {"min_score": min_score, "min_area": min_area}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not known and min_score is not None:
-        known = ANY
-    rule = (known or Rule())._replace(**given)
-    area = f"{rule.min_area:.2%} of the image"
-    print(f"kept:    masks of a score above {rule.min_score:.3g} and an area of {area} or more")
-    return rule
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,13 +256,14 @@ def main(argv: list[str] | None = None) -> None:
     if "coco" in args.save:
         require_pycocotools()
 
-    # What is wrong with the images or the prompts is said before a model is loaded
-    prompts = prompts_of_each(args.given, args.auto, is_demo_image)
+    # Report mistakes in the images and prompts before the slow loading of a model
+    prompts = choose_prompts(args.given, args.auto, is_demo_image)
     if is_folder:
         images = list_images(args.image)
         names = [image.name for image in images]
-        of_images = prompts and dict.fromkeys(names, prompts)
-        of_images = read_prompts(args.prompts, names) if args.prompts else of_images
+        folder_prompts = prompts and dict.fromkeys(names, prompts)
+        if args.prompts:
+            folder_prompts = read_prompts(args.prompts, names)
     else:
         read_image(args.image)
 
@@ -253,22 +275,22 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
     )
     tell(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
-    ranges = args.value_range, value_range_of(facts)
-    rule = None
+    ranges, rule = (args.value_range, value_range_of(facts)), None
     if args.auto == "objects":
-        rule = choose_rule(facts, checkpoint, args.min_score, args.min_area)
-    way = Way(segmenters, rule, opens_window)
+        rule = resolve_rule(facts, checkpoint, args.min_score, args.min_area)
+    method = SegmentationMethod(segmenters, rule, opens_window)
+
     if not is_folder:
         image = read_like_training(args.image, *ranges)
-        objects = segment_one(image, prompts, way, args.image.name)
+        objects = segment_one(image, prompts, method, args.image.name)
         save_one(args.output, args.image, image, objects, args.save)
         return
 
     with only_run_in(args.output):
-        settings = settings_of(args.image, checkpoint, *ranges, rule)
-        results = Results(args.output, args.save, settings, args.overwrite)
-        tally = segment_folder(images, of_images, way, ranges, results, args.overwrite)
-    print_tally(tally, args.output / TABLE)
+        settings = make_settings(args.image, checkpoint, *ranges, rule)
+        results = FolderResults(args.output, args.save, settings, args.overwrite)
+        tally = segment_folder(images, folder_prompts, method, ranges, results, args.overwrite)
+    print_tally(tally, args.output / RESULTS_FILE)
 
 
 if __name__ == "__main__":

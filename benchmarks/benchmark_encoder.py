@@ -1,10 +1,11 @@
-"""Measure two training steps of one image each: CPU seconds of a step, peak memory of the process.
+"""Measure the CPU seconds and peak memory of training steps, with one image per step.
 
     python benchmarks/benchmark_encoder.py --train-encoder lora
     python benchmarks/benchmark_encoder.py --train-encoder full --gradient-checkpointing off
     python benchmarks/benchmark_encoder.py --no-cache            # the encoder stays frozen
 
-Takes the options of train_sam2_proper.py, the images of --data, and random weights. Linux, CPU.
+Takes the options of train_sam2_proper.py. Uses the images of --data and random weights, on the CPU
+of a Linux machine.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from finetuning.model.models import build_predictor
 from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.training.learner import make_learner
 
-STEPS = 2  # the second has the optimizer's state in memory beside the rest
+STEPS = 2  # from the second on, the optimizer's state is in memory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     train_sam2_proper.train_one_epoch(predictor, loader, learner, recipe, epoch=1)
     seconds = (time.process_time() - start) / STEPS
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{seconds:.1f} CPU seconds a step, peak {gigabytes:.2f} GB")
+    print(f"{seconds:.1f} CPU seconds per step, peak {gigabytes:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""Measure what fine-tuning costs: other ways against this project's, on the same images.
+"""Measure the cost of fine-tuning: this project against other loops, on the same images.
 
     python benchmarks/benchmark_training.py --random-weights --limit 24     # small, on data/
     python benchmarks/benchmark_training.py --random-weights --limit 24 --image-sizes 1024 512
     python benchmarks/benchmark_training.py --model mini --image-sizes 256 128
 
-Every variant runs in a process of its own, one after the other: the guide's loop (float32, batch 1,
-the encoder in every step); Hugging Face's, where transformers is installed; and this project's
-train_sam2_proper.py, as it is typed, with the guide's recipe and with its own, compiled and not, at
-each size of images, the seconds of its parts taken in passing. Last, what the machine could do at
-most: the operations of the model over the rate at which it multiplies matrices.
-A total is images x encode + compile + 20 epochs x images x step, from what was measured; validation
-and saving, which the other loops do not do, have columns of their own. --all-epochs S adds a run of
-all 20 epochs at one size, with everything, by the clock on the wall.
+The variants run one after the other, each in its own process:
+  - the guide's loop (float32, batch size 1, the encoder runs in every step)
+  - Hugging Face's loop, if transformers is installed
+  - train_sam2_proper.py from its command line, with timed parts: at each image size, with the
+    guide's recipe and the default one, compiled and not
+  - the machine's limit: the model's operations, at the rate of multiplying large matrices
+
+A total is images x encode + compile + 20 epochs x images x step, from the measured seconds.
+Validation and saving have their own columns, as the other loops do neither. --all-epochs S adds a
+complete run of 20 epochs at one size, in wall-clock time.
 Prints a table and writes it to output/benchmark/ as benchmark.csv and benchmark.png.
-With --random-weights, time and memory are those of the real weights; what is learnt means nothing.
+--random-weights gives the same time and memory as the real weights, but no useful model.
 """
 
 from __future__ import annotations
@@ -66,9 +68,9 @@ from finetuning.training.learner import make_learner
 from finetuning.training.recipe import GUIDE
 
 GUIDES_LOOP, PEER = "the guide's loop", "transformers' loop"
-EPOCHS = 20  # of the totals
+EPOCHS = 20  # in the totals
 TOTAL = f"{EPOCHS} epochs s"
-# The parts of a run: where they are in this project, which a run is measured at
+# The timed parts of train_sam2_proper.py: the owner and name of the function that does each
 PARTS = {
     "encode": (FeatureCache, "fill"),
     "compile": (train_sam2_proper, "speed_up"),
@@ -83,7 +85,7 @@ COLUMNS = (
 
 
 class Bench(NamedTuple):
-    """What all variants have in common."""
+    """The settings that all variants share."""
 
     model: str
     checkpoint: Path
@@ -91,35 +93,35 @@ class Bench(NamedTuple):
     threads: int | None
     data: Path
     limit: int | None
-    images: int  # to train on
+    images: int  # training images with an object
     val_images: int
     epochs: int
     seed: int
     output: Path
 
     def torch_device(self) -> torch.device:
-        """Return the device, and let torch have its threads."""
+        """Return the device, and set the number of torch's threads."""
         return select_device(self.device, self.threads)
 
     def pairs(self, count: int | None = None) -> list[Pair]:
-        """Return training pairs, all with an object."""
+        """Return the first `count` training pairs that have an object; by default, all."""
         pairs = split_pairs(self.data, "train", self.limit)
         return [pairs[index] for index in count_objects(pairs)][:count]
 
 
 def measure_guide(bench: Bench, size: int, image_count: int) -> dict[str, Any]:
-    """Run the guide's loop on some of the images."""
+    """Time the guide's loop on the first images."""
     torch.manual_seed(bench.seed)
     predictor, _ = load_predictor(bench.model, bench.checkpoint, bench.torch_device(), size)
     pairs = bench.pairs(image_count)
-    train_guide(predictor, pairs[:1], replace(GUIDE, epochs=1))  # to warm up
+    train_guide(predictor, pairs[:1], replace(GUIDE, epochs=1))  # warm up
     seconds = train_guide(predictor, pairs, replace(GUIDE, epochs=1, seed=bench.seed))
     of_image = {part: of_all / len(pairs) for part, of_all in seconds.items()}
     return row_of(GUIDES_LOOP, size, sum(of_image.values()), predictor.device)
 
 
 def measure_peer(bench: Bench, image_count: int) -> dict[str, Any] | None:
-    """Run Hugging Face's loop on some of the images; None without transformers."""
+    """Time Hugging Face's loop on the first images; return None if transformers is missing."""
     device, pairs = bench.torch_device(), bench.pairs(image_count)
     masks = [read_objects(pair)[0] for pair in pairs]
     try:
@@ -130,7 +132,7 @@ def measure_peer(bench: Bench, image_count: int) -> dict[str, Any] | None:
 
 
 def row_of(variant: str, size: int, step: float, device: torch.device) -> dict[str, Any]:
-    """Return a row of the table; step: seconds an image, in each epoch."""
+    """Return a row of the table; step: seconds per image and epoch."""
     known = {"variant": variant, "size": size, "step s/image": step, "compile s": 0.0}
     return {**dict.fromkeys(COLUMNS), **known, "peak GB": peak_gigabytes(device)}
 
@@ -138,7 +140,7 @@ def row_of(variant: str, size: int, step: float, device: torch.device) -> dict[s
 def measure_project(
     bench: Bench, variant: str, recipe: str, size: int, compiling: str, epochs: int
 ) -> dict[str, Any]:
-    """Run train_sam2_proper.py, timing its parts."""
+    """Run train_sam2_proper.py and time its PARTS."""
     seconds = dict.fromkeys(PARTS, 0.0)
     for part, (owner, name) in PARTS.items():
         setattr(owner, name, timed(getattr(owner, name), part, seconds))
@@ -166,7 +168,7 @@ def measure_project(
 
 
 def timed(function: Callable[..., Any], part: str, seconds: dict[str, float]) -> Callable[..., Any]:
-    """Return a function that adds the seconds of each call to those of its part."""
+    """Wrap a function so that each call adds its seconds to seconds[part]."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -180,7 +182,7 @@ def timed(function: Callable[..., Any], part: str, seconds: dict[str, float]) ->
 
 
 def measure_roofline(bench: Bench, size: int) -> dict[str, Any]:
-    """Return what encoding and a step would take at the rate of multiplying large matrices."""
+    """Return the seconds of encoding and a step at the rate of multiplying large matrices."""
     device = bench.torch_device()
     predictor, _ = load_predictor(bench.model, bench.checkpoint, device, size)
     precision = select_precision("auto", device)
@@ -203,7 +205,7 @@ def measure_roofline(bench: Bench, size: int) -> dict[str, Any]:
 
 
 def multiplication_rate(device: torch.device, precision: torch.dtype, side: int = 4096) -> float:
-    """Return the floating-point operations a second of a product of two large matrices."""
+    """Return the floating-point operations per second in multiplying two large matrices."""
     matrix = torch.randn(side, side, device=device, dtype=precision)
     matrix @ matrix
     start = clock(device)
@@ -213,26 +215,26 @@ def multiplication_rate(device: torch.device, precision: torch.dtype, side: int 
 
 
 def peak_gigabytes(device: torch.device) -> float | None:
-    """Return the most memory that this process has held: the GPU's, or resident memory."""
+    """Return this process's peak memory: on the GPU, else resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process, whose memory and caches are nobody else's."""
-    # Unlike a Pool's, its process may start others, which load the batches
+    """Call a function in a new process, so that memory and caches start empty."""
+    # Unlike a Pool's processes, this one may start others, which load the batches
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def measure_all(bench: Bench, sizes: list[int], guide_images: int) -> list[dict[str, Any]]:
-    """Return a row a variant, one after the other, and the machine's limits last."""
+    """Measure the variants one after the other; return a row for each, the limits last."""
     rows = [in_own_process(measure_guide, bench, sizes[0], guide_images)]
     if bench.model in BACKBONES and sizes[0] == 1024:
         peer = in_own_process(measure_peer, bench, guide_images)
@@ -245,13 +247,13 @@ def measure_all(bench: Bench, sizes: list[int], guide_images: int) -> list[dict[
             name += ", compiled" * (compiling == "on")
             options = (name, recipe, size, compiling, bench.epochs)
             row = in_own_process(measure_project, bench, *options)
-            encoding = encoding or row["encode s/image"]  # the others find what the first wrote
+            encoding = encoding or row["encode s/image"]  # later runs find the first one's cache
             rows.append({**row, "encode s/image": encoding})
     return rows + [in_own_process(measure_roofline, bench, size) for size in sizes]
 
 
 def add_totals(rows: list[dict[str, Any]], image_count: int) -> None:
-    """Add the seconds of EPOCHS epochs over image_count images, and how many times faster."""
+    """Add each row's seconds for EPOCHS epochs of image_count images, and the speedup."""
     for row in rows:
         once, step = row["encode s/image"] or 0.0, row["step s/image"]
         row[TOTAL] = row["compile s"] + image_count * (once + EPOCHS * step)
@@ -272,7 +274,7 @@ def _format(value: Any) -> str:
 
 
 def draw_totals(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Draw each variant's minutes, of encoding and of steps."""
+    """Draw each variant's minutes of EPOCHS epochs."""
     figure = Figure(figsize=(9, 1.5 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [f"{row['variant']}, {row['size']}" for row in rows]
@@ -281,7 +283,7 @@ def draw_totals(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     for place, (row, of_row) in enumerate(zip(rows, minutes, strict=True)):
         axes.text(of_row, place, f" {of_row:.0f} min, {row['ratio']:.1f}x", va="center")
     axes.set(xlabel=f"minutes of {EPOCHS} epochs", title=title, xscale="log")
-    axes.set_xlim(right=5 * max(minutes))  # room for the texts
+    axes.set_xlim(right=5 * max(minutes))  # leave room for the texts
     axes.invert_yaxis()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
@@ -298,28 +300,28 @@ def parse_args(argv: list[str] | None) -> Namespace:
         type=parse_image_size,
         nargs="+",
         metavar="S",
-        help="the first for all variants, the others for this project's (default: the model's own)",
+        help="the first for all variants, the others for this project only (default: the model's)",
     )
     parser.add_argument(
-        "--all-epochs", type=parse_image_size, metavar="S", help="at a size, run all epochs, too"
+        "--all-epochs", type=parse_image_size, metavar="S", help="also run all epochs at this size"
     )
     parser.add_argument("--random-weights", action="store_true", help="for time and memory only")
-    parser.add_argument("--limit", type=at_least_1, help="the first N images of each split only")
+    parser.add_argument("--limit", type=at_least_1, help="use only the first N images of a split")
     parser.add_argument(
-        "--guide-images", type=at_least_1, default=10, help="show the other loops N of them"
+        "--guide-images", type=at_least_1, default=10, help="N of them for the other loops"
     )
     parser.add_argument(
-        "--totals-for", type=at_least_1, help="images of the totals (default: those measured)"
+        "--totals-for", type=at_least_1, help="images in the totals (default: as measured)"
     )
     parser.add_argument("--epochs", type=at_least_1, default=2, help="how many to measure")
-    parser.add_argument("--seed", type=seed, default=42, help="of weights, order and prompts")
+    parser.add_argument("--seed", type=seed, default=42, help="for weights, order and prompts")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"), help="results")
     add_device_option(parser)
     return parser.parse_args(argv)
 
 
 def prepare(args: Namespace) -> Bench:
-    """Return what the options say of the model and the images."""
+    """Return the settings of the options; write random weights if asked for."""
     checkpoint = args.checkpoint
     if args.random_weights:
         checkpoint = args.output / f"random_{args.model}.pt"

@@ -3,9 +3,9 @@
     python benchmarks/click_latency.py                     # small, 2 threads
     python benchmarks/click_latency.py --size 6000x4000    # a larger image
 
-Random weights, a drawn image, matplotlib's own mouse events; figures are drawn in memory (Agg), as
-every window system does before it copies them to the screen. Prints the median of 20 clicks on one
-object, and how much of it the model takes (prompt encoder, mask decoder, mask at full size).
+Uses random weights, a random image and matplotlib's own mouse events. Figures are drawn in memory
+(Agg), as every window system does before it copies them to the screen. Prints the median of 20
+clicks on one object, and the model's part of it (prompt encoder, mask decoder, full-size mask).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from finetuning.model.models import MODELS, build_predictor
 
 
 class TimedSegmenter(Segmenter):
-    """A segmenter that keeps the seconds of each mask, and then returns an ellipse.
+    """A segmenter that records the seconds of each mask, but returns an ellipse.
 
-    Random weights find noise, and drawing its outlines would take longer than those of an object.
+    Random weights give noisy masks, whose outlines take longer to draw than those of an object.
     """
 
     def encode(self, image):
@@ -51,10 +51,10 @@ class TimedSegmenter(Segmenter):
 
 
 def click(figure, x: float, y: float) -> float:
-    """Click with the left button at (x,y) of the image; return the seconds until it is drawn."""
+    """Left-click at (x,y) of the image; return the seconds until the window is redrawn."""
     canvas = figure.canvas
     where = figure.axes[0].transData.transform((x, y))
-    with mock.patch.object(canvas, "draw_idle"):  # a window draws once, when the handlers are done
+    with mock.patch.object(canvas, "draw_idle"):  # like a window, draw once, after the handlers
         start = time.perf_counter()
         for name in ("button_press_event", "button_release_event"):
             canvas.callbacks.process(name, MouseEvent(name, canvas, *where, 1))
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
     at_least_1 = number(int, at_least=1)
     parser.add_argument("--model", choices=MODELS, default="small", help="its size")
-    parser.add_argument("--size", type=parse_size, default=(1280, 1024), help="of the image")
+    parser.add_argument("--size", type=parse_size, default=(1280, 1024), help="image in pixels")
     parser.add_argument("--clicks", type=at_least_1, default=20, help="how many to measure")
     add_device_option(parser)
     parser.set_defaults(threads=2)
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     figure = plt.figure(figsize=(9, 7))
     window = ClickWindow(figure, image, {args.model: segmenter}, [], lambda: None)
     figure.canvas.draw()
-    click(figure, width / 2, height / 2)  # what is done only once is done now
+    click(figure, width / 2, height / 2)  # warm up: some work is done only once
     window.undo()
     segmenter.seconds.clear()
     seconds = [click(figure, *(rng.random(2) * args.size)) for _ in range(args.clicks)]

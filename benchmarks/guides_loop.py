@@ -1,4 +1,4 @@
-"""The guide's loop, written out plainly: what this project is measured against."""
+"""The guide's training loop, written out plainly: the baseline of the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetuning.training.recipe import Recipe
 def train_guide(
     predictor: SAM2ImagePredictor, pairs: list[Pair], recipe: Recipe
 ) -> dict[str, float]:
-    """Run it in float32, one image a step, and return the seconds of its two parts, by name."""
+    """Train in float32 with one image per step; return the seconds of encoding and of the steps."""
     model, device = predictor.model, predictor.device
     model.sam_mask_decoder.train(True)
     model.sam_prompt_encoder.train(True)
@@ -47,7 +47,7 @@ def train_guide(
 def guide_loss(
     predictor: SAM2ImagePredictor, mask: np.ndarray, point: tuple[int, int], score_weight: float
 ) -> torch.Tensor:
-    """Return the loss of the guide's step after set_image, word for word."""
+    """Return the loss of a step after set_image, word for word as in the guide."""
     model = predictor.model
     points, label = np.array([[point]]), np.ones((1, 1), np.int32)
     _, coords, labels, _ = predictor._prep_prompts(
@@ -80,7 +80,7 @@ def guide_loss(
 
 
 def clock(device: torch.device) -> float:
-    """Return seconds, once the device has done all that it was given."""
+    """Wait until the device has finished its work, then return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

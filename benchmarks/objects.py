@@ -1,13 +1,13 @@
-"""Measure training on images of many objects: what --objects-per-image costs, and what it gives.
+"""Measure training on images with many objects: the cost and the gain of --objects-per-image.
 
-    python benchmarks/objects.py                        # draws images, trains mini, some minutes
-    python benchmarks/objects.py --per-image 1 4 16     # other numbers of objects
+    python benchmarks/objects.py                        # draws images, trains mini; some minutes
+    python benchmarks/objects.py --per-image 1 4 16     # other values of --objects-per-image
     python benchmarks/objects.py --memory               # 50 images of 300 objects each, peak memory
 
-Draws 5 to 60 touching and overlapping cells an image into output/objects/data, as label maps, and
-fine-tunes mini with one point an object: each number of objects an image in a process of its own.
-Prints a table of the mean IoU over all val objects, before and after, and of the seconds. Peak
-memory is the process's resident memory, as Linux counts it.
+Draws images with 5 to 60 touching and overlapping cells into output/objects/, as label maps, and
+fine-tunes mini with one point per object, each value of --objects-per-image in its own process.
+Prints the mean IoU over all validation objects, before training and at the best epoch, and the
+seconds. Peak memory is the process's resident memory, as Linux counts it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from finetuning.dataset.filling import write_objects
 
 
 class Drawn(NamedTuple):
-    """A data set to draw."""
+    """The settings of a drawn data set."""
 
     name: str
-    images: dict[str, int]  # of each split
-    size: int  # of an image, in pixels a side
-    cells: tuple[int, int]  # in an image, at least and at most
-    enlarged: int = 1  # so many times, after it has been drawn
+    images: dict[str, int]  # per split
+    size: int  # side of an image in pixels, as drawn
+    cells: tuple[int, int]  # smallest and largest number per image
+    enlarged: int = 1  # factor by which the drawn image is enlarged
 
 
 CELLS = Drawn("cells", {"train": 60, "val": 20}, 256, (5, 60))
@@ -51,11 +51,11 @@ MANY = Drawn("many", {"train": 40, "val": 10}, 250, (400, 400), enlarged=8)
 def draw_cells(
     rng: np.random.Generator, size: int, count: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Draw cells of one kind, which touch and cover each other.
+    """Draw cells of one kind that touch and overlap.
 
     Returns:
       image: SxSx3 uint8 RGB.
-      masks: SxS bool, the visible part of each cell; those that are all but covered are left out.
+      masks: SxS bool, the visible part of each cell; almost hidden cells are left out.
     """
     canvas = rng.uniform(0.1, 0.3, 3) + 0.08 * smooth_noise(rng, size, 6)[..., None]
     color = rng.uniform(0.35, 0.8, 3)
@@ -63,7 +63,7 @@ def draw_cells(
     labels = np.zeros((size, size), np.uint16)
     center = rng.uniform(0.2, 0.8, 2)
     for label in range(1, count + 1):
-        if rng.random() < 0.5:  # beside the one before, so that they touch
+        if rng.random() < 0.5:  # next to the previous cell, so that they touch
             angle = rng.uniform(0, 2 * np.pi)
             center = center + 1.6 * radius * np.array([np.cos(angle), np.sin(angle)])
         if rng.random() < 0.5 or not (center.min() > 0.05 and center.max() < 0.95):
@@ -82,7 +82,7 @@ def draw_cells(
 
 
 def draw_dataset(data: Path, drawn: Drawn) -> None:
-    """Fill a data folder."""
+    """Draw the images and masks of a data folder."""
     rng, pixel = np.random.default_rng(7), np.ones((drawn.enlarged,) * 2, np.uint8)
     side = drawn.size * drawn.enlarged
     with new_dataset(data, {"source": drawn.name, "masks": "objects"}) as folder:
@@ -98,7 +98,7 @@ def draw_dataset(data: Path, drawn: Drawn) -> None:
 
 
 def train(data: Path, output: Path, options: list[str]) -> dict[str, float]:
-    """Train mini as train_sam2_proper.py does; return what its log says, and the peak memory."""
+    """Train mini with train_sam2_proper.py; return figures from its log, and the peak memory."""
     start = time.perf_counter()
     train_sam2_proper.main(
         ["--data", str(data), "--model", "mini", "--output", str(output), *options]
@@ -118,12 +118,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
     at_least_1 = number(int, at_least=1)
     parser.add_argument(
-        "--per-image", type=at_least_1, nargs="+", default=[1, 2, 4, 8, 16], help="what is compared"
+        "--per-image", type=at_least_1, nargs="+", default=[1, 2, 4, 8, 16], help="compared values"
     )
-    parser.add_argument("--epochs", type=at_least_1, default=10, help="of each training")
-    parser.add_argument("--seed", type=seed, default=42, help="of each training")
+    parser.add_argument("--epochs", type=at_least_1, default=10, help="of each run")
+    parser.add_argument("--seed", type=seed, default=42, help="of each run")
     parser.add_argument("--memory", action="store_true", help="300 objects in each of 50 images")
-    parser.add_argument("--output", type=Path, default=Path("output/objects"), help="what it makes")
+    parser.add_argument("--output", type=Path, default=Path("output/objects"), help="results")
     return parser.parse_args(argv)
 
 
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         output = args.output / f"{drawn.name}_{count}"
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows[count] = pool.apply(train, (data, output, list(map(str, options))))
-    print(f"\nobjects an image an epoch | {' | '.join(next(iter(rows.values())))}")
+    print(f"\nobjects per image & epoch | {' | '.join(next(iter(rows.values())))}")
     for count, row in rows.items():
         print(f"{count:>25} | {' | '.join(f'{value:.4f}' for value in row.values())}")
 

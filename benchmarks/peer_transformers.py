@@ -1,8 +1,9 @@
-"""Hugging Face's way to fine-tune SAM, as its notebooks publish it, with Sam2Model of transformers.
+"""Fine-tune SAM 2 as Hugging Face's published notebooks do for SAM, with transformers' Sam2Model.
 
-The image encoder and the prompt encoder are frozen, the mask decoder learns from boxes, one image a
-step, and each step runs the whole model; the loss is cross-entropy and dice, the optimizer Adam.
-Random weights: transformers has no converter of SAM 2's files, and time does not depend on them.
+The image encoder and prompt encoder are frozen. The mask decoder learns from boxes, with one image
+per step, and each step runs the whole model. The loss is cross-entropy plus dice, the optimizer is
+Adam. The weights are random: transformers cannot convert SAM 2's files, and time does not depend on
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from finetuning.dataset.pairs import Pair
 from finetuning.model.prompts import mask_box
 from finetuning.training.losses import mask_losses
 
-# Of Sam2HieraDetConfig; tiny is its default
+# Arguments of Sam2HieraDetConfig, whose defaults are tiny
 BACKBONES = {
     "tiny": {},
     "small": {"blocks_per_stage": [1, 2, 11, 2], "global_attention_blocks": [7, 10, 13]},
@@ -27,9 +28,9 @@ BACKBONES = {
 def train_transformers(
     name: str, pairs: list[Pair], masks: list[np.ndarray], device: torch.device
 ) -> float:
-    """Take a step on each pair with its HxW bool mask; return the seconds of all.
+    """Train one step on each pair with its HxW bool mask; return the total seconds.
 
-    Raises ImportError without transformers.
+    Raises ImportError if transformers is not installed.
     """
     from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
 

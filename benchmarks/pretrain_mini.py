@@ -1,15 +1,17 @@
-"""Pretrain the mini model from scratch, on drawn images only; writes checkpoints/sam2_mini.pt.
+"""Pretrain the mini model from scratch on drawn images; writes checkpoints/sam2_mini.pt.
 
     python benchmarks/pretrain_mini.py
     python benchmarks/pretrain_mini.py --resume     # after an interruption
-    python benchmarks/pretrain_mini.py --evaluate   # what the weights reach on held-out images
+    python benchmarks/pretrain_mini.py --evaluate   # measure the weights on held-out images
 
-The weights in checkpoints/ are those of one run: 7 minutes on an NVIDIA H200 that three other runs
-shared, PyTorch 2.11; a CPU takes hours. First the prompt encoder and the mask decoder learn alone,
-on tiny images: where the image encoder learns from the start, its features soon drown the prompt's
-position, and the prompt is ignored for a long time. Then all of it learns, at 128 pixels, where an
-image costs a quarter, on easy images and on harder ones; at the end at the model's own 256 pixels.
-All four masks learn, their scores, and whether there is an object.
+The weights in checkpoints/ come from one run: 7 minutes on an NVIDIA H200 shared with three other
+runs, PyTorch 2.11; a CPU takes hours.
+
+The prompt encoder and mask decoder first learn alone, on tiny images: if the image encoder learned
+from the start, its features would soon drown the prompt's position, and the model would ignore the
+prompt for a long time. Then the whole model learns at 128 pixels, where an image costs a quarter,
+first on easy images and then on harder ones, and finally at its own 256 pixels. The loss trains all
+four masks, their scores, and whether there is an object.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from finetuning.training.losses import dice_loss
 
 
 class Phase(NamedTuple):
-    """A stretch of the training, on a pool of images of its own."""
+    """A phase of the training, with its own pool of images."""
 
     image_size: int
     hardness: float
@@ -61,7 +63,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase(image_size=64, hardness=0.0, pool=3000, steps=600, batch_size=16),  # no image encoder
+    Phase(image_size=64, hardness=0.0, pool=3000, steps=600, batch_size=16),  # encoder frozen
     Phase(image_size=128, hardness=0.0, pool=6000, steps=2000, batch_size=32),
     Phase(image_size=128, hardness=0.5, pool=6000, steps=1800, batch_size=32),
     Phase(image_size=256, hardness=0.7, pool=3000, steps=1100, batch_size=16),
@@ -70,12 +72,12 @@ PEAK_LR = 1e-3
 ENCODER_PEAK_LR = 5e-4
 WARMUP_STEPS = 200
 WEIGHT_DECAY = 0.05
-PROMPTS_PER_IMAGE = 6  # which cost little: most of the time is the encoder's
-BOX_SHARE = 0.35  # of the steps
-POINTS_IN_BOX = (0, 0, 0, 1)  # one of them is drawn
-POINTS = (1, 1, 1, 1, 2, 3, 4)  # likewise, of steps without a box
-OUTSIDE_SHARE = 0.5  # of the steps with several points: the last is a negative one, outside
-NOTHING_SHARE = 0.25  # of single points, which makes one of ten prompts, are on no blob
+PROMPTS_PER_IMAGE = 6  # cheap: the encoder takes most of the time
+BOX_SHARE = 0.35  # share of steps with a box
+POINTS_IN_BOX = (0, 0, 0, 1)  # number of points in a step with a box, drawn from these
+POINTS = (1, 1, 1, 1, 2, 3, 4)  # number of points in a step without a box, drawn from these
+OUTSIDE_SHARE = 0.5  # share of steps with several points whose last point is negative, outside
+NOTHING_SHARE = 0.25  # share of single points that are on no blob: one prompt in ten
 HELD_OUT = 100
 
 
@@ -92,7 +94,7 @@ def draw_pool(
 
 
 def augment(drawing: Drawing, rng: np.random.Generator) -> Drawing:
-    """Flip and transpose at random, and in half of the cases swap the colour channels."""
+    """Flip, transpose and permute the color channels, each with probability 0.5."""
     image, masks, background = drawing
     if rng.random() < 0.5:
         image, masks, background = image[:, ::-1], masks[:, :, ::-1], background[:, ::-1]
@@ -106,7 +108,7 @@ def augment(drawing: Drawing, rng: np.random.Generator) -> Drawing:
 
 
 def predictor_of_size(model: SAM2Base, image_size: int) -> SAM2ImagePredictor:
-    """Let the model take square inputs of another size; its weights fit every size."""
+    """Set the size of the model's square inputs; the weights fit every size."""
     prompt_encoder = model.sam_prompt_encoder
     embedding_size = image_size // model.backbone_stride
     model.image_size = image_size
@@ -120,9 +122,9 @@ def predictor_of_size(model: SAM2Base, image_size: int) -> SAM2ImagePredictor:
 def draw_prompts(
     drawings: list[Drawing], rng: np.random.Generator
 ) -> tuple[list[Prompt], list[np.ndarray]]:
-    """Draw PROMPTS_PER_IMAGE prompts for each image, all of one kind, and the SxS masks asked for.
+    """Draw PROMPTS_PER_IMAGE prompts per image, all of one kind; return them and their SxS masks.
 
-    The mask is empty where a single point is on no blob.
+    The mask of a point that is on no blob is empty.
     """
     has_box = rng.random() < BOX_SHARE
     count = int(rng.choice(POINTS_IN_BOX if has_box else POINTS))
@@ -143,10 +145,10 @@ def draw_prompts(
 
 
 def calculate_loss(prediction: Prediction, true_masks: torch.Tensor) -> torch.Tensor:
-    """Mix BCE, balanced between foreground and background, with dice and the scores' errors.
+    """Return the mean loss: BCE balanced between foreground and background, dice, and the scores.
 
-    The single mask weighs as much as the three. Where the Bx1xhxw true mask, from 0 to 1, is empty,
-    the scores are to be 0, and there is no object; the masks learn nothing then.
+    true_masks: Bx1xhxw float, 0 to 1. If one is empty, its target scores are 0 and its target is
+    "no object"; its masks learn nothing. The single mask weighs as much as the three together.
     """
     mask_logits, iou_scores, object_logits = prediction
     exists = (true_masks.amax((1, 2, 3)) > 0).float()
@@ -169,7 +171,7 @@ def calculate_loss(prediction: Prediction, true_masks: torch.Tensor) -> torch.Te
 def training_step(
     predictor: SAM2ImagePredictor, drawings: list[Drawing], rng: np.random.Generator
 ) -> torch.Tensor:
-    """Return the loss of one step, with PROMPTS_PER_IMAGE prompts for each image."""
+    """Return the loss of one step, with PROMPTS_PER_IMAGE prompts per image."""
     drawings = [augment(drawing, rng) for drawing in drawings]
     prompts, masks = draw_prompts(drawings, rng)
 
@@ -185,13 +187,13 @@ def training_step(
 
 
 def learning_rate(step: int, steps: int, peak: float, first_step: int) -> float:
-    """Warm up from the first step on, and fall along a cosine to a hundredth of the peak."""
+    """Warm up linearly from first_step, then decay along a cosine to a hundredth of the peak."""
     warmed_up = min(1, max(0, (step + 1 - first_step) / WARMUP_STEPS))
     return peak * warmed_up * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def draw_held_out(seed: int, image_size: int, workers: int | None) -> dict[str, list[Drawing]]:
-    """Draw the images, easy ones and hard ones, that no training sees."""
+    """Draw easy and hard images for evaluation only."""
     return {
         name: draw_pool(seed + 1000, HELD_OUT, image_size, hardness, workers)
         for name, hardness in (("easy", 0.0), ("hard", 1.0))
@@ -200,10 +202,10 @@ def draw_held_out(seed: int, image_size: int, workers: int | None) -> dict[str, 
 
 @torch.no_grad()
 def evaluate(predictor: SAM2ImagePredictor, held_out: dict[str, list[Drawing]]) -> dict[str, float]:
-    """Return and print the mean IoU over all blobs, with one point (the center) and the box.
+    """Measure, print and return the mean IoU over all blobs, with the center point and the box.
 
-    best and single are the masks of choose_masks. nothing: of one point an image that is on no
-    blob, the share with a score below a half, and with the object's below it.
+    best and single are choose_masks' kinds. nothing is measured with a point on no blob in each
+    image: the share with a predicted score below 0.5, and the share answered "no object".
     """
     results = defaultdict(list)
     rng = np.random.default_rng(0)
@@ -238,7 +240,7 @@ def save(
     step: int,
     reached: dict[str, float],
 ) -> None:
-    """Write the weights, in half precision (which load_state_dict undoes), and the state."""
+    """Write the weights in half precision, as load_state_dict converts them back, and the state."""
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
     with atomic_write(output) as temporary:
         facts = {"model_name": "mini", "step": step, "iou": reached}
@@ -255,7 +257,7 @@ def train_phase(
     first_step: int,
     args: Namespace,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train from `first_step` to the end of a phase; yield what is reached every so many steps."""
+    """Train from `first_step` to the end of a phase; yield evaluations with their steps."""
     phase = PHASES[index]
     total_steps = sum(phase.steps for phase in PHASES)
     last_step = sum(phase.steps for phase in PHASES[: index + 1])
@@ -269,7 +271,7 @@ def train_phase(
     for step in range(first_step, last_step):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total_steps, group["peak"], group["first_step"])
-        rng = np.random.default_rng([args.seed, step])  # a resumed run draws the same
+        rng = np.random.default_rng([args.seed, step])  # so that a resumed run draws the same
         drawings = [pool[index] for index in rng.choice(phase.pool, phase.batch_size)]
         loss = training_step(predictor, drawings, rng)
         optimizer.zero_grad()
@@ -287,7 +289,7 @@ def train_phase(
 
 
 def pretrain(args: Namespace, device: torch.device) -> None:
-    """Run all phases, or what is left of them; evaluate and save every so many steps."""
+    """Run all phases, or the rest of an interrupted run; save after each evaluation."""
     torch.manual_seed(args.seed)
     model = build_predictor("mini", device).model
     model.requires_grad_(False)
@@ -307,7 +309,7 @@ def pretrain(args: Namespace, device: torch.device) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
-        print(f"going on after step {done}")
+        print(f"resuming after step {done}")
     for index in range(len(PHASES)):
         last_step = sum(phase.steps for phase in PHASES[: index + 1])
         if done < last_step:
@@ -325,11 +327,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--state", type=Path, default=Path("output/pretrain_mini.pt"), help="for --resume"
     )
     parser.add_argument("--evaluate", action="store_true", help="only measure --output")
-    parser.add_argument("--resume", action="store_true", help="go on from --state")
+    parser.add_argument("--resume", action="store_true", help="continue from --state")
     at_least_1 = number(int, at_least=1)
     parser.add_argument("--every", type=at_least_1, default=500, help="steps between evaluations")
-    parser.add_argument("--workers", type=at_least_1, help="that draw images (default: the cores)")
-    parser.add_argument("--seed", type=seed, default=42, help="of weights, images and prompts")
+    parser.add_argument("--workers", type=at_least_1, help="drawing processes (default: cores)")
+    parser.add_argument("--seed", type=seed, default=42, help="for weights, images and prompts")
     add_device_option(parser)
     return parser.parse_args(argv)
 

@@ -1,6 +1,6 @@
-"""Drawn images that the mini model is pretrained on.
+"""Draw the images that the mini model is pretrained on.
 
-No data set and no licence is involved; as in the demo's images, a seed draws the same bytes on
+They involve no data set and no license. As with the demo's images, a seed draws the same bytes on
 every platform.
 """
 
@@ -48,7 +48,7 @@ class Drawing(NamedTuple):
 
     image: SxSx3 uint8 RGB.
     masks: NxSxS bool, the visible part of every blob; N is at least 1.
-    background: SxS bool, what is clear of all blobs, also of hidden ones; it may be empty.
+    background: SxS bool, the pixels away from all blobs, hidden ones included; may be empty.
     """
 
     image: np.ndarray
@@ -57,14 +57,14 @@ class Drawing(NamedTuple):
 
 
 def draw_pretraining_image(rng: np.random.Generator, size: int, hardness: float) -> Drawing:
-    """Draw blobs of any colour on a textured background: a few, a large one, or a crowd.
+    """Draw blobs of any color on a textured background: a few, a large one, or a crowd.
 
-    `hardness` (0 to 1) is the share of images with small blobs, and of those with folds, vessels
-    and reflections; it also sets how many blobs have nearly the background's colour.
+    hardness: 0 to 1; the share of images with small blobs, and of images with folds, vessels and
+    reflections. It also sets how many blobs have nearly the background's color.
     """
     while True:
         background = rng.uniform(0.05, 0.95, 3)
-        if chance(rng, 0.35):  # the colours of flesh
+        if chance(rng, 0.35):  # the colors of flesh
             background = np.sort(background)[::-1].copy()
         contrast = rng.uniform(0.02, 0.2)
         canvas = background + contrast * _colored_texture(rng, size)
@@ -83,7 +83,7 @@ def draw_pretraining_image(rng: np.random.Generator, size: int, hardness: float)
 
 
 def _colored_texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draw SxSx3 variations about a colour: one or two textures, each with a tint."""
+    """Draw SxSx3 color variations around 0: one or two textures, each with a tint."""
     colored = np.zeros((size, size, 3))
     for _ in range(rng.integers(1, 3)):
         tint = 1 + rng.uniform(-0.7, 0.7, 3)
@@ -92,10 +92,10 @@ def _colored_texture(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 class Look(NamedTuple):
-    """What the blobs of one kind have in common.
+    """The appearance that blobs of one kind share.
 
-    body: SxSx3, colour and texture; light: (X,Y), how much brighter towards there; dome: how much
-    brighter inside than at the rim; softness: the edge's width in pixels; shadow: 0 is none.
+    body: SxSx3, color and texture. light: (X,Y), how much brighter in this direction. dome: how
+    much brighter inside than at the rim. softness: width of the edge in pixels. shadow: 0 for none.
     """
 
     body: np.ndarray
@@ -131,11 +131,11 @@ def _paint_blob(canvas: np.ndarray, background: np.ndarray, blob: Blob, look: Lo
 def _paint_blobs(
     rng: np.random.Generator, canvas: np.ndarray, background: np.ndarray, hardness: float
 ) -> list[Blob]:
-    """Paint a crowd of one kind, or else a large blob and some others, or only others."""
+    """Paint a crowd of one kind, or a few blobs, with or without a large one among them."""
     size = len(canvas)
     if chance(rng, 0.2):
         look = _draw_look(rng, size, background, hardness)
-        rim = rng.uniform(0.12, 0.4) * rng.choice((-1, 1))  # tells those apart that touch
+        rim = rng.uniform(0.12, 0.4) * rng.choice((-1, 1))  # separates touching blobs
         look = look._replace(dome=rim, softness=min(look.softness, 1.5))
         blobs = _draw_crowd(rng, size)
         for blob in blobs:
@@ -151,9 +151,9 @@ def _paint_blobs(
         radii = [rng.uniform(0.28, 0.45), *radii[: rng.integers(3)]]
     blobs = []
     for radius in radii:
-        reach = max(0.05, radius - 0.2)  # large ones are near the middle
+        reach = max(0.05, radius - 0.2)  # large blobs lie near the middle
         center, elongation = rng.uniform(reach, 1 - reach, 2), rng.uniform(1, 2.2)
-        if radius > 0.32:  # and not long, or nothing would be beside them
+        if radius > 0.32:  # large blobs are not long, to leave some background
             elongation = np.sqrt(elongation)
         blob = draw_blob(rng, size, center, radius, elongation, wobble=rng.uniform(0, 0.45))
         _paint_blob(canvas, background, blob, _draw_look(rng, size, background, hardness))
@@ -162,7 +162,7 @@ def _paint_blobs(
 
 
 def _draw_crowd(rng: np.random.Generator, size: int) -> list[Blob]:
-    """Draw up to 12 blobs of nearly one size, side by side, as cells lie; most of them touch."""
+    """Draw up to 12 blobs of similar size, side by side like cells; most of them touch."""
     radius, spread = rng.uniform(0.05, 0.11), rng.uniform(1, 1.5)
     elongation, wobble = rng.uniform(1, 1.6), rng.uniform(0, 0.3)
     centers = rng.uniform(0.2, 0.8, (1, 2))
@@ -181,7 +181,7 @@ def _draw_crowd(rng: np.random.Generator, size: int) -> list[Blob]:
 def _color_apart(
     rng: np.random.Generator, color: np.ndarray, nearest: float, farthest: float
 ) -> np.ndarray:
-    """Draw a colour whose largest difference from `color` lies between the two."""
+    """Draw a color whose largest channel difference from `color` lies between the limits."""
     while True:
         other = np.clip(color + rng.uniform(-farthest, farthest, 3), 0, 1)
         if nearest < np.abs(other - color).max() < farthest:
@@ -189,7 +189,11 @@ def _color_apart(
 
 
 def _visible_masks(blobs: list[Blob], lit: np.ndarray) -> np.ndarray:
-    """Return, of blobs painted in this order, the NxSxS visible masks of a fit size."""
+    """Return the NxSxS visible masks of blobs painted in this order.
+
+    Blobs that are mostly covered, tiny, or as large as the image are left out.
+    lit: SxS bool, as _shade_image returns it.
+    """
     masks = np.stack([blob.mask for blob in blobs])
     covered = ~lit
     kept = []
@@ -202,7 +206,7 @@ def _visible_masks(blobs: list[Blob], lit: np.ndarray) -> np.ndarray:
 
 
 def _paint_highlights(rng: np.random.Generator, canvas: np.ndarray, where: np.ndarray) -> None:
-    """Paint the reflections of a lamp; they belong to what they lie on."""
+    """Paint the reflections of a lamp, mostly on the blobs; they do not change any mask."""
     size = len(canvas)
     if chance(rng, 0.5):
         return
@@ -215,9 +219,9 @@ def _paint_highlights(rng: np.random.Generator, canvas: np.ndarray, where: np.nd
 
 
 def _shade_image(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Darken the canvas as an uneven lamp, a vignette and the black corners of an endoscope do.
+    """Darken the canvas by uneven light, a vignette, and the black corners of an endoscope.
 
-    Returns the SxS bool mask of what is not black.
+    Returns the SxS bool mask of the pixels that are not black.
     """
     size = len(canvas)
     x, y = coordinates(size)

@@ -1,16 +1,19 @@
-"""Compare recipes of fine-tuning: the same images, weights and number of images shown for all.
+"""Compare fine-tuning recipes with the same images, initial weights and number of training images.
 
     python benchmarks/recipes.py --model mini --epochs 6              # two hours on 2 cores
     python benchmarks/recipes.py --model mini --epochs 2 --seeds 1    # a quick look
 
-Each recipe takes the learning rate that is best for it with one point: found on a quarter of the
-training images, after training on the others; the default keeps its own. Then it trains on all
-training images, once a seed, and its last weights are measured on the val images, which no choice
-has seen: with one point (the deepest, as compare_models.py does, or a random one), with a box, and
-after 3 and 5 corrective clicks; and, of the single mask that other tools take, with one point and
-a box. Last comes the share of points on background that are answered "no object". Written to
-output/recipes/: runs.csv (a row a run; what it has is not run again), recipes.csv (a row a recipe),
-recipes.png.
+Each recipe is trained with its best learning rate, the one with the highest IoU for one point on a
+held-out quarter of the training images. The default and its variants keep the default's rate. Then
+each recipe trains on all training images, once per seed. Its last weights are measured on the
+validation images, which influenced no choice:
+  - with one point (the deepest, as in compare_models.py, or a random one), a box, and no prompt
+  - after 3 and 5 corrective clicks
+  - the single mask, which other tools use, with one point and with a box
+  - the share of points on background that are answered "no object"
+
+Writes to output/recipes/: runs.csv (a row per run; finished runs are not repeated), recipes.csv (a
+row per recipe) and recipes.png.
 """
 
 from __future__ import annotations
@@ -57,11 +60,11 @@ from train_sam2_proper import train_one_epoch
 BATCH = replace(GUIDE, batch_size=4)
 DICE = replace(BATCH, dice_weight=1.0)
 COSINE = replace(DICE, schedule="cosine")
-ALWAYS = replace(DEFAULT, none_share=0.0)  # with a prompt
+ALWAYS = replace(DEFAULT, none_share=0.0)  # every step has a prompt
 PLAIN = replace(ALWAYS, background_share=0.0, single_weight=0.0, max_grad_norm=0.0)
 LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 OWN = ()
-# Each recipe, and the learning rates to choose from; OWN: it keeps the default's for the model.
+# Each recipe and its candidate learning rates; OWN: the default's learning rate for the model
 COMPARED: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "guide": (GUIDE, LOW),
     "+ batch of 4": (BATCH, MIDDLE),
@@ -79,7 +82,7 @@ COMPARED: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "1 step in 5 without": (replace(DEFAULT, none_share=0.2), OWN),
     "half of the points with one on background": (replace(DEFAULT, background_share=0.5), OWN),
 }
-# What is measured: with one prompt (of a kind, and which mask counts), and after so many clicks
+# The measures: each prompt's kind and which mask counts, and each number of clicks
 PROMPTED = {
     "one point": ("center", "best"),
     "random point": ("random", "best"),
@@ -90,7 +93,7 @@ PROMPTED = {
 }
 CLICKED = {"3 clicks": 3, "5 clicks": 5}
 BACKGROUND = "no object on background"
-BACKGROUND_POINTS = 5  # an image
+BACKGROUND_POINTS = 5  # per image
 MEASURES = (*PROMPTED, *CLICKED, BACKGROUND)
 KEY_COLUMNS = (
     "recipe", "options", "model", "data", "limit", "epochs", "lr", "seed", "measured on",
@@ -100,17 +103,17 @@ VAL, HELD_OUT = "val", "training images held out"
 
 
 class Bench(NamedTuple):
-    """What all runs have in common."""
+    """The settings that all runs share."""
 
     model: str
     checkpoint: Path
     device: torch.device
     precision: torch.dtype
     data: Path
-    limit: int | None  # of the images of a split
+    limit: int | None  # images used of each split
     output: Path
-    jobs: int  # runs at the same time
-    threads: int  # of each
+    jobs: int  # parallel runs
+    threads: int  # per run
 
 
 class Run(NamedTuple):
@@ -121,7 +124,7 @@ class Run(NamedTuple):
     measured_on: str  # VAL or HELD_OUT
 
     def key(self, bench: Bench) -> dict[str, str]:
-        """Return what tells the run from all others: the first columns of its row."""
+        """Return the columns that identify the run: the first ones of its row."""
         recipe = self.recipe
         options = " ".join(
             f"--{name.replace('_', '-')} {getattr(recipe, name)}"
@@ -136,9 +139,9 @@ class Run(NamedTuple):
 
 
 def split_images(planned: Run, bench: Bench) -> tuple[list[Pair], dict[int, int], list[Pair]]:
-    """Return the training pairs, how many objects those to learn from have, the pairs to measure.
+    """Return the training pairs, the number of objects in each, and the pairs to measure.
 
-    The objects are by the index of their image among the training pairs.
+    The numbers of objects are by index of the training pairs; held-out pairs are not among them.
     """
     pairs = split_pairs(bench.data, "train", bench.limit)
     objects = count_objects(pairs)
@@ -151,7 +154,7 @@ def split_images(planned: Run, bench: Bench) -> tuple[list[Pair], dict[int, int]
 
 
 def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
-    """Do a run, in a process of its own, and return its row."""
+    """Do a run and return its row; each run has its own process."""
     start = time.perf_counter()
     torch.set_num_threads(bench.threads)
     recipe = planned.recipe
@@ -176,14 +179,14 @@ def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
     model = Model(predictor, FeatureSource(predictor, bench.precision, cache))
     if planned.measured_on == VAL:
         ious = measure_all(model, measured)
-    else:  # what the learning rate is chosen by
+    else:  # the learning rate is chosen by this alone
         ious = {"one point": mean_metrics(measure([model], measured))["IoU"]}
     reached = {name: f"{ious[name]:.6f}" if name in ious else "" for name in MEASURES}
     return {**planned.key(bench), **reached, "seconds": f"{time.perf_counter() - start:.0f}"}
 
 
 def measure_all(model: Model, pairs: list[Pair]) -> dict[str, float]:
-    """Return each of MEASURES: the mean IoU of objects, and the share of points on background."""
+    """Return the MEASURES: mean IoUs over objects, and the result of measure_background."""
     results = {name: measure([model], pairs, *how) for name, how in PROMPTED.items()}
     ious = {name: mean_metrics(of_prompt)["IoU"] for name, of_prompt in results.items()}
     by_click = measure_clicks(results["one point"], max(CLICKED.values()), True, "best")
@@ -194,9 +197,10 @@ def measure_all(model: Model, pairs: list[Pair]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_background(model: Model, pairs: list[Pair]) -> float:
-    """Return the share of points outside of all objects that the model answers "no object".
+    """Return the share of points outside all objects for which the model answers "no object".
 
-    The points are drawn uniformly, the same for all models. NaN where no image has background.
+    The points are drawn uniformly and are the same for all models. Returns NaN if no image has any
+    background.
     """
     no_object, predictor = [], model.predictor
     for index, pair in enumerate(pairs):
@@ -215,12 +219,12 @@ def measure_background(model: Model, pairs: list[Pair]) -> float:
 
 
 def do_runs(runs: list[Run], bench: Bench, description: str) -> list[dict[str, str]]:
-    """Return the rows of runs, after doing those that runs.csv does not have."""
+    """Do the runs that runs.csv does not have; return the rows of all."""
     path = bench.output / "runs.csv"
     rows = {key_of(row): row for row in read_rows(path)}
     keys = [key_of(planned.key(bench)) for planned in runs]
     missing = [planned for planned, key in zip(runs, keys, strict=True) if key not in rows]
-    os.environ["TQDM_DISABLE"] = "1"  # in the processes to come, whose bars would be too many
+    os.environ["TQDM_DISABLE"] = "1"  # for the new processes, whose bars would mix
     with multiprocessing.get_context("spawn").Pool(bench.jobs, maxtasksperchild=1) as pool:
         done = pool.imap_unordered(functools.partial(train_and_measure, bench=bench), missing)
         for row in tqdm(done, desc=description, unit="run", total=len(missing)):
@@ -234,20 +238,20 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read runs.csv, if it is there; raises UserError for the table of another version."""
+    """Read runs.csv if it exists; raise UserError if it has other columns."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
         if tuple(table.fieldnames or ()) != RUN_COLUMNS:
-            raise UserError(f"{path} has other columns than today's; use another --output")
+            raise UserError(f"{path} has other columns; use another --output")
         return [{column: as_it_was(cell) for column, cell in row.items()} for row in table]
 
 
 def choose_learning_rates(names: list[str], epochs: int, bench: Bench) -> dict[str, Recipe]:
-    """Return each recipe with its epochs and, of its learning rates, the one to train with.
+    """Return each recipe with these epochs and its learning rate.
 
-    Where there is a choice, it is the best with one point, on the images held out.
+    Of several rates, the best is chosen by the IoU with one point on held-out training images.
     """
     own = MINI_LR if bench.model == "mini" else DEFAULT.lr
     candidates: dict[str, list[Recipe]] = {}
@@ -268,7 +272,7 @@ def choose_learning_rates(names: list[str], epochs: int, bench: Bench) -> dict[s
 
 
 def summarize(name: str, lr: float | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a recipe's row: mean and standard deviation over the seeds, for each of MEASURES."""
+    """Return a recipe's row: mean and standard deviation over the seeds, for each measure."""
     summary = {"recipe": name, "lr": lr, "runs": len(rows)}
     for column in MEASURES:
         ious = np.array([float(row[column]) for row in rows])
@@ -292,7 +296,7 @@ def format_table(summaries: list[dict[str, Any]]) -> str:
 
 
 def draw_recipes(path: Path, summaries: list[dict[str, Any]], title: str) -> None:
-    """Draw the mean of each recipe, a panel a measure; lines end at one standard deviation."""
+    """Draw each recipe's mean with one standard deviation, in a panel for each measure."""
     figure = Figure(figsize=(16, 1 + 0.4 * len(summaries)), layout="constrained")
     names = [summary["recipe"] for summary in summaries]
     for axes, column in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):

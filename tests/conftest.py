@@ -1,4 +1,4 @@
-"""What the tests share: a small model, small data sets, and a way to run the scripts."""
+"""Shared by the tests: a small model, small data sets, and a way to run the scripts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one process per core
 
-import sam2_utils  # which sets what torch and OpenCV read when they are imported
+import sam2_utils  # first: it sets variables that torch and OpenCV read on import
 
 import cv2
 import numpy as np
@@ -41,18 +41,18 @@ CPU = torch.device("cpu")
 def pytest_addoption(parser) -> None:
     parser.addoption(
         "--device", choices=("cpu", "auto"), default="cpu",
-        help="cpu, or auto: what the scripts choose by themselves here, as a GPU",
+        help="cpu, or auto: the device that the scripts choose, such as a GPU",
     )  # fmt: skip
     parser.addoption(
         "--precision", choices=("auto", "float32", "bfloat16", "other"), default="auto",
-        help="what the scripts' --precision auto is on the CPU; other: what it is not by itself",
+        help="what --precision auto means on the CPU; other: the one it would not choose here",
     )  # fmt: skip
 
 
 def pytest_configure(config) -> None:
-    """Hide GPUs, unless they are asked for: a hosted Mac has one that cannot be used.
+    """Hide GPUs unless --device auto is given, and set the CPU's precision in this process.
 
-    Choose the CPU's precision, in this process: where bfloat16 is not native, it is emulated.
+    A hosted Mac has a GPU that cannot be used. bfloat16 is emulated where it is not native.
     """
     if config.getoption("--device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -72,11 +72,11 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
-    """Leave out what takes long and what few tests look at.
+    """Replace slow parts that few tests check.
 
-    mini is built once and copied, a checkpoint is read once and copied, and torch scripts the
-    transforms once; charts are empty; and nobody waits for the disk: no file of a test has to
-    outlive a power cut.
+    The mini model is built once and copied, a checkpoint is read once and copied, and the
+    transforms are scripted once. Charts are empty. fsync does nothing, as no test's file has to
+    survive a power cut.
     """
 
     @functools.cache
@@ -115,9 +115,9 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture
 def processes(monkeypatch) -> BaseContext:
-    """Return what starts processes, of functions that can be pickled.
+    """Return a multiprocessing context for functions that can be pickled.
 
-    Where there are forks, one process imports everything, and the others are forks of it.
+    If the system can fork, one process imports everything and the others are forked from it.
     """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     forks = "forkserver" in multiprocessing.get_all_start_methods()
@@ -129,14 +129,14 @@ def processes(monkeypatch) -> BaseContext:
 
 @pytest.fixture
 def without_heic(monkeypatch) -> None:
-    """Let HEIC photos be unreadable, as where pillow-heif is not installed."""
+    """Make HEIC photos unreadable, as if pillow-heif were not installed."""
     known = [name for name in image_decoding.FORMATS if name != "HEIF"]
     monkeypatch.setattr(image_decoding, "FORMATS", known)
 
 
 @pytest.fixture
 def run_script(capsys, tmp_path, monkeypatch) -> Callable[..., Outcome]:
-    """Run a script's main with options, in the test's own folder, as the command line would."""
+    """Return a function that runs a script's main in the test's folder, as the shell would."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(language, "system_language", lambda: "en")
 
@@ -161,7 +161,7 @@ def random_mini(tmp_path_factory) -> Path:
 
 
 def write_blank(path: Path) -> None:
-    """Write a small black picture, where nobody looks at what a chart shows."""
+    """Write a small black picture in place of a chart that no test checks."""
     write_image(path, np.zeros((2, 2, 3), np.uint8))
 
 
@@ -203,7 +203,7 @@ def write_data(folder: Path, train: int = 4, val: int = 2) -> Path:
 
 
 def zip_folder(folder: Path, archive: Path, inside: str = "Kvasir-SEG") -> Path:
-    """Zip a folder's files, below a folder of the archive called `inside`."""
+    """Zip a folder's files into the archive's folder `inside`."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -212,7 +212,7 @@ def zip_folder(folder: Path, archive: Path, inside: str = "Kvasir-SEG") -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder with its content, to see that nothing has changed."""
+    """Return the contents of all files below a folder, to check that nothing has changed."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))

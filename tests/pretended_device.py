@@ -1,9 +1,9 @@
-"""A device that is not there: tensors on the CPU that claim to be on "cuda" or "mps".
+"""Simulate a missing device: tensors on the CPU that claim to be on "cuda" or "mps".
 
-Within `pretend("cuda")` torch says that it has a GPU, and whole scripts run as if on it. What would
-fail there raises here, too: tensors of two devices in one operation, NumPy from a tensor of the
-device, float64 on MPS. So does what would be silently wrong: copies that are read before they are
-there, or from memory that is freed by then.
+Within `pretend("cuda")`, torch reports a GPU, and whole scripts run as if on it. Operations that
+would fail there raise here too: mixing tensors of two devices, converting a tensor of the device to
+NumPy, and float64 on MPS. Non-blocking copies that would silently give wrong values also raise:
+they may be read before they are complete, or from freed memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
-# Where the other arguments may be on the CPU, or on a device of their own
+# Functions whose arguments may be on several devices
 OF_SEVERAL_DEVICES = {
     "copy_", "to", "type_as", "__getitem__", "__setitem__", "index_put_", "set_", "__set__",
     "is_set_to", "_has_compatible_shallow_copy_type", "__deepcopy__", "__repr__", "__format__",
 }  # fmt: skip
+# Functions whose result is on the device of the first argument
 LIKE_THE_FIRST = {"copy_", "__deepcopy__", "__getitem__", "__setitem__", "index_put_"}
 
 
@@ -31,7 +32,7 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 
 
 def place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Let a tensor claim to be on a device."""
+    """Make a tensor claim to be on a device."""
     with torch._C.DisableTorchFunction():
         if device.type == "mps" and tensor.dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
@@ -49,7 +50,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 class PretendedDevice(TorchFunctionMode):
-    """Follows each tensor's claim through every operation of torch."""
+    """Tracks the claimed device of each tensor through all torch operations."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class PretendedDevice(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name, owner = function.__name__, getattr(function, "__self__", None)
-        attribute = getattr(owner, "__name__", "")  # of a property's getter or setter
+        attribute = getattr(owner, "__name__", "")  # the property, if a getter or setter is called
         if name == "__get__" and attribute == "device":
             return device_of(args[0])
         if name == "__get__" and attribute in ("is_cuda", "is_mps", "is_cpu"):
@@ -92,7 +93,7 @@ class PretendedDevice(TorchFunctionMode):
         return result
 
     def check_devices(self, name: str, tensors: list[torch.Tensor], args: tuple) -> None:
-        """Raise what torch would raise for tensors of two devices, or for NumPy from one."""
+        """Raise torch's errors for mixed devices, and for NumPy from a tensor off the CPU."""
         if name in ("numpy", "__array__") and device_of(args[0]) != CPU:
             raise TypeError(f"can't convert {device_of(args[0])} device type tensor to numpy")
         numbers_may_differ = [t for t in tensors if t.dim() or device_of(t) != CPU]
@@ -106,7 +107,7 @@ class PretendedDevice(TorchFunctionMode):
             raise RuntimeError("indices should be either on cpu or on the device of the tensor")
 
     def target_of(self, name: str, args: tuple, kwargs: dict) -> torch.device | None:
-        """Return the device that a call asks for, if it does."""
+        """Return the device that a call requests, or None."""
         if name in ("cpu", "cuda"):
             return self.resolve(name)
         if kwargs.get("device") is not None:
@@ -140,7 +141,7 @@ class PretendedDevice(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretend(kind: str) -> Iterator[None]:
-    """Make torch say that it has one device of a kind, cuda or mps, and no other but the CPU."""
+    """Make torch report one device of this kind, cuda or mps, and no other except the CPU."""
     real_autocast = torch.autocast
 
     def autocast(device_type: str, dtype: torch.dtype, **options: Any):
@@ -148,7 +149,7 @@ def pretend(kind: str) -> Iterator[None]:
         return real_autocast("cpu", dtype=dtype, **options)
 
     def untouched(method):
-        """Let a method of torch's own compute on the CPU without being followed."""
+        """Let a torch method compute on the CPU without device tracking."""
 
         @functools.wraps(method)
         def call(*args, **kwargs):

@@ -30,7 +30,7 @@ from finetuning.evaluation.object_matching import (
     total,
 )
 from finetuning.model import automatic
-from finetuning.model.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
+from finetuning.model.automatic import ANY, RULE, Rule, SegmentedObject, find_objects, rule_of
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor, make_predictor
@@ -65,8 +65,8 @@ def objects_of(*masks: np.ndarray) -> Objects:
     return Objects(masks[0].shape, masks, lambda mask: mask)
 
 
-def found(mask: np.ndarray, score: float = 0.9) -> Found:
-    return Found(make_prompt(), mask, score)
+def found(mask: np.ndarray, score: float = 0.9) -> SegmentedObject:
+    return SegmentedObject(make_prompt(), mask, score)
 
 
 # Points on background

@@ -155,7 +155,7 @@ def test_what_is_no_box_is_shown_with_an_example(refuse, text):
         (("--point=5,5", "--negative-point=5,1e6"), "outside the image"),
         (("--box=-5,0,20,20",), "-5,0 lies outside"),
         (("--box=0,0,128,96.5",), "128,96.5 lies outside"),
-        (("--box=0,50,20,20",), "turned round"),
+        (("--box=0,50,20,20",), "swapped corners"),
         (("--box=0,0,0,0",), "empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -274,7 +274,7 @@ def test_a_jpeg_that_is_cut_off_is_not_even_decoded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("data", "points and boxes are of one image"),
+        ("data", "points and boxes are for a single image"),
         ("a" * 300, "aaaa"),
     ],
 )

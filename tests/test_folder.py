@@ -1,4 +1,4 @@
-"""A folder of images is segmented: what is written, what a second run does, and what fails."""
+"""Segmenting a folder of images: the files written, a second run, and failures."""
 
 import csv
 import json
@@ -16,9 +16,9 @@ from conftest import CPU, draw_pair, snapshot
 import test_my_image
 from finetuning.basics.image_files import read_image, read_mask, read_values, write_image
 from finetuning.inference import folder_results, segmenting
-from finetuning.inference.clicked_object import WindowObject
 from finetuning.inference.coco_files import to_polygons
 from finetuning.inference.window import Answer
+from finetuning.model.automatic import SegmentedObject
 from finetuning.model.model import Segmenter
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import make_prompt, mask_box
@@ -30,7 +30,7 @@ BOX = (30, 20, 100, 80)
 
 @pytest.fixture
 def folder(tmp_path, random_mini, monkeypatch) -> Path:
-    """Write three images, and random weights where the fine-tuned ones are looked for."""
+    """Write three images, and random weights in the place of the fine-tuned ones."""
     monkeypatch.chdir(tmp_path)
     Path("output").mkdir()
     shutil.copy(random_mini, "output/sam2_best.pt")
@@ -116,14 +116,14 @@ def test_points_labels_and_objects_of_a_table_become_prompts(run_script, folder,
 
 
 def count_segmented(monkeypatch) -> list[str]:
-    """Return a list that will hold the names of the images whose results are written."""
-    names, add = [], folder_results.Results.add
+    """Return a list that collects the names of the images whose results are added."""
+    names, add = [], folder_results.FolderResults.add
 
     def counted(self, image, *others):
         names.append(image.name)
         add(self, image, *others)
 
-    monkeypatch.setattr(folder_results.Results, "add", counted)
+    monkeypatch.setattr(folder_results.FolderResults, "add", counted)
     return names
 
 
@@ -167,20 +167,20 @@ def test_an_image_that_fails_now_keeps_no_results_of_before(run_script, folder):
 
 
 def test_a_run_that_was_killed_is_completed_by_the_next(run_script, folder, monkeypatch):
-    write = segmenting.Results.write
+    write = segmenting.FolderResults.write
     monkeypatch.setattr(segmenting, "WRITE_SECONDS", 0)
     segment_prompts = segmenting.segment_prompts
 
     def killed(segmenter, image, prompts):
         if (OUTPUT / "a_mask.png").is_file():
-            monkeypatch.setattr(segmenting.Results, "write", lambda self, after=0: None)
+            monkeypatch.setattr(segmenting.FolderResults, "write", lambda self, after=0: None)
             raise KeyboardInterrupt  # with nothing written any more, as by SIGKILL
         return segment_prompts(segmenter, image, prompts)
 
     monkeypatch.setattr(segmenting, "segment_prompts", killed)
     assert all_boxes(run_script, folder).status == 130
     assert [row["image"] for row in read_rows()] == ["a.png"]
-    monkeypatch.setattr(segmenting.Results, "write", write)
+    monkeypatch.setattr(segmenting.FolderResults, "write", write)
     monkeypatch.setattr(segmenting, "segment_prompts", segment_prompts)
     segmented = count_segmented(monkeypatch)
     assert all_boxes(run_script, folder).status == 0
@@ -219,7 +219,7 @@ def test_results_of_another_model_are_not_mixed_in(run_script, folder, monkeypat
     checkpoint = torch.load("output/sam2_best.pt", weights_only=True)
     torch.save({**checkpoint, "epoch": 2}, "output/sam2_best.pt")
     outcome = all_boxes(run_script, folder)
-    assert outcome.status == 2 and "is of another model" in outcome.err
+    assert outcome.status == 2 and "made with another model" in outcome.err
     assert snapshot(OUTPUT) == before
     segmented = count_segmented(monkeypatch)
     assert all_boxes(run_script, folder, "--overwrite").status == 0 and len(segmented) == 3
@@ -290,7 +290,7 @@ def test_sixteen_bits_are_read_as_in_training(run_script, folder, random_mini):
         ("image,x,y\na.png,1_0,5\n", 'row 2: x "1_0", y "5": give a number of pixels'),
         ("image,x,y,label\na.png,5,5,2\n", 'row 2: label "2"'),
         ("image,x,y\na.png,5,5\n\nb.jpg,,\n", "row 4: neither a point nor a box"),
-        ("image,x1,y1,x2,y2\na.png,50,50,20,80\n", "row 2: the box is empty or turned round"),
+        ("image,x1,y1,x2,y2\na.png,50,50,20,80\n", "row 2: the box is empty or has swapped"),
         ("image,x1,y1,x2,y2,object\na.png,1,1,9,9,k\na.png,2,2,9,9,k\n", "row 3: a second box"),
         ("name,x,y\na.png,5,5\n", "row 1: no column image"),
         ("image,x,y\n", "no rows"),
@@ -319,8 +319,9 @@ def test_a_table_of_another_kind_is_not_overwritten(run_script, folder):
 
 
 def read_columns(more: str) -> list[str]:
-    """Return the lines of a table that has one column more."""
-    return [",".join((*folder_results.COLUMNS, more)), "a.png,1,p,0.5,10,1 1 2 2,a_mask.png,,mine"]
+    """Return the lines of a results table with one more column."""
+    header = ",".join((*folder_results.RESULT_COLUMNS, more))
+    return [header, "a.png,1,p,0.5,10,1 1 2 2,a_mask.png,,mine"]
 
 
 def test_names_that_a_spreadsheet_would_run_are_known_again(run_script, folder, monkeypatch):
@@ -424,7 +425,7 @@ def test_the_whole_mask_is_what_predict_finds_with_nothing(run_script, folder, r
 
 
 def answers(monkeypatch, *given: Answer) -> list[tuple[str, list[str]]]:
-    """Answer for the person at the window; return what it is opened with, in turn."""
+    """Give these answers instead of opening windows; return the list of windows asked for."""
     opened, left = [], list(given)
 
     def ask(image, title, segmenters, *start):
@@ -435,10 +436,10 @@ def answers(monkeypatch, *given: Answer) -> list[tuple[str, list[str]]]:
     return opened
 
 
-def clicked(folder: Path, name: str) -> WindowObject:
+def clicked(folder: Path, name: str) -> SegmentedObject:
     mask = np.zeros(read_image(folder / name).shape[:2], bool)
     mask[10:20, 30:50] = True
-    return WindowObject(make_prompt([(40, 15)]), mask, 0.9)
+    return SegmentedObject(make_prompt([(40, 15)]), mask, 0.9)
 
 
 def test_a_window_opens_for_each_image_until_one_is_left(run_script, folder, monkeypatch):
@@ -464,7 +465,7 @@ def test_what_was_clicked_is_written_before_the_next_window(run_script, folder, 
     def ask(image, title, segmenters, *start):
         if not title.startswith("a.png"):
             assert [row["image"] for row in read_rows()] == ["a.png"]
-        return SimpleNamespace(objects=found, leaves=not title.startswith("a.png"))
+        return SimpleNamespace(objects=found, is_cancelled=not title.startswith("a.png"))
 
     monkeypatch.setattr(segmenting, "ask_in_window", ask)
     assert segment(run_script, folder).status == 0
@@ -517,7 +518,7 @@ def test_only_a_few_images_are_read_ahead():
 
 def test_results_do_not_go_among_the_images(run_script, folder):
     outcome = all_boxes(run_script, folder, "--output", folder)
-    assert outcome.status == 2 and "results go to another one" in outcome.err
+    assert outcome.status == 2 and "choose another one for the results" in outcome.err
     outcome = segment(run_script, folder, "--point", "5,5")
     assert outcome.status == 2 and "use --prompts FILE.csv" in outcome.err
     Path("empty").mkdir()

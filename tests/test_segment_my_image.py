@@ -19,7 +19,7 @@ from test_my_image import main
 
 @pytest.fixture
 def image_path(tmp_path, random_mini) -> Path:
-    """Write an image, and random weights where the fine-tuned ones are looked for."""
+    """Write an image, and random weights in the place of the fine-tuned ones."""
     (tmp_path / "output").mkdir()
     shutil.copy(random_mini, tmp_path / "output" / "sam2_best.pt")
     write_image(tmp_path / "내 사진.jpg", draw_pair(0)[0])
@@ -93,7 +93,7 @@ def test_mistakes_end_with_one_clear_line(run_script, image_path):
         (("--negative-point", "0,96"), "outside"),
         (("--box", "0,0,129,96"), "outside"),
         (("--box", "1,2,3"), "40,30,600,460"),
-        (("--box", "50,50,20,80"), "turned round"),
+        (("--box", "50,50,20,80"), "swapped corners"),
         (("--box", "50,50,50,80"), "empty"),
         (("--box", "50,50,90,180"), "outside"),
         (("--point", "5,5", "--image", "absent.jpg"), "no such file: absent.jpg"),

@@ -1,4 +1,4 @@
-"""In the window, real mouse and key events show masks at once, and leave them as they are seen."""
+"""In the window, mouse and key events show masks at once, and the masks shown are saved."""
 
 import warnings
 from pathlib import Path
@@ -16,8 +16,9 @@ from matplotlib.backend_bases import KeyEvent, MouseEvent, NavigationToolbar2
 from finetuning.basics.image_files import read_mask, write_image
 from finetuning.basics.pictures import COLORS
 from finetuning.inference import window_picture
-from finetuning.inference.clicked_object import WindowObject, mask_to_logits
+from finetuning.inference.clicked_object import mask_to_logits
 from finetuning.inference.window import ask_in_window
+from finetuning.model.automatic import SegmentedObject
 from finetuning.model.drawing import draw_object
 from finetuning.model.model import Segmenter
 from finetuning.model.models import load_predictor
@@ -31,7 +32,7 @@ A, B, C = (60, 40), (30, 70), (100, 20)  # pixels of it
 
 @pytest.fixture(scope="session")
 def segmenters() -> dict[str, Segmenter]:
-    """Return mini, and a model that sees the same objects a little differently."""
+    """Return mini, and a copy of it with slightly changed weights."""
     predictors = [load_predictor("mini", MINI, CPU)[0] for _ in range(2)]
     torch.manual_seed(1)
     with torch.no_grad():
@@ -42,7 +43,7 @@ def segmenters() -> dict[str, Segmenter]:
 
 
 class Person:
-    """Somebody at the window, who points at pixels of the image and presses keys."""
+    """A user of the window, who clicks on pixels of the image and presses keys."""
 
     def __init__(self, figure, image: np.ndarray) -> None:
         self.figure, self.canvas, self.image = figure, figure.canvas, image
@@ -96,7 +97,7 @@ class Person:
 
 @pytest.fixture
 def at_window(monkeypatch, segmenters):
-    """Let a person do something in a window that is opened; return how it is left."""
+    """Return a function that opens a window, lets a person act in it, and returns the answer."""
     plt.switch_backend("agg")
     plt.close("all")
     monkeypatch.setattr(plt.FigureCanvasBase, "required_interactive_framework", "test")
@@ -109,24 +110,27 @@ def at_window(monkeypatch, segmenters):
     assert not plt.get_fignums()
 
 
-def replay(segmenter: Segmenter, *prompts: dict, logits=None, image=IMAGE) -> WindowObject:
-    """Return what a model finds that is given prompts one after the other, and its own masks."""
+def replay(segmenter: Segmenter, *prompts: dict, logits=None, image=IMAGE) -> SegmentedObject:
+    """Segment with one prompt after the other, each with the logits of the previous mask."""
     segmenter.encode(image)
     for options in prompts:
         prompt = make_prompt(**options)
         mask, score, logits = segmenter.segment(prompt, logits)
-    return WindowObject(prompt, mask, score)
+    return SegmentedObject(prompt, mask, score)
 
 
-def assert_same(one: WindowObject, other: WindowObject) -> None:
+def assert_same(one: SegmentedObject, other: SegmentedObject) -> None:
     assert np.array_equal(one.mask, other.mask)
     assert one.score == other.score
     for left, right in zip(one.prompt, other.prompt, strict=True):
         assert np.array_equal(left, right) and left.dtype == right.dtype
 
 
-def assert_shown(person: Person, one: WindowObject, number: int = 0, beside=False) -> None:
-    """The screen has the object's mask, where nothing else is drawn (beside: other masks)."""
+def assert_shown(person: Person, one: SegmentedObject, number: int = 0, beside=False) -> None:
+    """Assert that the screen shows the object's mask where nothing else is drawn.
+
+    beside: the other objects' masks.
+    """
     assert f"score {one.score:.3f}, area {one.mask.sum()} pixels" in person.title
     covered = (beside | np.zeros_like(one.mask)).astype(np.uint8)
     covered = cv2.dilate(covered, np.ones((3, 3)))  # with its outline
@@ -147,8 +151,8 @@ def test_a_click_shows_the_segmenters_mask_at_once(at_window, segmenters):
         person.click(A[0] + 0.3, A[1] - 0.2)
         assert_shown(person, expected)
 
-    objects, leaves = at_window(does)
-    assert not leaves
+    objects, is_cancelled = at_window(does)
+    assert not is_cancelled
     assert_same(*objects, expected)
 
 
@@ -304,7 +308,7 @@ def test_with_one_model_o_does_nothing(at_window, segmenters, capsys):
     assert capsys.readouterr().out.count("encoding") == 1
 
 
-def test_enter_saves_and_escape_leaves(at_window):
+def test_enter_saves_and_escape_cancels(at_window):
     def does(key):
         def click_and_press(person):
             person.click(*A)
@@ -313,8 +317,8 @@ def test_enter_saves_and_escape_leaves(at_window):
 
         return click_and_press
 
-    objects, leaves = at_window(does("enter"))
-    assert len(objects) == 1 and not leaves
+    objects, is_cancelled = at_window(does("enter"))
+    assert len(objects) == 1 and not is_cancelled
     assert at_window(does("escape")) == ([], True)
 
 
@@ -440,7 +444,7 @@ def test_on_a_large_screen_masks_are_drawn_coarser_but_in_place(at_window, segme
 
     monkeypatch.setattr(window_picture, "draw_object", draw)
     at_window(does)
-    assert drawn_at and max(drawn_at[-1]) == window_picture.LARGEST
+    assert drawn_at and max(drawn_at[-1]) == window_picture.MAX_DRAWN_SIDE
 
 
 def test_a_korean_name_is_in_the_title_bar_and_misses_no_glyph(at_window, monkeypatch):
@@ -465,8 +469,8 @@ def test_clicks_correct_the_mask_that_an_object_came_with(at_window, segmenters)
     other = np.zeros(IMAGE.shape[:2], bool)
     other[80:90, 100:120] = True
     start = [
-        WindowObject(make_prompt([C]), draw_pair(0)[1], 0.5),
-        WindowObject(make_prompt(), other, 0.25),
+        SegmentedObject(make_prompt([C]), draw_pair(0)[1], 0.5),
+        SegmentedObject(make_prompt(), other, 0.25),
     ]
     logits = mask_to_logits(start[0].mask, segmenter)
     expected = replay(segmenter, {"foreground": [C], "background": [B]}, logits=logits)
@@ -503,7 +507,7 @@ def test_a_starts_from_the_mask_without_a_prompt_which_clicks_correct(at_window,
 
 
 def test_a_box_or_starting_over_forgets_the_mask_that_an_object_came_with(at_window, segmenters):
-    start = [WindowObject(make_prompt([C]), draw_pair(0)[1], 0.5)]
+    start = [SegmentedObject(make_prompt([C]), draw_pair(0)[1], 0.5)]
     boxed = replay(segmenters["fine-tuned"], {"box": (20, 10, 90, 80)})
     clicked = replay(segmenters["fine-tuned"], {"foreground": [A]})
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from finetuning.dataset.objects import Objects, read_pair
 from finetuning.dataset.pairs import Pair
-from finetuning.model.automatic import ANY, RULE, Found, Rule, find_objects
+from finetuning.model.automatic import ANY, RULE, Rule, SegmentedObject, find_objects
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
@@ -52,7 +52,7 @@ def total(counts: Sequence[Counts]) -> Counts:
     return Counts(*(sum(column) for column in zip(*counts, strict=True)))
 
 
-def match(found: Sequence[Found], objects: Objects) -> np.ndarray:
+def match(found: Sequence[SegmentedObject], objects: Objects) -> np.ndarray:
     """Say of each mask whether it is an object: N bool.
 
     From the first mask on, each takes the object that it has the highest IoU with, of those that
@@ -67,7 +67,7 @@ def match(found: Sequence[Found], objects: Objects) -> np.ndarray:
     return is_object
 
 
-def iou_table(found: Sequence[Found], objects: Objects) -> np.ndarray:
+def iou_table(found: Sequence[SegmentedObject], objects: Objects) -> np.ndarray:
     """Return the IoU of N masks, none of them empty, with M objects, NxM."""
     boxes = [mask_box(one.mask) for one in found]
     areas = [np.count_nonzero(one.mask) for one in found]

@@ -1,11 +1,11 @@
-"""New images: typed or clicked prompts, folders of images, and files of the results.
+"""Segment new images: prompts that are typed or clicked, folders of images, and result files.
 
-clicked_object: an object that is clicked on
-coco_files: results as COCO files
-folder_results: the results of a folder, by which a later run goes on
-given_prompts: prompts that are typed, or in a table
+clicked_object: one object in the window, its clicks and its masks
+coco_files: objects as COCO files
+folder_results: a folder's results, from which a later run continues
+given_prompts: prompts from options, or from a table
 result_files: masks, overlays and cutouts
-segmenting: the images of a folder, one after the other
-window: a window to click in
-window_picture: what that window shows
+segmenting: an image by prompts, by finding all objects, or in a window; or a folder of images
+window: the window to click in
+window_picture: what the window shows
 """

@@ -1,6 +1,6 @@
-"""Segmented objects as COCO files (cocodataset.org/#format-data), which annotation tools read.
+"""Write objects as COCO files (cocodataset.org/#format-data), which annotation tools read.
 
-coco.json holds RLEs, which are exact; coco_polygons.json outlines, for tools that take no others.
+coco.json holds exact RLEs; coco_polygons.json holds outlines, for tools that only read polygons.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import cv2
 import numpy as np
 
 from finetuning.basics.files import atomic_write, read_file
-from finetuning.inference.result_files import Segmented
+from finetuning.model.automatic import SegmentedObject
 from finetuning.model.prompts import mask_box
 
-MAKER = "segmented by test_my_image.py"  # what tells such a file from one that a person made
+MAKER = "segmented by test_my_image.py"  # marks a file as ours: it may be overwritten
 CATEGORY = {"id": 1, "name": "object"}
-TOLERANCE = 0.75  # pixels that an outline may be off; the steps of a slanted edge are at most 0.71
-FEW_POINTS = 50  # of an outline, for it to be left as it is: small parts would lose much
+# Largest error of a simplified outline in pixels: it smooths the steps of slanted edges, which are
+# at most 0.71
+OUTLINE_TOLERANCE = 0.75
+FEW_POINTS = 50  # outlines up to this length stay exact: small parts would lose too much
 
 
 def require_pycocotools() -> None:
-    """Raise UserError where pycocotools is not installed."""
+    """Raise UserError if pycocotools is not installed."""
     try:
         import pycocotools.mask  # noqa: F401
     except ImportError as error:
@@ -43,35 +45,37 @@ def to_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def to_polygons(mask: np.ndarray) -> list[list[int]]:
-    """Return the outlines x1, y1, x2, y2, ... of the parts of an HxW bool mask, not empty.
+    """Return an outline x1, y1, x2, y2, ... of each part of an HxW bool mask that is not empty.
 
-    They run along the edges of pixels; those of large parts are simplified, within TOLERANCE. A
-    hole in a part is filled: polygons of COCO know none.
+    Outlines follow the edges of pixels; long ones are simplified, within OUTLINE_TOLERANCE. Holes
+    are filled, as COCO polygons cannot have any.
     """
     x1, y1, x2, y2 = mask_box(mask)
     part = mask[y1 : y2 + 1, x1 : x2 + 1].astype(np.uint8)
-    # OpenCV goes from centre to centre of the outermost pixels. With each pixel as 2x2, those
-    # of odd coordinates end where the pixel does, those of even ones where it begins.
+    # OpenCV connects the centers of the outermost pixels, not their edges. After doubling, a pixel
+    # x has the centers 2x and 2x+1, which (center + 1) // 2 maps to its edges x and x+1.
     doubled = part.repeat(2, axis=0).repeat(2, axis=1)
     outlines, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     polygons = []
     for outline in outlines:
         edges = (outline + 1) // 2 + np.array([x1, y1], np.int32)
         if len(edges) > FEW_POINTS:
-            edges = cv2.approxPolyDP(edges, TOLERANCE, closed=True)
+            edges = cv2.approxPolyDP(edges, OUTLINE_TOLERANCE, closed=True)
         polygons.append(edges.ravel().tolist())
     return polygons
 
 
 class CocoFile:
-    """One COCO file: what an earlier run has put there, and what is added."""
+    """A COCO file that is read, changed and written back."""
 
     def __init__(self, path: Path, outline: Callable[[np.ndarray], Any]) -> None:
-        """Read the file, if there is one; `outline` makes a "segmentation" of an HxW bool mask.
+        """Read the file if it exists.
 
-        Raises UserError where it was not written here: it would be lost.
+        outline: makes COCO's "segmentation" of an HxW bool mask.
+        Raises UserError if another program wrote the file, as write would overwrite it.
         """
         self.path, self.outline = path, outline
+        # By file name: COCO's image and its annotations
         self.entries: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
         if not path.is_file():
             return
@@ -84,11 +88,13 @@ class CocoFile:
                 by_id[annotation["image_id"]][1].append(annotation)
             self.entries = {entry[0]["file_name"]: entry for entry in by_id.values()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            message = f"{path} is not of this script; move it away, or choose another --output"
+            message = (
+                f"{path} was not written by this script; move it away, or choose another --output"
+            )
             raise UserError(message) from error
 
-    def put(self, image: str, objects: list[Segmented]) -> None:
-        """Keep the objects of an image, at least one, in place of earlier ones; not empty masks."""
+    def put(self, image: str, objects: list[SegmentedObject]) -> None:
+        """Replace an image's objects (at least one); empty masks are left out."""
         height, width = objects[0].mask.shape
         annotations = []
         for found in objects:
@@ -108,13 +114,13 @@ class CocoFile:
         self.entries[image] = {"file_name": image, "width": width, "height": height}, annotations
 
     def write(self) -> None:
-        """Write all, with the images sorted by name and everything numbered."""
+        """Write the file, with images sorted by name and new ids."""
         images, annotations = [], []
-        for number, (_, (image, of_image)) in enumerate(sorted(self.entries.items()), start=1):
+        for number, (_, (image, its_annotations)) in enumerate(sorted(self.entries.items()), 1):
             images.append(image | {"id": number})
-            for annotation in of_image:
-                numbers = {"id": len(annotations) + 1, "image_id": number}
-                annotations.append(annotation | numbers)
+            for annotation in its_annotations:
+                ids = {"id": len(annotations) + 1, "image_id": number}
+                annotations.append(annotation | ids)
         document = {
             "info": {"description": MAKER},
             "images": images,
@@ -126,7 +132,7 @@ class CocoFile:
 
 
 def coco_files(folder: Path, prefix: str = "") -> list[CocoFile]:
-    """Return the two files, of RLEs and of polygons, in a folder; their names begin with prefix."""
+    """Return a folder's two COCO files, with RLEs and with polygons; prefix starts their names."""
     return [
         CocoFile(folder / f"{prefix}coco.json", to_rle),
         CocoFile(folder / f"{prefix}coco_polygons.json", to_polygons),

@@ -1,4 +1,4 @@
-"""The results of a folder: its files, and results.csv, by which a later run goes on."""
+"""A folder's results: files for each image, and results.csv, from which a later run continues."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from finetuning.basics.csv_files import read_table
 from finetuning.basics.files import as_it_was, atomic_write, content_sha256, read_file, write_csv
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.inference.coco_files import coco_files
-from finetuning.inference.result_files import Segmented, file_names, remove_others, write_files
-from finetuning.model.automatic import Rule
+from finetuning.inference.result_files import file_names, remove_outdated, write_files
+from finetuning.model.automatic import Rule, SegmentedObject
 from finetuning.model.prompts import Prompt, mask_box, prompt_text
 
-COLUMNS = ("image", "object", "prompt", "score", "area", "box", "files", "error")
-TABLE, SETTINGS = "results.csv", "settings.json"
+RESULT_COLUMNS = ("image", "object", "prompt", "score", "area", "box", "files", "error")
+RESULTS_FILE, SETTINGS_FILE = "results.csv", "settings.json"
 
 
 class FolderImage(NamedTuple):
     """An image of a folder.
 
-    name: the file's, as tables show it. stem: what the names of its results begin with.
+    name: the file name, as tables show it. stem: what the names of its result files start with.
     """
 
     path: Path
@@ -36,9 +36,9 @@ class FolderImage(NamedTuple):
 
 
 def list_images(folder: Path) -> list[FolderImage]:
-    """Return the images in a folder, not in those below it, by name.
+    """Return the images in a folder, without subfolders, sorted by name.
 
-    Where two differ only in suffix or case, the names of their results keep the suffix.
+    If the names of several images differ only in suffix or case, their stems keep the suffix.
     """
     paths = sorted(
         path
@@ -49,29 +49,29 @@ def list_images(folder: Path) -> list[FolderImage]:
     if not paths:
         raise UserError(f"no images in {folder}; expected files like name.jpg or name.png")
     taken = Counter(path.stem.casefold() for path in paths)
-    taken.update(path.name.casefold() for path in paths)  # a.jpg.png is not to meet a.jpg
+    taken.update(path.name.casefold() for path in paths)  # a.jpg.png must not clash with a.jpg
     stems = [path.stem if taken[path.stem.casefold()] == 1 else path.name for path in paths]
     return [
-        FolderImage(path, printable(path.name), stem)
+        FolderImage(path, utf8_name(path.name), stem)
         for path, stem in zip(paths, stems, strict=True)
     ]
 
 
-def printable(name: str) -> str:
-    """Return a file's name as it can be written in UTF-8."""
+def utf8_name(name: str) -> str:
+    """Return a file name with its undecodable bytes escaped, so that UTF-8 can encode it."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def settings_of(
+def make_settings(
     folder: Path,
     checkpoint: Path,
     value_range: tuple[float, float] | None,
     trained_range: tuple[float, float] | None,
     rule: Rule | None = None,
 ) -> dict[str, Any]:
-    """Return what all results of a folder depend on, in plain values.
+    """Return the settings that a folder's results depend on, as settings.json holds them.
 
-    rule: by which objects are found without a prompt, if they are.
+    rule: selects the objects that are found without a prompt, if any are.
     """
     return {
         "folder": str(folder.resolve()),
@@ -81,42 +81,45 @@ def settings_of(
     }
 
 
-class Results:
-    """What is known of each image of a folder; it is kept in memory until it is written."""
+class FolderResults:
+    """The results of each image of a folder, kept in memory until they are written."""
 
     def __init__(
-        self, folder: Path, kinds: set[str], settings: dict[str, Any], starts_anew: bool
+        self, folder: Path, kinds: set[str], settings: dict[str, Any], overwrite: bool
     ) -> None:
-        """Read what an earlier run has left in a folder.
+        """Read the results of an earlier run, if there are any.
 
-        kinds: of KINDS, what is saved. settings: plain values on which all results depend; those
-        of others are left out where this run starts anew, else refused with a UserError, as is a
-        results.csv that was not written here.
+        Arguments:
+          kinds: what to save, of RESULT_KINDS.
+          settings: as make_settings returns them.
+          overwrite: discard results of other settings.
+
+        Raises UserError for results of other settings unless `overwrite` is set, and for a
+        results.csv that this script has not written.
         """
         self.folder, self.kinds, self.settings = folder, kinds, settings
-        self.rows = _read_rows(folder / TABLE)
-        self.earlier = {image: len(rows) for image, rows in self.rows.items()}
+        self.rows = _read_rows(folder / RESULTS_FILE)  # by image name
+        self.earlier_counts = {image: len(rows) for image, rows in self.rows.items()}
         self.coco = coco_files(folder) if "coco" in kinds else []
         self.is_written, self.written_at = True, time.monotonic()
-        if self.rows and (other := self._other_setting()):
-            if not starts_anew:
+        if self.rows and (changed := self._changed_setting()):
+            if not overwrite:
                 raise UserError(
-                    f"{folder / TABLE} is of another {other}; choose another --output, or add "
-                    "--overwrite to do all images again"
+                    f"{folder / RESULTS_FILE} was made with another {changed}; choose another "
+                    "--output, or add --overwrite to redo all images"
                 )
             self.forget(list(self.rows))
 
-    def _other_setting(self) -> str | None:
-        """Return the name of a setting that is not that of the results, if these are known."""
+    def _changed_setting(self) -> str | None:
+        """Return the name of the first setting that differs from the earlier run's, or None."""
         try:
-            earlier = json.loads(read_file(self.folder / SETTINGS))
-            earlier.setdefault("way of finding objects", [])  # of an earlier version
+            earlier = json.loads(read_file(self.folder / SETTINGS_FILE))
             return next((key for key in self.settings if earlier[key] != self.settings[key]), None)
-        except (UserError, ValueError, KeyError, TypeError, AttributeError):
-            return None
+        except (UserError, ValueError, KeyError, TypeError):
+            return None  # a missing or damaged settings.json does not stop a run
 
     def is_done(self, image: FolderImage, prompts: dict[str, Prompt] | None) -> bool:
-        """Say whether an image has its files and its rows, by these prompts if they are known."""
+        """Return whether an image has all its files and rows, for these prompts if given."""
         rows = self.rows.get(image.name, [])
         if not rows or any(row.get("error") for row in rows):
             return False
@@ -124,12 +127,12 @@ class Results:
         if prompts and given != [(name, prompt_text(prompt)) for name, prompt in prompts.items()]:
             return False
         names = file_names(image.stem, self.kinds, [bool(row["box"]) for row in rows])
-        files = {name for of_object in names for name in of_object.values()}
+        files = {name for object_names in names for name in object_names.values()}
         is_in_coco = all(image.name in file.entries for file in self.coco)
         return is_in_coco and all((self.folder / name).is_file() for name in files)
 
     def forget(self, images: list[str]) -> None:
-        """Leave out what is known of images, which are to be done again."""
+        """Drop the rows and COCO entries of images that will be redone."""
         for image in images:
             self.rows.pop(image, None)
             for file in self.coco:
@@ -137,13 +140,14 @@ class Results:
         self.is_written = False
         self.write()
 
-    def add(self, image: FolderImage, values: np.ndarray, objects: list[Segmented]) -> None:
-        """Write the files of an image, HxWx3 uint8 RGB, and keep a row of each of its objects."""
+    def add(self, image: FolderImage, values: np.ndarray, objects: list[SegmentedObject]) -> None:
+        """Write the files of an image, HxWx3 uint8 RGB, and add a row for each object."""
         names = write_files(self.folder, image.stem, values, objects, self.kinds)
-        if image.name in self.earlier:
-            remove_others(self.folder, image.stem, names, self.earlier[image.name])
+        if image.name in self.earlier_counts:
+            remove_outdated(self.folder, image.stem, names, self.earlier_counts[image.name])
         for file in self.coco:
             file.put(image.name, objects)
+        coco_names = [file.path.name for file in self.coco]
         self.rows[image.name] = [
             {
                 "object": found.name,
@@ -151,50 +155,52 @@ class Results:
                 "score": f"{found.score:.4f}",
                 "area": str(found.mask.sum()),
                 "box": " ".join(map(str, mask_box(found.mask))) if found.mask.any() else "",
-                "files": ";".join([*of_object.values(), *(file.path.name for file in self.coco)]),
+                "files": ";".join([*object_names.values(), *coco_names]),
             }
-            for found, of_object in zip(objects, names, strict=True)
+            for found, object_names in zip(objects, names, strict=True)
         ]
         self.is_written = False
 
     def fail(self, image: FolderImage, reason: str) -> None:
-        """Keep why an image has no results, and remove those of an earlier run."""
-        remove_others(self.folder, image.stem, [], self.earlier.get(image.name, 0))
+        """Add a row with the reason why an image failed, and remove its earlier results."""
+        remove_outdated(self.folder, image.stem, [], self.earlier_counts.get(image.name, 0))
         for file in self.coco:
             file.entries.pop(image.name, None)
         self.rows[image.name] = [{"error": reason}]
         self.is_written = False
 
     def write(self, after_seconds: float = 0) -> None:
-        """Write the tables, if there is anything new and the last time is so long ago."""
+        """Write the tables if anything is new and the last write is so many seconds ago."""
         if self.is_written or time.monotonic() - self.written_at < after_seconds:
             return
-        with atomic_write(self.folder / SETTINGS) as temporary:
+        with atomic_write(self.folder / SETTINGS_FILE) as temporary:
             temporary.write_text(json.dumps(self.settings), encoding="utf-8")
-        for file in self.coco:  # before the rows, by which an image is done
+        for file in self.coco:  # before results.csv, whose rows mark an image as done
             file.write()
         lines = [
-            [image, *(row.get(column, "") for column in COLUMNS[1:])]
+            [image, *(row.get(column, "") for column in RESULT_COLUMNS[1:])]
             for image, rows in sorted(self.rows.items())
             for row in rows
         ]
-        write_csv(self.folder / TABLE, COLUMNS, lines)
+        write_csv(self.folder / RESULTS_FILE, RESULT_COLUMNS, lines)
         self.is_written, self.written_at = True, time.monotonic()
 
     def close(self) -> None:
-        """Write what is new, however the run ends."""
+        """Write what is new, for contextlib.closing: also when a run fails or is interrupted."""
         self.write()
 
 
 def _read_rows(file: Path) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of each image in results.csv."""
+    """Return the rows of results.csv by image name."""
     found: dict[str, list[dict[str, str]]] = {}
     if not file.is_file():
         return found
-    foreign = f"{file} has other columns: it is not of this script; choose another --output"
+    foreign = (
+        f"{file} has other columns, so this script has not written it; choose another --output"
+    )
     try:
-        for row in read_table(file, COLUMNS):
-            if row.keys() != set(COLUMNS):
+        for row in read_table(file, RESULT_COLUMNS):
+            if row.keys() != set(RESULT_COLUMNS):
                 raise UserError(foreign)
             found.setdefault(as_it_was(row.pop("image")), []).append(row)
     except UserError as error:

@@ -1,38 +1,26 @@
-"""What was segmented in an image, as files: masks, overlays, cutouts."""
+"""Write an image's objects as files: masks, overlays, cutouts."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from finetuning.basics.files import atomic_write
 from finetuning.basics.image_files import write_image
+from finetuning.model.automatic import SegmentedObject
 from finetuning.model.drawing import draw_object
-from finetuning.model.prompts import Prompt, mask_box
+from finetuning.model.prompts import mask_box
 
-KINDS = ("masks", "overlays", "cutouts", "coco")
-# How the names of a single image's files end; the coco files are those of finetuning/coco_results
+RESULT_KINDS = ("masks", "overlays", "cutouts", "coco")  # coco: see coco_files.py
+# Suffixes of a single image's results; where one exists, its number is taken
 ENDINGS = ("mask.png", "labels.png", "overlay.png", "1_cutout.png", "coco.json")
 
 
-class Segmented(NamedTuple):
-    """An object, as the model sees it: its HxW bool mask, and the model's own estimate of its IoU.
-
-    name: what the table of prompts calls it, or its number in the image.
-    """
-
-    name: str
-    prompt: Prompt
-    mask: np.ndarray
-    score: float
-
-
 def free_name(folder: Path, stem: str) -> str:
-    """Return `stem` with the first number that no result in `folder` has yet."""
+    """Return `stem` with the first number that no result in `folder` has."""
     for number in itertools.count(1):
         name = f"{stem}_{number:03}"
         if not any((folder / f"{name}_{ending}").exists() for ending in ENDINGS):
@@ -40,28 +28,31 @@ def free_name(folder: Path, stem: str) -> str:
 
 
 def file_names(name: str, kinds: set[str], has_pixels: list[bool]) -> list[dict[str, str]]:
-    """Return the files of each object of an image, by what they show.
+    """Return each object's file names, by what the files show.
 
-    has_pixels: of each object whether its mask has any; an empty one has no cutout. The overlay
-    is of all objects, as is the label map of several.
+    Arguments:
+      name: what the file names start with.
+      has_pixels: for each object, whether its mask has any; an empty mask gets no cutout.
+
+    The objects of an image share the overlay and, if there are several, the label map.
     """
     mask = "mask" if len(has_pixels) == 1 else "labels"
     shared = {"overlay": f"{name}_overlay.png"} if "overlays" in kinds else {}
     shared |= {mask: f"{name}_{mask}.png"} if "masks" in kinds else {}
     names = [dict(shared) for _ in has_pixels]
     if "cutouts" in kinds:
-        for number, (of_object, is_there) in enumerate(zip(names, has_pixels, strict=True), 1):
-            of_object |= {"cutout": f"{name}_{number}_cutout.png"} if is_there else {}
+        for number, (object_names, is_there) in enumerate(zip(names, has_pixels, strict=True), 1):
+            object_names |= {"cutout": f"{name}_{number}_cutout.png"} if is_there else {}
     return names
 
 
 def write_files(
-    folder: Path, name: str, image: np.ndarray, objects: list[Segmented], kinds: set[str]
+    folder: Path, name: str, image: np.ndarray, objects: list[SegmentedObject], kinds: set[str]
 ) -> list[dict[str, str]]:
     """Write the files of an HxWx3 uint8 RGB image; return their names, as file_names does.
 
-    In the label map, the first object is 1; where two overlap, the pixel is of the one with the
-    higher score. Cutouts are transparent around the object, and cropped to its box.
+    In the label map, the first object has the value 1; where objects overlap, the one with the
+    highest score wins. Cutouts are cropped to the object's box and transparent around the object.
     """
     names = file_names(name, kinds, [bool(found.mask.any()) for found in objects])
     if "overlay" in names[0]:
@@ -73,22 +64,23 @@ def write_files(
         write_image(folder / names[0]["mask"], objects[0].mask.astype(np.uint8) * 255)
     if "labels" in names[0]:
         write_image(folder / names[0]["labels"], _label_map(objects))
-    for of_object, found in zip(names, objects, strict=True):
-        if "cutout" in of_object:
-            _write_rgba(folder / of_object["cutout"], cut_out(image, found.mask))
+    for object_names, found in zip(names, objects, strict=True):
+        if "cutout" in object_names:
+            _write_rgba(folder / object_names["cutout"], cut_out(image, found.mask))
     return names
 
 
-def _label_map(objects: list[Segmented]) -> np.ndarray:
-    """Return the HxW uint8 label map of objects, or uint16 of more than 255."""
+def _label_map(objects: list[SegmentedObject]) -> np.ndarray:
+    """Return the HxW label map of objects: uint8, or uint16 for more than 255 objects."""
     labels = np.zeros(objects[0].mask.shape, np.uint8 if len(objects) < 256 else np.uint16)
+    # Highest score last, so that it wins where objects overlap
     for number in sorted(range(len(objects)), key=lambda number: objects[number].score):
         labels[objects[number].mask] = number + 1
     return labels
 
 
 def cut_out(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return what an HxW bool mask, which is not empty, shows of an image: hxwx4 uint8 RGBA."""
+    """Cut an HxW bool mask, not empty, out of an HxWx3 uint8 RGB image; return hxwx4 uint8 RGBA."""
     x1, y1, x2, y2 = mask_box(mask)
     inside = slice(y1, y2 + 1), slice(x1, x2 + 1)
     alpha = mask[inside].astype(np.uint8) * 255
@@ -101,9 +93,12 @@ def _write_rgba(path: Path, image: np.ndarray) -> None:
         temporary.write_bytes(encoded.tobytes())
 
 
-def remove_others(folder: Path, name: str, kept: list[dict[str, str]], objects: int) -> None:
-    """Remove the files that an earlier run made of an image, of so many objects, but for `kept`."""
+def remove_outdated(folder: Path, name: str, kept: list[dict[str, str]], objects: int) -> None:
+    """Remove the files that an earlier run wrote for an image, except those in `kept`.
+
+    objects: how many objects the image had in that run.
+    """
     names = {f"{name}_{kind}.png" for kind in ("mask", "labels", "overlay")}
     names |= {f"{name}_{number}_cutout.png" for number in range(1, objects + 1)}
-    for old in names.difference(*(of_object.values() for of_object in kept)):
+    for old in names.difference(*(object_names.values() for object_names in kept)):
         (folder / old).unlink(missing_ok=True)

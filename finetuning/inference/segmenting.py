@@ -1,4 +1,4 @@
-"""Segmenting the images of a folder, one after the other."""
+"""Segment an image by prompts, by finding all objects, or in a window; or a folder of images."""
 
 from __future__ import annotations
 
@@ -18,35 +18,38 @@ from tqdm import tqdm
 
 from finetuning.basics.command_line import quoted
 from finetuning.basics.image_files import read_image, read_values
-from finetuning.inference.folder_results import FolderImage, Results
+from finetuning.inference.folder_results import FolderImage, FolderResults
 from finetuning.inference.given_prompts import check_inside
-from finetuning.inference.result_files import Segmented
 from finetuning.inference.window import ask_in_window
-from finetuning.model.automatic import Rule, find_objects
+from finetuning.model.automatic import Rule, SegmentedObject, find_objects
 from finetuning.model.model import Segmenter
 from finetuning.model.prompts import Prompt, make_prompt
 
-READ_AHEAD = 2  # images, while the model computes
-WRITE_SECONDS = 3.0  # a killed run loses what it has done in so long
+READ_AHEAD = 2  # images that are read while the model computes
+WRITE_SECONDS = 3.0  # between writes of results.csv: what a killed run loses at most
 READ_ERRORS = (UserError, OSError, MemoryError)
+
+ValueRange = tuple[float, float]
 
 
 class Tally(NamedTuple):
-    """What has become of a folder's images; `failed` holds names, the others count."""
+    """How many images of a folder were segmented, and how many were not; failed: their names."""
 
     segmented: int
-    skipped: int  # in the window
+    skipped: int  # closed the window without a click
     failed: list[str]
     had_results: int
-    without_row: int
+    without_row: int  # not in the table of prompts
 
 
 def read_like_training(
-    path: Path,
-    value_range: tuple[float, float] | None,
-    trained_range: tuple[float, float] | None,
+    path: Path, value_range: ValueRange | None, trained_range: ValueRange | None
 ) -> np.ndarray:
-    """Read an HxWx3 uint8 RGB image; one of more than 8 bits by the range given, or trained on."""
+    """Read an image as HxWx3 uint8 RGB.
+
+    value_range: the values that become black and white. By default, images of more than 8 bits
+    take trained_range, the range of the training.
+    """
     if not value_range and trained_range and read_values(path)[0].dtype != np.uint8:
         value_range = trained_range
     return read_image(path, value_range)
@@ -54,49 +57,50 @@ def read_like_training(
 
 def segment_prompts(
     segmenter: Segmenter, image: np.ndarray, prompts: dict[str, Prompt]
-) -> list[Segmented]:
-    """Segment the objects of an HxWx3 uint8 RGB image, which is encoded once."""
+) -> list[SegmentedObject]:
+    """Segment the objects of an HxWx3 uint8 RGB image by their prompts; encode it once."""
     segmenter.encode(image)
     return [
-        Segmented(name, prompt, *segmenter.segment(prompt)[:2]) for name, prompt in prompts.items()
+        SegmentedObject(prompt, *segmenter.segment(prompt)[:2], name)
+        for name, prompt in prompts.items()
     ]
 
 
-def segment_all(segmenter: Segmenter, image: np.ndarray, rule: Rule) -> list[Segmented]:
-    """Find the objects of an HxWx3 uint8 RGB image; where there are none, one without pixels."""
+def segment_all(segmenter: Segmenter, image: np.ndarray, rule: Rule) -> list[SegmentedObject]:
+    """Find all objects of an HxWx3 uint8 RGB image.
+
+    If there are none, return one object with an empty mask, so that the image still gets a row.
+    """
     found = find_objects(segmenter.predictor, segmenter.precision, image, rule)
-    nothing = Segmented("", make_prompt(), np.zeros(image.shape[:2], bool), 0.0)
-    return [Segmented(str(n), *one) for n, one in enumerate(found, start=1)] or [nothing]
+    return _numbered(found) or [
+        SegmentedObject(make_prompt(), np.zeros(image.shape[:2], bool), 0.0)
+    ]
 
 
-def segment_in_window(
-    segmenters: dict[str, Segmenter], image: np.ndarray, title: str
-) -> tuple[list[Segmented], bool]:
-    """Let a person click on the objects of an image; return them, and whether that is the end."""
-    answer = ask_in_window(image, title, segmenters)
-    objects = [Segmented(str(n), *clicked) for n, clicked in enumerate(answer.objects, start=1)]
-    return objects, answer.leaves
+def _numbered(objects: list[SegmentedObject]) -> list[SegmentedObject]:
+    return [found._replace(name=str(number)) for number, found in enumerate(objects, start=1)]
 
 
-class Way(NamedTuple):
-    """How images are segmented: by prompts, by a rule that finds all objects, or in a window.
+class SegmentationMethod(NamedTuple):
+    """How to segment images: by prompts, by a rule that selects objects, or in a window.
 
-    segmenters: by the names that the window shows; the first one is that for prompts and the rule.
+    segmenters: by the names that the window shows. Prompts and the rule use the first one.
     """
 
     segmenters: dict[str, Segmenter]
     rule: Rule | None
-    asks: bool  # in a window
+    opens_window: bool
 
     def segment(
         self, image: np.ndarray, prompts: dict[str, Prompt] | None, title: str
-    ) -> tuple[list[Segmented], bool]:
-        """Return the objects of an HxWx3 uint8 RGB image, and whether no more is to follow.
+    ) -> tuple[list[SegmentedObject], bool]:
+        """Segment an HxWx3 uint8 RGB image; return its objects, and whether the user cancelled.
 
-        prompts: of the objects, by name; title: the window's.
+        prompts: by object name; None if objects are clicked on or found. title: the window's.
         """
-        if self.asks:
-            return segment_in_window(self.segmenters, image, title)
+        if self.opens_window:
+            answer = ask_in_window(image, title, self.segmenters)
+            return _numbered(answer.objects), answer.is_cancelled
         segmenter = next(iter(self.segmenters.values()))
         if self.rule:
             return segment_all(segmenter, image, self.rule), False
@@ -106,70 +110,74 @@ class Way(NamedTuple):
 def segment_folder(
     images: list[FolderImage],
     prompts: dict[str, dict[str, Prompt]] | None,
-    way: Way,
-    ranges: tuple[tuple[float, float] | None, tuple[float, float] | None],
-    results: Results,
+    method: SegmentationMethod,
+    ranges: tuple[ValueRange | None, ValueRange | None],
+    results: FolderResults,
     overwrite: bool,
 ) -> Tally:
-    """Segment the images that have no results yet, or all, and write what was found.
+    """Segment a folder's images and write their results.
 
     Arguments:
-      prompts: of images by name, and of their objects, where there are any.
-      ranges: as in read_like_training.
+      prompts: by image name and object name; images without any are left out. None: as in
+        SegmentationMethod.segment.
+      ranges: value_range and trained_range of read_like_training.
+      overwrite: also segment images that have results.
 
-    An image that cannot be read, or whose prompts lie outside it, is named, and the others go on.
+    An image that cannot be read, or with a prompt outside it, is reported; the others go on.
     """
     wanted = [image for image in images if prompts is None or image.name in prompts]
     todo = [image for image in wanted if overwrite or not _is_done(image, prompts, results)]
-    if overwrite and not way.asks:
+    # In the window the user may stop early: images keep their results until new ones are saved
+    if overwrite and not method.opens_window:
         results.forget([image.name for image in todo])
     left_out = {"had_results": len(wanted) - len(todo), "without_row": len(images) - len(wanted)}
     segmented, skipped, failed = 0, 0, []
-    ahead = read_ahead(todo, functools.partial(_read, prompts=prompts, ranges=ranges))
-    bar = tqdm(ahead, "Segmenting", len(todo), unit="image", leave=False, disable=way.asks)
+    ahead = read_ahead(todo, functools.partial(_read_checked, prompts=prompts, ranges=ranges))
+    in_window = method.opens_window  # its title counts the images
+    bar = tqdm(ahead, "Segmenting", len(todo), unit="image", leave=False, disable=in_window)
     with contextlib.closing(results), contextlib.closing(ahead), bar:
         for number, (image, future) in enumerate(bar, start=1):
             try:
-                values = future.result()
+                pixels = future.result()
             except READ_ERRORS as error:
                 failed.append(image.name)
                 results.fail(image, str(error) or "the memory is full")
                 bar.write(f"failed: {quoted(image.name)}: {quoted(str(error), 300)}", sys.stderr)
                 continue
-            of_image = prompts and prompts[image.name]
+            image_prompts = prompts and prompts[image.name]
             title = f"{image.name} ({number} of {len(todo)})"
-            objects, leaves = way.segment(values, of_image, title)
-            if leaves:
+            objects, is_cancelled = method.segment(pixels, image_prompts, title)
+            if is_cancelled:
                 break
             if objects:
-                results.add(image, values, objects)
+                results.add(image, pixels, objects)
             segmented, skipped = segmented + bool(objects), skipped + (not objects)
-            results.write(0 if way.asks else WRITE_SECONDS)
+            results.write(0 if in_window else WRITE_SECONDS)  # no click is ever lost
     return Tally(segmented, skipped, failed, **left_out)
 
 
 def _is_done(
-    image: FolderImage, prompts: dict[str, dict[str, Prompt]] | None, results: Results
+    image: FolderImage, prompts: dict[str, dict[str, Prompt]] | None, results: FolderResults
 ) -> bool:
     return results.is_done(image, prompts[image.name] if prompts else None)
 
 
-def _read(
+def _read_checked(
     image: FolderImage,
     prompts: dict[str, dict[str, Prompt]] | None,
-    ranges: tuple[tuple[float, float] | None, tuple[float, float] | None],
+    ranges: tuple[ValueRange | None, ValueRange | None],
 ) -> np.ndarray:
     """Read an image, and check that its prompts lie inside it."""
-    values = read_like_training(image.path, *ranges)
+    pixels = read_like_training(image.path, *ranges)
     for prompt in prompts[image.name].values() if prompts else ():
-        check_inside(prompt, values.shape[1], values.shape[0])
-    return values
+        check_inside(prompt, pixels.shape[1], pixels.shape[0])
+    return pixels
 
 
 def read_ahead(
     images: list[FolderImage], read: Callable[[FolderImage], np.ndarray]
 ) -> Iterator[tuple[FolderImage, Future[np.ndarray]]]:
-    """Yield each image with what `read` makes of it, in a thread that is READ_AHEAD further."""
+    """Yield each image with a future of read(image); a thread reads READ_AHEAD images ahead."""
     executor, pending = ThreadPoolExecutor(max_workers=1), deque()
     try:
         for image in images:

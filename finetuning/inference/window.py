@@ -1,4 +1,4 @@
-"""A window to click in, which shows the mask that each click leads to."""
+"""The window to click in: it shows the mask after each click."""
 
 from __future__ import annotations
 
@@ -9,57 +9,58 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.inference.clicked_object import Box, Click, ClickedObject, WindowObject
+from finetuning.inference.clicked_object import Box, Click, ClickedObject
 from finetuning.inference.window_picture import WindowPicture
+from finetuning.model.automatic import SegmentedObject
 from finetuning.model.model import Segmenter
 from finetuning.model.prompts import make_prompt
 
 LEFT_BUTTON, RIGHT_BUTTON = 1, 3
-DRAG = 6  # pixels of the screen; a shorter drag is a click of an unsteady hand
+MIN_DRAG = 6  # screen pixels; anything shorter counts as a click, as hands are unsteady
 HINT = "left click: object   right click: not the object   drag: box   Enter: save   h: all keys"
 HELP = """\
 left click     on the object
 right click    on what is not the object
 drag           a box around the object
 
-a              the mask without a prompt, for clicks to correct
+a              the mask without a prompt, to correct by clicks
 u, Backspace   undo
 r              start the object over
 n              next object, or a new one{switch}
 h              this help
 
-Enter          save, like closing the window
-Escape         leave, save nothing of this image"""
+Enter          save (so does closing the window)
+Escape         cancel, save nothing for this image"""
 KOREAN_KEYS = dict(zip("ㅁㅕㄱㅜㅐㅗ", "aurnoh", strict=True))  # while the keyboard types Korean
 
 
 class Answer(NamedTuple):
-    """How a window was left.
+    """What the user did in a window.
 
-    leaves: with Escape; nothing of this image is to be saved, and no further image to be shown.
+    is_cancelled: by Escape; save nothing for this image, and show no further images.
     """
 
-    objects: list[WindowObject]
-    leaves: bool
+    objects: list[SegmentedObject]
+    is_cancelled: bool
 
 
 class ClickWindow:
-    """Turns what mouse and keys do into objects, and shows their masks."""
+    """Turns mouse and key events into objects, and shows their masks."""
 
     def __init__(
         self,
         figure: Any,
         image: np.ndarray,
         segmenters: dict[str, Segmenter],
-        start: list[WindowObject],
+        start: list[SegmentedObject],
         close: Callable[[], None],
     ) -> None:
-        """Listen in an empty matplotlib figure, which `close` closes; the rest as ask_in_window."""
+        """Listen to an empty matplotlib figure, which `close` closes; the rest as ask_in_window."""
         self.figure, self.image, self.segmenters, self.close = figure, image, segmenters, close
         self.encoded: set[str] = set()
-        self.leaves = False
+        self.is_cancelled = False
         self.error: Exception | None = None
-        self.pressed: Any = None  # the event that began a click or a drag
+        self.pressed: Any = None  # the event that started a click or a drag
         self.model = next(iter(segmenters))
         self.objects = [ClickedObject(found, self.model) for found in start] or [ClickedObject()]
         self.current = 0
@@ -69,14 +70,14 @@ class ClickWindow:
             **dict.fromkeys(("u", "backspace"), self.undo),
             **dict.fromkeys(("enter", "return"), close),
             "r": self.start_over, "n": self.next_object, "o": self.switch,
-            "h": self.picture.toggle_help, "escape": self.leave,
+            "h": self.picture.toggle_help, "escape": self.cancel,
             "a": self.start_automatically,
         }  # fmt: skip
         self.show()
         self.listen()
 
     def listen(self) -> None:
-        """Connect the mouse and the keys; matplotlib's own keys would do something else as well."""
+        """Connect the mouse and the keys; disconnect matplotlib's own keys, which would act too."""
         canvas = self.figure.canvas
         canvas.mpl_disconnect(canvas.manager.key_press_handler_id)
         for name, handler in (
@@ -88,7 +89,10 @@ class ClickWindow:
             canvas.mpl_connect(name, self.closing_on_error(handler))
 
     def closing_on_error(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Make an error close the window, to be raised then: matplotlib would go on after it."""
+        """Let a handler's error close the window, where matplotlib would only print it.
+
+        ask_in_window raises it.
+        """
 
         def handle(event: Any) -> None:
             try:
@@ -99,8 +103,8 @@ class ClickWindow:
 
         return handle
 
-    def find(self) -> list[WindowObject | None]:
-        """Return each object as the model sees it, which has the image encoded first."""
+    def segment(self) -> list[SegmentedObject | None]:
+        """Segment each object with the current model; None for objects without a click."""
         segmenter = self.segmenters[self.model]
         if self.model not in self.encoded:
             print(f"encoding the image for the {self.model} model ...", flush=True)
@@ -109,8 +113,8 @@ class ClickWindow:
         return [one.segment(self.model, segmenter) for one in self.objects]
 
     def show(self) -> None:
-        """Show what is found, with the current object's score and area in the title."""
-        found = self.find()
+        """Show all masks, and the current object's score and area in the title."""
+        found = self.segment()
         one = found[self.current]
         title = f"{self.model}, object {self.current + 1}: "
         if one is None:
@@ -121,7 +125,7 @@ class ClickWindow:
         self.picture.show(found, self.current, title)
 
     def on_press(self, event: Any) -> None:
-        """Begin a click or a drag on the image."""
+        """Start a click or a drag on the image."""
         is_zooming = event.canvas.widgetlock.locked()  # or panning
         is_ours = event.inaxes and event.button in (LEFT_BUTTON, RIGHT_BUTTON)
         if is_ours and not is_zooming and not event.dblclick:
@@ -129,75 +133,76 @@ class ClickWindow:
             self.pressed = event if point == self.picture.clip(point) else None
 
     def on_move(self, event: Any) -> None:
-        """Draw the box while it is dragged."""
+        """Draw the box during a drag."""
         if self.pressed and self.is_drag(event):
             self.picture.draw_box(self.dragged_box(event))
 
     def on_release(self, event: Any) -> None:
-        """End a click or a drag, and show the mask that it leads to."""
+        """End a click or a drag, and show the new mask."""
         if not self.pressed or event.button != self.pressed.button:
             return
         step = Click(*self.picture.pixel_at(self.pressed), int(event.button == LEFT_BUTTON))
         if self.is_drag(event):
             step = self.dragged_box(event)
         self.pressed = None
+        # A drag along one row or column of pixels is no box
         if isinstance(step, Click) or (step.x1 < step.x2 and step.y1 < step.y2):
             self.objects[self.current].steps.append(step)
         self.show()
 
     def on_key(self, event: Any) -> None:
-        """Do what the key is for."""
+        """Run the key's action."""
         key = (event.key or "").lower()
         action = self.actions.get(KOREAN_KEYS.get(key, key))
         if action:
             action()
 
     def is_drag(self, event: Any) -> bool:
-        """Say whether the left button was dragged rather than clicked."""
-        way = max(abs(event.x - self.pressed.x), abs(event.y - self.pressed.y))
-        return self.pressed.button == LEFT_BUTTON and way > DRAG
+        """Return whether the left button was dragged, not just clicked."""
+        distance = max(abs(event.x - self.pressed.x), abs(event.y - self.pressed.y))
+        return self.pressed.button == LEFT_BUTTON and distance > MIN_DRAG
 
     def dragged_box(self, event: Any) -> Box:
-        """Return the box from where the button was pressed to an event."""
+        """Return the box between the start of the drag and an event."""
         start, end = self.picture.pixel_at(self.pressed), self.picture.pixel_at(event)
         (x1, x2), (y1, y2) = map(sorted, zip(start, self.picture.clip(end), strict=True))
         return Box(x1, y1, x2, y2)
 
     def undo(self) -> None:
-        """Take the last click or box back."""
+        """Remove the last click or box."""
         del self.objects[self.current].steps[-1:]
         self.show()
 
     def start_over(self) -> None:
-        """Forget all of the object, the mask that it came with included."""
+        """Reset the object, including the mask that it started with."""
         self.objects[self.current] = ClickedObject()
         self.show()
 
     def start_automatically(self) -> None:
-        """Begin the object anew, with what the model finds without any prompt."""
+        """Restart the object from the mask that the model gives without any prompt."""
         mask, score, _ = self.segmenters[self.model].segment(make_prompt())
-        found = WindowObject(make_prompt(), mask, score)
-        self.objects[self.current] = ClickedObject(found, self.model)
+        start = SegmentedObject(make_prompt(), mask, score)
+        self.objects[self.current] = ClickedObject(start, self.model)
         self.show()
 
     def next_object(self) -> None:
-        """Go to the next object: from the last one to a new one, from an empty one to the first."""
-        if self.current == len(self.objects) - 1 and self.find()[-1] is not None:
+        """Go to the next object; after the last one, to a new one or, if it is empty, the first."""
+        if self.current == len(self.objects) - 1 and self.segment()[-1] is not None:
             self.objects.append(ClickedObject())
         self.current = (self.current + 1) % len(self.objects)
         self.show()
 
     def switch(self) -> None:
-        """Show what the other model makes of the same clicks."""
+        """Show the other model's masks for the same clicks."""
         names = list(self.segmenters)
         self.model = names[(names.index(self.model) + 1) % len(names)]
         if self.model not in self.encoded:
             self.picture.say(f"{self.model}: encoding the image ...")
         self.show()
 
-    def leave(self) -> None:
-        """Leave with nothing saved."""
-        self.leaves = True
+    def cancel(self) -> None:
+        """Close the window and save nothing."""
+        self.is_cancelled = True
         self.close()
 
 
@@ -205,24 +210,24 @@ def ask_in_window(
     image: np.ndarray,
     title: str,
     segmenters: dict[str, Segmenter],
-    start: list[WindowObject] = (),
+    start: list[SegmentedObject] = (),
 ) -> Answer:
-    """Open a window, wait until it is left, and return the objects that were clicked on in it.
+    """Open a window, wait until it is closed, and return the objects that the user clicked on.
 
     Arguments:
       image: HxWx3 uint8 RGB.
-      title: the window's, in any script.
-      segmenters: by what they are called; the first is used first. Each encodes the image here,
-        the second one not before it is asked for.
-      start: objects that the first one has found already, for clicks to correct.
+      title: the window's title; it may hold any Unicode characters.
+      segmenters: models by name. The window starts with the first one; a second one encodes the
+        image only when the user switches to it.
+      start: objects that the first model has already found, to correct by clicks.
 
-    Raises UserError where no window can be opened.
+    Raises UserError if no window can be opened.
     """
-    import matplotlib.pyplot as plt  # chooses a window system, which --point has no need of
+    import matplotlib.pyplot as plt  # chooses a window system, which --point does not need
 
     no_window = (
-        'no window can be opened here; give the object\'s position with --point "x,y", those of a '
-        "folder with --prompts FILE.csv, or let the model look by itself with --auto whole "
+        "no window can be opened here; give the object's position with --point \"x,y\", a folder's "
+        "prompts with --prompts FILE.csv, or segment without a prompt with --auto whole "
         "(on a Linux desktop, python3-tk may be missing: sudo apt install python3-tk)"
     )
     try:
@@ -230,7 +235,7 @@ def ask_in_window(
     except ImportError as error:
         raise UserError(no_window) from error
     try:
-        if figure.canvas.required_interactive_framework is None:  # it fell back to drawing to files
+        if figure.canvas.required_interactive_framework is None:  # it can only draw to files
             raise UserError(no_window)
         figure.canvas.manager.set_window_title(title)
         window = ClickWindow(figure, image, segmenters, start, lambda: plt.close(figure))
@@ -239,5 +244,5 @@ def ask_in_window(
         plt.close(figure)
     if window.error:
         raise window.error
-    found = [one for one in window.find() if one is not None]
-    return Answer([] if window.leaves else found, window.leaves)
+    found = [one for one in window.segment() if one is not None]
+    return Answer([] if window.is_cancelled else found, window.is_cancelled)

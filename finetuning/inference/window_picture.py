@@ -1,4 +1,4 @@
-"""What the window shows: the image with its masks, the clicks, a title, the help."""
+"""What the window shows: the image, its masks and clicks, a title and the help."""
 
 from __future__ import annotations
 
@@ -8,33 +8,35 @@ import cv2
 import numpy as np
 from matplotlib.artist import Artist
 
-from finetuning.inference.clicked_object import Box, WindowObject
+from finetuning.inference.clicked_object import Box
+from finetuning.model.automatic import SegmentedObject
 from finetuning.model.drawing import draw_object
 from finetuning.model.prompts import make_prompt
 
-LARGEST = 1600  # pixels of the longer side that masks are drawn at; more take long on large screens
-Part = tuple[int, int, int, int]  # X1,Y1,X2,Y2 in pixels of the image, the last two exclusive
+MAX_DRAWN_SIDE = 1600  # screen pixels; on larger screens, masks are drawn coarser to stay fast
+ImagePart = tuple[int, int, int, int]  # X1,Y1,X2,Y2 in pixels of the image, the last two exclusive
 
 
 class MaskedImage(Artist):
-    """An image with masks, of which only what the screen shows is drawn, at the screen's pixels.
+    """An image with masks; only the visible part is drawn, at the resolution of the screen.
 
-    However large the image, that takes the same time; where one zooms, there is all detail.
-    Matplotlib's own AxesImage computes in floating point, which takes some five times as long.
+    So the time to draw does not depend on the image's size, and zooming in shows full detail.
+    Matplotlib's own AxesImage computes in floating point and takes some five times as long.
     """
 
     def __init__(self, image: np.ndarray) -> None:
         """Take an HxWx3 uint8 RGB image."""
         super().__init__()
         self.image = image
-        self.objects: dict[int, WindowObject] = {}  # by their numbers
+        self.objects: dict[int, SegmentedObject] = {}  # by number
         self.current = 0
-        self._seen: tuple | None = None  # what the two pictures are of
-        self._others: np.ndarray | None = None  # with all objects but the current one
-        self._picture: np.ndarray | None = None
+        # Cached pictures: a click changes only the current object, so the others are drawn once
+        self._seen: tuple | None = None  # the part and size that the pictures show
+        self._others: np.ndarray | None = None  # all objects except the current one
+        self._picture: np.ndarray | None = None  # all objects
 
-    def set_objects(self, found: list[WindowObject | None], current: int) -> None:
-        """Take all objects; the current one's mask is drawn last, over the others."""
+    def set_objects(self, found: list[SegmentedObject | None], current: int) -> None:
+        """Set all objects; the current one's mask is drawn last, over the others."""
         before = {n: id(one) for n, one in self.objects.items() if n != self.current}
         after = {n: id(one) for n, one in enumerate(found) if one and n != current}
         if before != after:
@@ -44,8 +46,9 @@ class MaskedImage(Artist):
         self.current = current
 
     def draw(self, renderer: Any) -> None:
-        """Draw the part that is seen, which matplotlib asks for whenever anything has changed."""
-        x1, y1, x2, y2 = part = self.part_seen()
+        """Draw the visible part; matplotlib calls this whenever anything has changed."""
+        x1, y1, x2, y2 = part = self.visible_part()
+        # Pixel centers have whole coordinates, so the edges of the part lie half a pixel outside
         corners = self.axes.transData.transform([(x1 - 0.5, y2 - 0.5), (x2 - 0.5, y1 - 0.5)])
         (left, bottom), (right, top) = np.rint(corners).astype(int).tolist()
         size = max(1, right - left), max(1, top - bottom)
@@ -58,26 +61,28 @@ class MaskedImage(Artist):
         renderer.draw_image(context, left, bottom, self._picture)
         context.restore()
 
-    def part_seen(self) -> Part:
-        """Return the part of the image that lies in the axes, and a little more."""
+    def visible_part(self) -> ImagePart:
+        """Return the part of the image that lies in the axes, with a margin."""
         bounds = []
         for limits, length in zip(
             (self.axes.get_xlim(), self.axes.get_ylim()), self.image.shape[1::-1], strict=True
         ):
             low, high = sorted(limits)
-            margin = 0.05 * (high - low) + 1  # masks get an outline where they are cut off, too
+            margin = (
+                0.05 * (high - low) + 1
+            )  # hides the outlines that masks get where they are cut off
             first = int(np.clip(np.floor(low - margin), 0, length - 1))
             bounds.append((first, int(np.clip(np.ceil(high + margin), first + 1, length))))
         (x1, x2), (y1, y2) = bounds
         return x1, y1, x2, y2
 
-    def paint(self, part: Part, size: tuple[int, int]) -> np.ndarray:
-        """Return a part of the image with the masks, HxWx4 uint8 RGBA, from the bottom up.
+    def paint(self, part: ImagePart, size: tuple[int, int]) -> np.ndarray:
+        """Return a part of the image with its masks, HxWx4 uint8 RGBA, bottom row first.
 
-        size: (W,H) in pixels of the screen.
+        size: (W,H) in screen pixels.
         """
         x1, y1, x2, y2 = part
-        scale = min(1, LARGEST / max(size))
+        scale = min(1, MAX_DRAWN_SIDE / max(size))
         drawn_size = tuple(max(1, round(scale * side)) for side in size)
 
         def draw_mask(canvas: np.ndarray, number: int) -> None:
@@ -98,10 +103,10 @@ class MaskedImage(Artist):
 
 
 class WindowPicture:
-    """All that is seen in the figure; it is laid out once, then only its data change."""
+    """Everything that the figure shows; it is laid out once, then only its data change."""
 
     def __init__(self, figure: Any, image: np.ndarray, hint: str, help_text: str) -> None:
-        """Show an HxWx3 uint8 RGB image in an empty matplotlib figure, and a hint below it."""
+        """Show an HxWx3 uint8 RGB image in an empty matplotlib figure, with a hint below it."""
         self.figure = figure
         self.size = height, width = image.shape[:2]
         self.axes = figure.add_axes((0.01, 0.05, 0.98, 0.89))
@@ -113,7 +118,7 @@ class WindowPicture:
                 [], [], shape, color=color, markeredgecolor="white", markersize=9,
                 scalex=False, scaley=False,
             )[0]
-            for shape, color in (("X", "red"), ("o", "lime"))  # of label 0, of label 1
+            for shape, color in (("X", "red"), ("o", "lime"))  # labels 0 and 1
         ]  # fmt: skip
         (self.box,) = self.axes.plot([], [], color="lime", scalex=False, scaley=False)
         figure.text(0.5, 0.025, hint, ha="center", va="center", fontsize=9)
@@ -123,8 +128,8 @@ class WindowPicture:
             bbox={"facecolor": "white", "edgecolor": "gray", "alpha": 0.92, "pad": 12},
         )  # fmt: skip
 
-    def show(self, found: list[WindowObject | None], current: int, title: str) -> None:
-        """Show all objects, of the current one the clicks and the box, too."""
+    def show(self, found: list[SegmentedObject | None], current: int, title: str) -> None:
+        """Show all masks, and the current object's clicks and box."""
         self.axes.set_title(title, fontsize=11)
         self.image.set_objects(found, current)
         coords, labels = found[current].prompt if found[current] else make_prompt()
@@ -134,28 +139,28 @@ class WindowPicture:
         self.draw_box(Box(*corners.ravel()) if len(corners) else None)
 
     def draw_box(self, box: Box | None) -> None:
-        """Draw a box, or none."""
+        """Draw a box, or remove it."""
         x1, y1, x2, y2 = box or (np.nan,) * 4
         self.box.set_data([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1])
         self.figure.canvas.draw_idle()
 
     def say(self, title: str) -> None:
-        """Show a title at once, before something that takes long."""
+        """Show a title at once, before a slow step."""
         self.axes.set_title(title, fontsize=11)
         self.figure.canvas.draw()
         self.figure.canvas.flush_events()
 
     def toggle_help(self) -> None:
-        """Show the keys over the image, or hide them."""
+        """Show or hide the list of keys."""
         self.help.set_visible(not self.help.get_visible())
         self.figure.canvas.draw_idle()
 
     def pixel_at(self, event: Any) -> tuple[int, int]:
-        """Return the (X,Y) pixel of the image that an event happened at; it may lie beside it."""
+        """Return the (X,Y) pixel under an event; it may lie outside the image."""
         x, y = self.axes.transData.inverted().transform((event.x, event.y))
         return round(float(x)), round(float(y))
 
     def clip(self, point: tuple[int, int]) -> tuple[int, int]:
-        """Return the (X,Y) pixel of the image that is nearest."""
+        """Return the nearest (X,Y) pixel of the image."""
         height, width = self.size
         return min(max(point[0], 0), width - 1), min(max(point[1], 0), height - 1)

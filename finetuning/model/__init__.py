@@ -1,6 +1,6 @@
 """SAM 2: built, loaded, prompted, and its image features cached.
 
-automatic: the objects of an image without a prompt
+automatic: finding all objects of an image without a prompt
 cache_places: opening that cache: on disk, in memory, or on a GPU
 checkpoints: weights in files, read without running code
 drawing: masks and prompts, drawn on an image
