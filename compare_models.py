@@ -37,7 +37,7 @@ from finetuning.basics.command_line import (
     seed,
 )
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
-from finetuning.basics.language import Language, add_language_option
+from finetuning.basics.language import add_language_option, say, use_language
 from finetuning.basics.run_outputs import RUNS_FILE
 from finetuning.comparison.clicks import CLICK_FILES, clicks_table, draw_clicks, write_clicks
 from finetuning.comparison.detection import AUTO_FILE, compare_automatic
@@ -102,7 +102,6 @@ def describe_empty(
     pairs_of: list[list[Pair]],
     prompt_kind: str,
     mask_kind: str,
-    say: Language,
 ) -> list[str]:
     """Say how many images have no object and, without a prompt, in how many one is found."""
     measured, numbers = {result.index for result in results}, itertools.count()
@@ -112,7 +111,7 @@ def describe_empty(
         count += len(empty)
         if prompt_kind == "none":
             found += find_in_empty([original, model], empty, mask_kind)
-    return [empty_sentence(count, np.sum(found, axis=0).tolist(), say)] if count else []
+    return [empty_sentence(count, np.sum(found, axis=0).tolist())] if count else []
 
 
 def compare_clicks(
@@ -121,13 +120,12 @@ def compare_clicks(
     count: int,
     with_mask: bool,
     mask_kind: str,
-    say: Language,
 ) -> Table:
     """Measure and write what clicks that correct each model's own mask bring; return the table."""
     ious, unit = measure_clicks(results, count, with_mask, mask_kind), unit_of(results)
     write_clicks(output / "clicks.csv", [result.name for result in results], ious)
     draw_clicks(output / "clicks.png", ious, with_mask, unit)
-    return clicks_table(ious, with_mask, unit, say)
+    return clicks_table(ious, with_mask, unit)
 
 
 def draw_ious(path: Path, results: list[Result]) -> None:
@@ -251,8 +249,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    use_language(args.language)
     keep_out(args.data, args.output)
-    device, say = select_device(args.device, args.threads), args.language
+    device = select_device(args.device, args.threads)
     split, pairs_of = choose_pairs(args.data, args.split, args.limit, args.finetuned, args.folds)
     training = split_pairs(args.data, "train") if args.auto else []
     if not args.finetuned.is_file() and not args.folds:
@@ -268,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         cache_folder=args.cache,
     )
     images = args.data / "images" / ("" if args.folds else split)
-    print(format_files(files, images, split == "test" and not args.split, say))
+    print(format_files(files, images, split == "test" and not args.split))
 
     overlap = add_overlaps(list(map(count_overlap, pairs_of.values(), files.facts)))
     if split == "test" and not args.allow_seen:
@@ -280,10 +279,10 @@ def main(argv: list[str] | None = None) -> None:
     if not results:
         raise UserError("every mask is empty; check that objects are white (255)")
     runs_file = None if args.folds else args.finetuned.with_name(RUNS_FILE)
-    summary = summarize(results, split, overlap, args.mask, args.seed, runs_file, say)
-    empty = original, finetuned, list(pairs_of.values()), args.prompt, args.mask, say
+    summary = summarize(results, split, overlap, args.mask, args.seed, runs_file)
+    empty = original, finetuned, list(pairs_of.values()), args.prompt, args.mask
     summary.sentences.extend(describe_empty(results, *empty))
-    print_anywhere(format_summary(summary, say))
+    print_anywhere(format_summary(summary))
     write_results(args.output / "results.csv", results)
     remove_earlier(args.output)
     draw_ious(args.output / "scatter.png", results)
@@ -291,15 +290,15 @@ def main(argv: list[str] | None = None) -> None:
 
     clicks, with_mask = None, not args.no_mask_prompt
     if args.clicks:
-        clicks = compare_clicks(args.output, results, args.clicks, with_mask, args.mask, say)
+        clicks = compare_clicks(args.output, results, args.clicks, with_mask, args.mask)
         print_anywhere("\n" + format_table(clicks))
     automatic = None
     if args.auto:
         of_models = [original, *finetuned], files.facts[0], *pairs_of.values()
-        automatic = compare_automatic(args.output, *of_models, training, args.seed, say)
+        automatic = compare_automatic(args.output, *of_models, training, args.seed)
         print_anywhere("\n" + format_table(automatic))
     setup = Setup(args.data, split, args.prompt, args.mask, args.seed, ["compare_models.py", *argv])
-    write_page(args.output, summary, files, original, setup, clicks, pictures, say, automatic)
+    write_page(args.output, summary, files, original, setup, clicks, pictures, automatic)
     extra = (*(CLICK_FILES if clicks else ()), *([AUTO_FILE] if automatic else ()))
     names = ", ".join(["report.html", "results.csv", "scatter.png", *extra])
     print(

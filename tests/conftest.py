@@ -113,6 +113,12 @@ def quick() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def english() -> None:
+    """Let what is said be in English, whatever language an earlier test used."""
+    language.use_language("en")
+
+
 @pytest.fixture
 def processes(monkeypatch) -> BaseContext:
     """Return what starts processes, of functions that can be pickled.

@@ -21,7 +21,7 @@ import compare_models
 from compare_models import main
 from finetuning.basics.files import DATASET_URL
 from finetuning.basics.image_files import write_image
-from finetuning.basics.language import ENGLISH, KOREAN, Language, parse_language
+from finetuning.basics.language import KOREAN, parse_language, use_language
 from finetuning.basics.run_outputs import RUNS_FILE
 from finetuning.comparison.clicks import clicks_table
 from finetuning.comparison.figures import Picture
@@ -54,7 +54,6 @@ from finetuning.model.models import MODELS, is_published, load_predictor
 from finetuning.model.prompts import make_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
-SAY_KOREAN = Language("ko")
 HARMFUL = "<script>alert(1)</script>\"'&.png"
 PAGE = Path("output/comparison/report.html")
 UNSEEN = Overlap(4)
@@ -261,21 +260,23 @@ def test_every_text_is_in_korean_with_the_same_placeholders_and_none_is_left_ove
 def test_in_korean_all_lines_of_the_box_and_of_a_table_are_equally_wide():
     assert display_width("한글 IoU") == 8 and display_width("e\u0301") == 1
     results = made_up((0, 0.1, 0.2), (0, 0.2, 0.4), (1, 0.6, 0.8))
+    use_language("ko")
     for mask_kind in ("best", "single"):
-        summary = summarize(results, "val", UNSEEN, mask_kind, say=SAY_KOREAN)
-        lines = format_box(summary, SAY_KOREAN).splitlines()
+        summary = summarize(results, "val", UNSEEN, mask_kind)
+        lines = format_box(summary).splitlines()
         assert {display_width(line) for line in lines} == {42}
         assert "평균 IoU" in lines[1] and "파인튜닝한 SAM 2" in lines[4]
     table = summary.metrics._replace(note="")
     lines = format_table(table).splitlines()[1:]
     assert any("중앙값" in line for line in lines)
     assert len({display_width(line) for line in lines}) == 1
-    assert "신뢰구간" in format_summary(summary, SAY_KOREAN)
+    assert "신뢰구간" in format_summary(summary)
 
 
 def test_where_box_characters_may_be_wide_or_lacking_the_box_is_ascii(monkeypatch):
-    for say in (ENGLISH, SAY_KOREAN):
-        text = format_summary(summarize(SOME, "val", UNSEEN, say=say), say) + "\n±"
+    for language in ("ko", "en"):
+        use_language(language)
+        text = format_summary(summarize(SOME, "val", UNSEEN)) + "\n±"
         for encoding in (*sorted(WIDE_ENCODINGS), "ms949"):
             shown = on_console(monkeypatch, text, encoding)
             assert not set(BOX_CHARACTERS) & set(shown)
@@ -302,8 +303,8 @@ def test_the_language_is_that_of_the_system_where_the_console_can_show_it(monkey
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        assert parse_language("auto") == Language(code), variables
-        assert parse_language("ko") == SAY_KOREAN and parse_language("en") == ENGLISH
+        assert parse_language("auto") == code, variables
+        assert parse_language("ko") == "ko" and parse_language("en") == "en"
 
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
@@ -313,24 +314,23 @@ def test_the_language_is_that_of_the_system_where_the_console_can_show_it(monkey
         ((None,) * 2, "en"),
     ):
         monkeypatch.setattr(locale, "getlocale", lambda found=found: found)
-        assert parse_language("auto") == Language(code)
+        assert parse_language("auto") == code
     monkeypatch.setenv("LANG", "ko_KR.UTF-8")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
-    assert parse_language("auto") == ENGLISH
+    assert parse_language("auto") == "en"
 
 
 def test_what_is_compared_is_said_first():
     files = Files("mini", Path("a.pt"), [Path("b.pt")], [{"epoch": 0}], 256)
-    text = format_files(files, Path("images"), True, ENGLISH)
+    text = format_files(files, Path("images"), True)
     assert text.splitlines() == [
         "original:   a.pt",
         "fine-tuned: b.pt (SAM 2.1 mini)",
         "            which is the original: no epoch of the training was better",
         "images:     images (where there is a test split it is taken; --split val: the others)",
     ]
-    korean = format_files(
-        files._replace(facts=[{}]), Path("images"), False, SAY_KOREAN
-    ).splitlines()
+    use_language("ko")
+    korean = format_files(files._replace(facts=[{}]), Path("images"), False).splitlines()
     assert korean == ["원본:     a.pt", "파인튜닝: b.pt (SAM 2.1 mini)", "이미지:   images"]
 
 
@@ -342,9 +342,9 @@ def test_it_is_said_whether_the_original_is_the_published_one(tmp_path, monkeypa
     monkeypatch.setitem(MODELS, "small", MODELS["small"]._replace(sha256=own))
     assert is_published(file, "small") is True
     files = Files("small", Path("a.pt"), [Path("b.pt")], [{}], 1024, is_published=True)
-    first = format_files(files, Path("images"), False, ENGLISH).splitlines()[0]
+    first = format_files(files, Path("images"), False).splitlines()[0]
     assert first == "original:   a.pt (SAM 2.1 small, as published)"
-    foreign = format_files(files._replace(is_published=False), Path("images"), False, ENGLISH)
+    foreign = format_files(files._replace(is_published=False), Path("images"), False)
     assert foreign.startswith("original:   a.pt (not the published file of SAM 2.1 small)")
 
 
@@ -392,16 +392,14 @@ def model(random_mini) -> Model:
 def make_page(tmp_path, model, random_mini):
     """Return a function that writes a page of SOME, with some pictures, and reads it."""
 
-    def make(
-        pictures=(), say=ENGLISH, clicks=None, data="data", facts=None, results=SOME
-    ) -> Reader:
+    def make(pictures=(), clicks=None, data="data", facts=None, results=SOME) -> Reader:
         for name in ("scatter.png", *(["clicks.png"] if clicks else [])):
             write_blank(tmp_path / name)
         files = Files("mini", random_mini, [random_mini], [facts or {}], 256)
         command = ["compare_models.py", "--data", data]
         setup = Setup(Path(data), "val", "box", "best", 42, command)
-        summary = summarize(results, "val", UNSEEN, say=say)
-        write_page(tmp_path, summary, files, model, setup, clicks, pictures, say)
+        summary = summarize(results, "val", UNSEEN)
+        write_page(tmp_path, summary, files, model, setup, clicks, pictures)
         return Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
 
     return make
@@ -413,14 +411,15 @@ def write_picture(path: Path, name: str, gain: float, size=(40, 120)) -> Picture
     return Picture(path, name, (0.5, 0.5 + gain))
 
 
-@pytest.mark.parametrize("say", [ENGLISH, SAY_KOREAN], ids=["en", "ko"])
-def test_the_page_has_the_numbers_that_are_printed(make_page, say):
-    table = clicks_table(np.array([[[0.2, 0.4]], [[0.6, 0.88]]]), True, "image", say)
-    page = make_page(say=say, clicks=table)
-    summary = summarize(SOME, "val", UNSEEN, say=say)
-    assert page.all("html") == [{"lang": say.code}]
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_the_page_has_the_numbers_that_are_printed(make_page, language):
+    use_language(language)
+    table = clicks_table(np.array([[[0.2, 0.4]], [[0.6, 0.88]]]), True, "image")
+    page = make_page(clicks=table)
+    summary = summarize(SOME, "val", UNSEEN)
+    assert page.all("html") == [{"lang": language}]
     for text in (summary.original, summary.finetuned, summary.improvement, summary.interval):
-        assert text in page.words and text in format_summary(summary, say)
+        assert text in page.words and text in format_summary(summary)
     for sentence in summary.sentences:
         assert sentence in page.words
     for shown in (summary.metrics, summary.sizes, table):

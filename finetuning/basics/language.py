@@ -1,4 +1,4 @@
-"""English and Korean: all that the comparison says, in the language of the user's system."""
+"""English and Korean: every text of the comparison, in one language for the whole process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import locale
 import os
 import re
-from dataclasses import dataclass
 
 from finetuning.basics.command_line import can_print
 
-# By the English text, as in gettext; the {placeholders} are the same in both.
+# The keys are the English texts, as in gettext; both texts have the same {placeholders}.
 KOREAN = {
     # Before and after the comparison
     "original:": "원본:",
@@ -228,23 +227,30 @@ KOREAN = {
 }
 
 
-@dataclass(frozen=True)
-class Language:
-    """Texts in a language: say("improvement {gain:+.1f}%p", gain=3.2)."""
+LANGUAGES = ("en", "ko")
 
-    code: str  # en or ko
-
-    def __call__(self, text: str, **values: object) -> str:
-        """Return a text in this language, with the values in its placeholders."""
-        return (KOREAN[text] if self.code == "ko" else text).format(**values)
+_language = "en"  # of say(), one for the whole process
 
 
-ENGLISH = Language("en")
+def use_language(language: str) -> None:
+    """Set the language of all that say() returns from now on, en or ko."""
+    global _language
+    _language = language
+
+
+def current_language() -> str:
+    """Return the language of say(), en or ko."""
+    return _language
+
+
+def say(text: str, **values: object) -> str:
+    """Return an English text in the current language, with values in its {placeholders}."""
+    return (KOREAN[text] if _language == "ko" else text).format(**values)
 
 
 def system_language() -> str:
-    """Return ko where the system's language is Korean, else en."""
-    # The first that is set counts, as in POSIX; Windows sets none of them
+    """Return ko if the system's language is Korean, else en."""
+    # The first variable that is set counts, as in POSIX; Windows sets none of them
     names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
     name = next(filter(None, names), None)
     if name is None:
@@ -255,21 +261,22 @@ def system_language() -> str:
     return "ko" if re.split(r"[_.@-]", name.lower())[0] in ("ko", "korean") else "en"
 
 
-def parse_language(name: str) -> Language:
-    """Return a language by its name, as an argparse type; auto is the system's, if printable."""
+def parse_language(name: str) -> str:
+    """Return en or ko, as an argparse type; auto is the system's language."""
     if name == "auto":
+        # A console that cannot print Korean gets English, whatever the system's language is
         name = system_language() if can_print("한글") else "en"
-    if name not in ("en", "ko"):
+    if name not in LANGUAGES:
         raise argparse.ArgumentTypeError(f"must be auto, en or ko, not {name}")
-    return Language(name)
+    return name
 
 
 def add_language_option(parser: argparse._ActionsContainer) -> None:
-    """Add --language, which is a Language."""
+    """Add --language, which is en or ko."""
     parser.add_argument(
         "--language",
         type=parse_language,
         default="auto",
         metavar="{auto,en,ko}",
-        help="English or Korean; auto: Korean where the system is",
+        help="English or Korean; auto: Korean if the system's language is Korean",
     )

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from finetuning.basics.files import atomic_write, write_csv
-from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.language import say
 from finetuning.comparison.tables import Table
 
 TARGET_IOUS = (0.85, 0.90)  # of NoC@85 and NoC@90
@@ -27,14 +27,7 @@ def number_of_clicks(ious: np.ndarray, target: float) -> tuple[float, int]:
     return float(clicks.mean()), int(never.sum())
 
 
-def describe_clicks(use_mask_prompt: bool, say: Language = ENGLISH) -> str:
-    """Say how the clicks were given to the models."""
-    return say("previous mask as a prompt too") if use_mask_prompt else say("no mask prompt")
-
-
-def clicks_table(
-    ious: np.ndarray, use_mask_prompt: bool, unit: str = "image", say: Language = ENGLISH
-) -> Table:
+def clicks_table(ious: np.ndarray, use_mask_prompt: bool, unit: str = "image") -> Table:
     """Return the mean IoU of both models after each click, and their NoC.
 
     Arguments:
@@ -61,7 +54,7 @@ def clicks_table(
             "(of {count} images; not reached counts as {clicks})",
             count=objects, clicks=count,
         )  # fmt: skip
-    how = describe_clicks(use_mask_prompt, say)
+    how = say("previous mask as a prompt too") if use_mask_prompt else say("no mask prompt")
     return Table(
         say("mean IoU by simulated clicks ({how})", how=how),
         [say("clicks"), say("original"), say("fine-tuned")],
@@ -90,7 +83,9 @@ def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool, unit: str =
     for name, means in zip(("original", "fine-tuned"), ious.mean(axis=1), strict=True):
         axes.plot(range(1, len(means) + 1), means, "o-", label=name)
     axes.set(xlabel="clicks", ylabel=f"mean IoU of {ious.shape[1]} {unit}s")
-    axes.set_title(f"simulated clicks, {describe_clicks(use_mask_prompt)}", fontsize="medium")
+    # Charts are in English: matplotlib's own font has no Korean characters
+    how = "previous mask as a prompt too" if use_mask_prompt else "no mask prompt"
+    axes.set_title(f"simulated clicks, {how}", fontsize="medium")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetuning.basics.files import write_csv
-from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.language import say
 from finetuning.comparison.tables import Table
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.object_matching import Counts, choose_rule, count_objects_found, total
@@ -27,7 +27,6 @@ def compare_automatic(
     pairs: list[Pair],
     training: list[Pair],
     seed: int,
-    say: Language = ENGLISH,
 ) -> Table:
     """Measure and write how many objects two models find without a prompt; return the table.
 
@@ -41,12 +40,10 @@ def compare_automatic(
     ]
     counts = count_objects_found(models, rules, pairs)
     write_detection(output / AUTO_FILE, pairs, counts)
-    return detection_table(counts, rules, say)
+    return detection_table(counts, rules)
 
 
-def detection_table(
-    counts: Sequence[Sequence[Counts]], rules: Sequence[Rule], say: Language = ENGLISH
-) -> Table:
+def detection_table(counts: Sequence[Sequence[Counts]], rules: Sequence[Rule]) -> Table:
     """Return how many objects both models find, of all images together and as images' mean F1."""
     totals = [total(of_model) for of_model in counts]
     rows = [

@@ -10,7 +10,7 @@ import numpy as np
 
 from finetuning.basics.command_line import one_line
 from finetuning.basics.files import write_csv
-from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.language import say
 from finetuning.comparison.report_sentences import count_sentence, runs_sentence, split_sentences
 from finetuning.comparison.tables import (
     BOX_WIDTH,
@@ -66,7 +66,6 @@ def summarize(
     mask_kind: str = "best",
     seed: int = 0,
     runs_file: Path | None = None,
-    say: Language = ENGLISH,
 ) -> Summary:
     """Summarize what two models made of all objects.
 
@@ -79,10 +78,10 @@ def summarize(
     measured = say("{split}, single mask", split=split) if mask_kind == "single" else split
     gains = np.array([result.gain for result in results])
     images = len({result.index for result in results})
-    interval, line = format_interval(gains, seed, group_numbers(results), images, say)
-    sentences = [count_sentence(results, say), line, *split_sentences(split, overlap, say)]
+    interval, line = format_interval(gains, seed, group_numbers(results), images)
+    sentences = [count_sentence(results), line, *split_sentences(split, overlap)]
     if runs_file and runs_file.is_file():
-        sentences.append(runs_sentence(runs_file, say))
+        sentences.append(runs_sentence(runs_file))
     return Summary(
         images=images,
         objects=len(results),
@@ -92,12 +91,12 @@ def summarize(
         interval=interval,
         sentences=sentences,
         overlap=overlap,
-        metrics=metrics_table(results, say),
-        sizes=sizes_table(results, say),
+        metrics=metrics_table(results),
+        sizes=sizes_table(results),
     )
 
 
-def format_box(summary: Summary, say: Language = ENGLISH) -> str:
+def format_box(summary: Summary) -> str:
     """Return the guide's box: mean IoU of both models, and the improvement in %p.
 
     Below it stands what makes these numbers doubtful, if anything does.
@@ -125,13 +124,13 @@ def format_box(summary: Summary, say: Language = ENGLISH) -> str:
     )
 
 
-def format_summary(summary: Summary, say: Language = ENGLISH) -> str:
+def format_summary(summary: Summary) -> str:
     """Return all that is printed of a summary."""
     parts = (format_table(summary.metrics), "\n".join(summary.sentences))
-    return "\n\n".join([format_box(summary, say), *parts, format_table(summary.sizes)])
+    return "\n\n".join([format_box(summary), *parts, format_table(summary.sizes)])
 
 
-def format_files(files: Files, images: Path, is_test_by_default: bool, say: Language) -> str:
+def format_files(files: Files, images: Path, is_test_by_default: bool) -> str:
     """Return what is compared on what, before it is; images: their folder."""
     labels = say("original:"), say("fine-tuned:"), say("images:")
     width = max(map(display_width, labels)) + 1
@@ -164,7 +163,7 @@ def format_files(files: Files, images: Path, is_test_by_default: bool, say: Lang
     return "\n".join(map(one_line, lines))
 
 
-def metrics_table(results: list[Result], say: Language = ENGLISH) -> Table:
+def metrics_table(results: list[Result]) -> Table:
     """Return a row a metric: mean and median of both models."""
     header = [
         "",
@@ -205,7 +204,7 @@ def size_of(area_fraction: float) -> str:
     return next(name for name, (low, below) in SIZES.items() if low <= area_fraction < below)
 
 
-def sizes_table(results: list[Result], say: Language = ENGLISH) -> Table:
+def sizes_table(results: list[Result]) -> Table:
     """Return a row a size of object: how many there are, and the mean IoU of both models."""
     names = {
         "small": (say("small"), say("below 5%")),

@@ -21,7 +21,7 @@ import torch
 from finetuning.basics.command_line import quoted
 from finetuning.basics.files import DATASET_URL, atomic_write, content_sha256
 from finetuning.basics.image_files import read_image
-from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.language import current_language, say
 from finetuning.comparison.figures import Picture
 from finetuning.comparison.report import Summary
 from finetuning.comparison.tables import Table
@@ -69,7 +69,6 @@ def write_page(
     setup: Setup,
     clicks: Table | None,
     pictures: Sequence[Picture],
-    say: Language = ENGLISH,
     automatic: Table | None = None,
 ) -> None:
     """Write report.html into the folder of the comparison, which has its charts already.
@@ -87,6 +86,7 @@ def write_page(
     best, worst = pictures[:gains][:MOST_PICTURES], pictures[gains:][::-1][:MOST_PICTURES]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         say=say,
+        language=current_language(),
         summary=summary,
         size=files.model_name,
         setup=setup,
@@ -96,8 +96,8 @@ def write_page(
         clicks_chart=embed_chart(output / "clicks.png") if clicks else None,
         best=[embed_picture(picture) for picture in best],
         worst=[embed_picture(picture) for picture in worst],
-        compared=describe_models(files, setup, summary.overlap, say),
-        versions=describe_machine(files, model, say),
+        compared=describe_models(files, setup, summary.overlap),
+        versions=describe_machine(files, model),
         settings=training_settings(files.facts[0]),
         command=quote_command(["python", *setup.command]),
         is_kvasir=read_facts(setup.data).get("source") == DATASET_URL,
@@ -148,7 +148,7 @@ def short(value: Any) -> str:
     return quoted(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
 
 
-def describe_models(files: Files, setup: Setup, overlap: Overlap, say: Language) -> dict[str, str]:
+def describe_models(files: Files, setup: Setup, overlap: Overlap) -> dict[str, str]:
     """Return what was compared, on what, and how."""
     epoch = files.facts[0].get("epoch")
     finetuned = short(files.finetuned_name)
@@ -181,7 +181,7 @@ def describe_models(files: Files, setup: Setup, overlap: Overlap, say: Language)
     }
 
 
-def describe_machine(files: Files, model: Model, say: Language) -> dict[str, str]:
+def describe_machine(files: Files, model: Model) -> dict[str, str]:
     """Return what makes the same numbers again: versions, device, precision, the files' content."""
     return {
         say("Date"): datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),

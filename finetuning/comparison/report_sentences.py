@@ -10,13 +10,13 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.command_line import quoted
-from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.language import say
 from finetuning.basics.run_outputs import read_runs
 from finetuning.evaluation.measuring import Result
 from finetuning.evaluation.seen_images import Overlap
 
 
-def count_sentence(results: list[Result], say: Language = ENGLISH) -> str:
+def count_sentence(results: list[Result]) -> str:
     """Say how many images, or objects in images, got better, and how many worse."""
     gains = np.array([result.gain for result in results])
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
@@ -32,7 +32,7 @@ def count_sentence(results: list[Result], say: Language = ENGLISH) -> str:
     )
 
 
-def split_sentences(split: str, overlap: Overlap, say: Language = ENGLISH) -> list[str]:
+def split_sentences(split: str, overlap: Overlap) -> list[str]:
     """Say how far a number that was measured on a split can be believed, and what is against it."""
     images, sentences = overlap.images, []
     is_unseen = overlap.is_known and not overlap.trained_on
@@ -81,7 +81,7 @@ def split_sentences(split: str, overlap: Overlap, say: Language = ENGLISH) -> li
     return sentences
 
 
-def empty_sentence(count: int, found: Sequence[int], say: Language = ENGLISH) -> str:
+def empty_sentence(count: int, found: Sequence[int]) -> str:
     """Say how many images without an object there are, and in how many of them one is found.
 
     found: by the original and by the fine-tuned model; empty where this was not measured.
@@ -96,7 +96,7 @@ def empty_sentence(count: int, found: Sequence[int], say: Language = ENGLISH) ->
     )  # fmt: skip
 
 
-def runs_sentence(path: Path, say: Language = ENGLISH) -> str:
+def runs_sentence(path: Path) -> str:
     """Say how far apart trainings with other seeds came out; or that the file is not about that.
 
     path: of what train_sam2_proper.py --runs wrote.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.language import say
 from finetuning.evaluation.measuring import Result
 
 RESAMPLES = 10_000  # of the bootstrap
@@ -53,7 +53,6 @@ def format_interval(
     seed: int,
     groups: np.ndarray | None = None,
     images: int | None = None,
-    say: Language = ENGLISH,
 ) -> tuple[str, str]:
     """Return the interval of the mean gain in %p, and a sentence that says what to beware of.
 
