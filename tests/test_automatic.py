@@ -24,10 +24,10 @@ from finetuning.evaluation import object_matching
 from finetuning.evaluation.object_matching import (
     Counts,
     best_score,
-    choose_rule,
     iou_table,
     match,
     total,
+    tune_rule,
 )
 from finetuning.model import automatic
 from finetuning.model.automatic import ANY, RULE, Found, Rule, find_objects, rule_of
@@ -179,7 +179,7 @@ def test_a_rule_is_chosen_on_some_of_the_images_drawn_by_seed(monkeypatch):
     drawn = []
     for seed in (1, 1, 2):
         read.clear()
-        choose_rule(Model(Namespace(), Namespace(precision=None)), list(range(60)), seed)
+        tune_rule(Model(Namespace(), Namespace(precision=None)), list(range(60)), seed)
         drawn.append(list(read))
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(len(set(pairs)) == object_matching.MOST_TUNED for pairs in drawn)
@@ -222,7 +222,7 @@ def test_a_rule_is_chosen_by_what_is_found_in_training_images(tmp_path, predicto
     specks = [found(square(x, 90, side=3), 0.7) for x in (0, 10, 20)]
     masks = [found(square(10, 10), 0.8), *specks, found(square(60, 60), 0.6)]
     monkeypatch.setattr(object_matching, "find_objects", lambda *given: masks)
-    rule = choose_rule(Model(predictor, FeatureSource(predictor, torch.float32)), pairs, seed=0)
+    rule = tune_rule(Model(predictor, FeatureSource(predictor, torch.float32)), pairs, seed=0)
     assert rule == ANY._replace(min_score=pytest.approx(0.4), min_area=pytest.approx(0.01))
 
 

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that holds all of itself: numbers, pictures, how it was made."""
+"""The report as one self-contained HTML file: numbers, pictures and how to reproduce them."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from finetuning.model.loading import Files
 from finetuning.model.model import Model
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MOST_PICTURES = 5  # of the biggest gains, and of the biggest losses
+MOST_PICTURES = 5  # of the largest gains, and of the largest losses
 LONGEST_SIDE = 1200  # of a picture, in pixels
-# Of a picture's JPEG: ten of them, 4/3 as long in base64, leave room for charts within 10 MB
+# Per JPEG: ten of them, a third longer in base64, leave room for the charts within 10 MB
 MOST_BYTES = 600_000
-QUALITIES = (85, 70, 50, 30, 15)  # of JPEG, the first that keeps to that
-LONGEST_VALUE = 300  # characters of a file's name or of a setting
+QUALITIES = (85, 70, 50, 30, 15)  # of JPEG; the first that fits is used
+LONGEST_VALUE = 300  # characters of a file name or a setting
 
 
 class Setup(NamedTuple):
-    """What the models were compared on, and how."""
+    """The images and the kind of comparison."""
 
     data: Path
     split: str
-    prompt_kind: str  # center, random or box
+    prompt_kind: str  # center, random, box or none
     mask_kind: str  # best or single
     seed: int
     command: Sequence[str]  # the script and its options
 
 
 class Embedded(NamedTuple):
-    """A picture as the page holds it."""
+    """A picture embedded in the page."""
 
     source: str  # a data: URL
     width: int
@@ -71,13 +71,13 @@ def write_page(
     pictures: Sequence[Picture],
     automatic: Table | None = None,
 ) -> None:
-    """Write report.html into the folder of the comparison, which has its charts already.
+    """Write report.html into the output folder, which already holds the charts.
 
     Arguments:
-      model: either one that was measured, for its device and precision.
-      clicks, automatic: the tables of simulated clicks, and of objects found without a prompt, if
-        they were asked for.
-      pictures: from the biggest gain to the biggest loss.
+      model: any of the measured models, for its device and precision.
+      clicks, automatic: the tables of simulated clicks and of objects found without a prompt, if
+        requested.
+      pictures: from the largest gain to the largest loss.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -103,13 +103,12 @@ def write_page(
         is_kvasir=read_facts(setup.data).get("source") == DATASET_URL,
     )
     with atomic_write(output / "report.html") as temporary:
-        temporary.write_bytes(
-            page.lstrip().encode("utf-8", "backslashreplace")
-        )  # names may be no UTF-8
+        # File names may not be valid UTF-8
+        temporary.write_bytes(page.lstrip().encode("utf-8", "backslashreplace"))
 
 
 def embed_picture(picture: Picture) -> Embedded:
-    """Return a picture as a JPEG of at most LONGEST_SIDE and MOST_BYTES."""
+    """Embed a picture as a JPEG of at most LONGEST_SIDE pixels and MOST_BYTES."""
     image = cv2.cvtColor(read_image(picture.path), cv2.COLOR_RGB2BGR)
     scale = min(1.0, LONGEST_SIDE / max(image.shape[:2]))
     height, width = (max(1, round(scale * side)) for side in image.shape[:2])
@@ -134,7 +133,7 @@ def _encode(image: np.ndarray) -> bytes:
 
 
 def embed_chart(path: Path) -> Embedded:
-    """Return a chart as the PNG that it is."""
+    """Embed a chart as the PNG file that it is."""
     height, width = read_image(path).shape[:2]
     return Embedded(_data_url("png", path.read_bytes()), width, height)
 
@@ -144,12 +143,12 @@ def _data_url(kind: str, content: bytes) -> str:
 
 
 def short(value: Any) -> str:
-    """Return a value as one printable line that is not too long."""
+    """Return a value as one printable line of limited length."""
     return quoted(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
 
 
 def describe_models(files: Files, setup: Setup, overlap: Overlap) -> dict[str, str]:
-    """Return what was compared, on what, and how."""
+    """Return the compared models, the images, and how they were prompted."""
     epoch = files.facts[0].get("epoch")
     finetuned = short(files.finetuned_name)
     if isinstance(epoch, int):
@@ -182,7 +181,7 @@ def describe_models(files: Files, setup: Setup, overlap: Overlap) -> dict[str, s
 
 
 def describe_machine(files: Files, model: Model) -> dict[str, str]:
-    """Return what makes the same numbers again: versions, device, precision, the files' content."""
+    """Return what reproduces the numbers: versions, device, precision and hashes of the files."""
     return {
         say("Date"): datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         "Python": platform.python_version(),
@@ -199,7 +198,7 @@ def describe_machine(files: Files, model: Model) -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Return the version of an installed package; "-" of one that is there in another way."""
+    """Return the version of a package, or "-" if it has no metadata."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -207,7 +206,7 @@ def version_of(package: str) -> str:
 
 
 def training_settings(facts: dict[str, Any]) -> dict[str, str]:
-    """Return the settings of the training in a fine-tuned file, which may hold anything."""
+    """Return the training settings recorded in a fine-tuned file, which may hold anything."""
     settings = facts.get("settings")
     if not isinstance(settings, dict):
         return {}
@@ -219,5 +218,5 @@ def training_settings(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def quote_command(command: Sequence[str]) -> str:
-    """Return a command as it is typed, here: on Windows, or elsewhere."""
+    """Return a command quoted for the shell of this system."""
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)

@@ -1,4 +1,4 @@
-"""The sentences below a comparison's box: what was measured, and how far it can be believed."""
+"""The sentences below a comparison's box: what was measured, and how reliable it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetuning.evaluation.seen_images import Overlap
 
 
 def count_sentence(results: list[Result]) -> str:
-    """Say how many images, or objects in images, got better, and how many worse."""
+    """Return how many images, or objects in images, got better and how many worse."""
     gains = np.array([result.gain for result in results])
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     counts = {"better": better, "equal": len(gains) - better - worse, "worse": worse}
@@ -33,7 +33,7 @@ def count_sentence(results: list[Result]) -> str:
 
 
 def split_sentences(split: str, overlap: Overlap) -> list[str]:
-    """Say how far a number that was measured on a split can be believed, and what is against it."""
+    """Return what makes numbers on a split reliable, and what makes them doubtful."""
     images, sentences = overlap.images, []
     is_unseen = overlap.is_known and not overlap.trained_on
     if split == "val" and not overlap.trained_on:
@@ -82,9 +82,9 @@ def split_sentences(split: str, overlap: Overlap) -> list[str]:
 
 
 def empty_sentence(count: int, found: Sequence[int]) -> str:
-    """Say how many images without an object there are, and in how many of them one is found.
+    """Return how many images have no object, and in how many of them the models find one.
 
-    found: by the original and by the fine-tuned model; empty where this was not measured.
+    found: the number for the original and for the fine-tuned model; empty if not measured.
     """
     if not found:
         return say("{count} more images have no object, and are not measured", count=count)
@@ -97,9 +97,9 @@ def empty_sentence(count: int, found: Sequence[int]) -> str:
 
 
 def runs_sentence(path: Path) -> str:
-    """Say how far apart trainings with other seeds came out; or that the file is not about that.
+    """Return the spread of training runs with different seeds, or a warning that it is unreadable.
 
-    path: of what train_sam2_proper.py --runs wrote.
+    path: the table that train_sam2_proper.py --runs writes.
     """
     try:
         ious = read_runs(path)

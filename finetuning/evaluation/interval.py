@@ -1,4 +1,4 @@
-"""Confidence intervals by the bootstrap over images, or over groups of them."""
+"""Bootstrap confidence intervals over images, or over groups of images."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from finetuning.evaluation.measuring import Result
 
 RESAMPLES = 10_000  # of the bootstrap
 
-FEW_IMAGES = 20  # below it, bootstrap intervals are clearly too narrow
+FEW_IMAGES = 20  # with fewer, bootstrap intervals are clearly too narrow
 
 
 def bootstrap_interval(
     gains: np.ndarray, seed: int, images: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Return the 95% confidence interval of the mean of M gains in IoU, one an object.
+    """Return the 95% confidence interval of the mean of M gains in IoU, one gain per object.
 
-    It is the percentile interval of the bootstrap (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, chapter 13) over images, since objects of one image are not independent; the
-    two IoUs of an object stay paired. images: of M ints, which are equal for objects of one image;
-    by default, each is in an image of its own.
+    This is the percentile interval of the bootstrap (Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, chapter 13). It resamples images, since objects of one image are not
+    independent; the two IoUs of an object stay paired. images: M ints, equal for objects of one
+    image; by default, each object has its own image.
     """
     images = np.arange(len(gains)) if images is None else images
     rng = np.random.default_rng(seed)
-    _, of_image = np.unique(images, return_inverse=True)
-    sums, counts = np.bincount(of_image, gains), np.bincount(of_image)
+    _, numbers = np.unique(images, return_inverse=True)
+    sums, counts = np.bincount(numbers, gains), np.bincount(numbers)
     parts = []
-    for _ in range(100):  # not all at once, which would fill the memory with many images
+    for _ in range(100):  # all resamples at once could fill the memory
         drawn = rng.integers(len(sums), size=(RESAMPLES // 100, len(sums)))
         parts.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
@@ -35,9 +35,10 @@ def bootstrap_interval(
 
 
 def group_numbers(results: list[Result]) -> np.ndarray:
-    """Return a number an object, equal for those of images that are not independent.
+    """Return one number per object, equal for objects of images that are not independent.
 
-    Such are copies and the images of one patient: of one Pair.group. Others are on their own.
+    Copies and images of one patient are not independent: they share a Pair.group. Any other image
+    is a group of its own.
     """
     groups = [result.pair.group for result in results]
     keys = [
@@ -54,13 +55,13 @@ def format_interval(
     groups: np.ndarray | None = None,
     images: int | None = None,
 ) -> tuple[str, str]:
-    """Return the interval of the mean gain in %p, and a sentence that says what to beware of.
+    """Return the interval of the mean gain in %p, and a sentence on it with its caveats.
 
-    The first is empty where there is no interval.
+    The first is empty if there is no interval.
 
     Arguments:
-      gains, groups: as in bootstrap_interval, whose images may be groups of images.
-      images: how many there are (default: as many as groups).
+      gains, groups: the gains and images of bootstrap_interval; an image may be a group of images.
+      images: the number of images (default: the number of groups).
     """
     count = len(gains if groups is None else np.unique(groups))
     images = images or count
