@@ -24,8 +24,6 @@ from pathlib import Path
 
 from sam2_utils import UserError, select_device
 
-import numpy as np
-
 from finetuning.basics.command_line import (
     ArgumentParser,
     add_device_option,
@@ -40,26 +38,14 @@ from finetuning.basics.language import add_language_option, say, use_language
 from finetuning.basics.run_outputs import RUNS_FILE
 from finetuning.comparison.clicks import CLICK_FILES, compare_clicks
 from finetuning.comparison.detection import AUTO_FILE, compare_automatic
-from finetuning.comparison.figures import draw_comparisons, draw_scatter, remove_earlier
-from finetuning.comparison.report import (
-    format_files,
-    format_summary,
-    size_class,
-    summarize,
-    write_results,
-)
+from finetuning.comparison.figures import draw_comparisons, draw_ious, remove_earlier
+from finetuning.comparison.report import format_files, format_summary, summarize, write_results
 from finetuning.comparison.report_page import Setup, write_page
-from finetuning.comparison.report_sentences import empty_sentence
+from finetuning.comparison.report_sentences import describe_empty
 from finetuning.comparison.tables import Table, format_table, print_anywhere
 from finetuning.dataset.pairs import SPLITS, Pair, keep_out, split_pairs
 from finetuning.dataset.splitting import read_folds
-from finetuning.evaluation.measuring import (
-    Comparison,
-    Result,
-    counted_unit,
-    find_in_empty,
-    measure,
-)
+from finetuning.evaluation.measuring import Comparison, measure
 from finetuning.evaluation.seen_images import add_overlaps, count_overlap, require_unseen
 from finetuning.evaluation.simulated_clicks import MAX_MEASURED_CLICKS
 from finetuning.model.loading import load_models
@@ -69,67 +55,46 @@ from finetuning.model.models import MODELS
 
 def choose_pairs(
     data: Path, split: str | None, limit: int | None, finetuned: Path, folds: Path | None
-) -> tuple[str, dict[Path, list[Pair]]]:
-    """Return the split's display name and the pairs for each fine-tuned model's file.
+) -> tuple[str, list[Path], list[list[Pair]]]:
+    """Return the split's display name, the fine-tuned models' files, and the pairs for each.
 
-    By default, the split is test if there is one, else val. folds: the folder of a training with
-    --folds; each image is in the fold of the model that was not trained on it.
+    By default, the split is test if there is one, else val. folds: the output folder of a training
+    with folds; each image is then measured by the model that was not trained on it.
     """
     if folds:
-        pairs = {name: split_pairs(data, name) for name in ("train", "val")}
-        pairs_by_model = read_folds(folds, pairs)
-        name = f"{len(pairs_by_model)} folds"
-        return name, {model: fold[:limit] for model, fold in pairs_by_model.items()}
+        by_model = read_folds(folds, {name: split_pairs(data, name) for name in ("train", "val")})
+        folds_pairs = [pairs[:limit] for pairs in by_model.values()]
+        return f"{len(by_model)} folds", list(by_model), folds_pairs
     split = split or ("test" if (data / "images/test").is_dir() else "val")
-    return split, {finetuned: split_pairs(data, split, limit)}
+    return split, [finetuned], [split_pairs(data, split, limit)]
+
+
+def require_finetuned(file: Path, is_demo: bool) -> None:
+    """Raise UserError if there is no fine-tuned model; the message has the training's command."""
+    if not file.is_file():
+        command = "python train_sam2_proper.py" + " --demo" * is_demo
+        raise UserError(f"no fine-tuned model at {file}; run: {command}")
 
 
 def measure_all(
-    original: Model,
-    finetuned: list[Model],
-    pairs_by_model: list[list[Pair]],
-    prompt_kind: str,
-    mask_kind: str,
-    seed: int,
+    models: list[Model], pairs: list[list[Pair]], prompt_kind: str, mask_kind: str, seed: int
 ) -> list[Comparison]:
-    """Measure the original and each fine-tuned model on the pairs of the latter.
+    """Measure the original, the first model, and each fine-tuned model on the latter's pairs.
 
     Raises UserError if no image has an object.
     """
+    original, *finetuned = models
     comparisons: list[Comparison] = []
     done = 0
-    for model, pairs in zip(finetuned, pairs_by_model, strict=True):
-        models, how = [original, model], (prompt_kind, mask_kind, seed, "Comparing")
-        # Images are numbered across all folds: the number seeds the random points
-        results = measure(models, pairs, *how, first_index=done)
-        comparisons.append(Comparison(models, pairs, results))
-        done += len(pairs)
+    for model, own_pairs in zip(finetuned, pairs, strict=True):
+        both, how = [original, model], (prompt_kind, mask_kind, seed, "Comparing")
+        # Images are numbered across all folds, since the number seeds the random points
+        results = measure(both, own_pairs, *how, first_index=done)
+        comparisons.append(Comparison(both, own_pairs, results))
+        done += len(own_pairs)
     if not any(comparison.results for comparison in comparisons):
         raise UserError("every mask is empty; check that objects are white (255)")
     return comparisons
-
-
-def describe_empty(comparisons: list[Comparison], prompt_kind: str, mask_kind: str) -> list[str]:
-    """Return a sentence on the images without an object, if there are any.
-
-    It counts them and, without a prompt, those in which the models find something all the same.
-    """
-    count, found = 0, []
-    for models, pairs, results in comparisons:
-        measured = {result.pair.image for result in results}
-        empty = [pair for pair in pairs if pair.image not in measured]
-        count += len(empty)
-        # A point or a box needs an object
-        if prompt_kind == "none":
-            found += find_in_empty(models, empty, mask_kind)
-    return [empty_sentence(count, np.sum(found, axis=0).tolist())] if count else []
-
-
-def draw_ious(path: Path, results: list[Result]) -> None:
-    """Draw the fine-tuned model's IoU against the original's, one dot per object."""
-    ious = np.array([[metrics["IoU"] for metrics in result.metrics] for result in results])
-    sizes = [size_class(result.area_fraction) for result in results]
-    draw_scatter(path, ious, sizes, counted_unit(results))
 
 
 def print_written(
@@ -272,17 +237,14 @@ def main(argv: list[str] | None = None) -> None:
     device = select_device(args.device, args.threads)
 
     # The images and the models
-    split, pairs_by_model = choose_pairs(
+    split, paths, pairs = choose_pairs(
         args.data, args.split, args.limit, args.finetuned, args.folds
     )
-    pairs = list(pairs_by_model.values())
     training = split_pairs(args.data, "train") if args.auto else []
-    if not args.finetuned.is_file() and not args.folds:
-        command = "python train_sam2_proper.py" + " --demo" * args.demo
-        raise UserError(f"no fine-tuned model at {args.finetuned}; run: {command}")
-    (original, *finetuned), files = load_models(
-        *(list(pairs_by_model), args.original, args.model),
-        *(device, args.device == "mps", args.precision, args.cache),
+    if not args.folds:
+        require_finetuned(args.finetuned, args.demo)
+    models, files = load_models(
+        paths, args.original, args.model, device, args.device == "mps", args.precision, args.cache
     )
     images = args.data / "images" / ("" if args.folds else split)
     print(format_files(files, images, split == "test" and not args.split))
@@ -291,12 +253,11 @@ def main(argv: list[str] | None = None) -> None:
         require_unseen(overlap, files.finetuned_name)
 
     # The same prompts for both models
-    how = args.prompt, args.mask
-    comparisons = measure_all(original, finetuned, pairs, *how, args.seed)
+    comparisons = measure_all(models, pairs, args.prompt, args.mask, args.seed)
     results = [result for comparison in comparisons for result in comparison.results]
     runs_file = None if args.folds else args.finetuned.with_name(RUNS_FILE)
     summary = summarize(results, split, overlap, args.mask, args.seed, runs_file)
-    summary.sentences.extend(describe_empty(comparisons, *how))
+    summary.sentences.extend(describe_empty(comparisons, args.prompt, args.mask))
     print_anywhere(format_summary(summary))
 
     write_results(args.output / "results.csv", results)
@@ -311,14 +272,12 @@ def main(argv: list[str] | None = None) -> None:
         clicks = compare_clicks(args.output, comparisons, args.clicks, with_mask, args.mask)
         print_anywhere("\n" + format_table(clicks))
     if args.auto:
-        models = [original, *finetuned]
-        automatic = compare_automatic(
-            args.output, models, files.facts[0], *pairs, training, args.seed
-        )
+        facts = files.facts[0]
+        automatic = compare_automatic(args.output, models, facts, pairs[0], training, args.seed)
         print_anywhere("\n" + format_table(automatic))
 
-    setup = Setup(args.data, split, *how, args.seed, ["compare_models.py", *argv])
-    write_page(args.output, summary, files, original, setup, clicks, pictures, automatic)
+    setup = Setup(args.data, split, args.prompt, args.mask, args.seed, ["compare_models.py", *argv])
+    write_page(args.output, summary, files, models[0], setup, clicks, pictures, automatic)
     print_written(args.output, len(pictures), clicks, automatic)
 
 

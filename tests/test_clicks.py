@@ -73,8 +73,8 @@ def test_the_table_shows_both_models_after_each_click():
         ["NoC@90", "2.00", "2.00"],
         ["not reached", "2", "1"],
     ]
-    assert "(of 2 images; not reached counts as 2)" in table.note
-    assert "of 2 objects" in clicks_table(ious, True, "object").note
+    assert "(2 images; not reached counts as 2)" in table.note
+    assert "(2 objects;" in clicks_table(ious, True, "object").note
     assert table.title != clicks_table(ious, False).title
 
 

@@ -98,23 +98,23 @@ def test_the_metrics_are_a_row_each_with_means_and_medians():
 def test_an_image_with_many_objects_counts_once_among_the_images_medians():
     results = made_up((0, 0.1, 0.2), (0, 0.2, 0.4), (0, 0.9, 0.9), (1, 0.6, 0.8))
     assert metrics_table(results).rows[-1] == [
-        "IoU, each image's median", "0.4000", "0.6000", "0.4000", "0.6000",
+        "IoU, median per image", "0.4000", "0.6000", "0.4000", "0.6000",
     ]  # fmt: skip
     assert len(metrics_table(SOME).rows) == len(METRICS)
     assert summarize(results, "val", UNSEEN).sentences[0] == (
-        "objects 4 in 2 images: 3 better, 1 equal, 0 worse"
+        "4 objects in 2 images: 3 better, 1 equal, 0 worse"
     )
 
 
 def test_images_are_counted_and_what_the_split_means_is_said():
     for split, words in (
-        ("val", "download_dataset.py with --test-fraction 0.1"),
+        ("val", "download_dataset.py --test-fraction 0.1"),
         ("test", "no training has read these images"),
-        ("train", "the model has learnt these images"),
+        ("train", "the model was trained on these images"),
     ):
         overlap = Overlap(4, trained_on=4) if split == "train" else UNSEEN
         summary = summarize(SOME, split, overlap)
-        assert summary.sentences[0] == "images 4: 2 better, 1 equal, 1 worse"
+        assert summary.sentences[0] == "4 images: 2 better, 1 equal, 1 worse"
         assert words in summary.sentences[2] and len(summary.sentences) == 3
         assert split_sentences(split, overlap) == summary.sentences[2:]
         assert f"mean IoU ({split})" in format_box(summary)
@@ -124,7 +124,7 @@ def test_images_are_counted_and_what_the_split_means_is_said():
 
 @pytest.mark.parametrize("split", ["val", "test", "2 folds"])
 def test_what_the_model_has_seen_is_said_in_the_box_and_below_it(split):
-    good = ("flatters a little", "no training has read", "had not seen it")
+    good = ("slightly optimistic", "no training has read", "had not seen it")
     seen = summarize(SOME, split, Overlap(4, trained_on=3, changed_masks=2))
     text = " ".join(seen.sentences)
     assert "the model was trained on 3 of these 4 images" in text
@@ -135,17 +135,17 @@ def test_what_the_model_has_seen_is_said_in_the_box_and_below_it(split):
     assert {len(line) for line in box.splitlines()} == {42}
 
     unknown = " ".join(split_sentences(split, Overlap(4, is_known=False)))
-    assert "is not known in full" in unknown
+    assert "it is not known whether" in unknown
     assert not any(words in unknown for words in good[1:])  # of val, the training chose its epoch
 
 
 def test_a_test_split_that_chose_the_epoch_is_no_test():
     (sentence,) = split_sentences("test", Overlap(4, validated_on=2))
-    assert sentence == "the best epoch was chosen by 2 of these 4 images"
+    assert sentence == "the best epoch was chosen on 2 of these 4 images"
 
 
 def test_images_without_an_object_are_counted_in_a_sentence():
-    assert empty_sentence(3, []) == "3 more images have no object, and are not measured"
+    assert empty_sentence(3, []) == "3 more images have no object and are not measured"
     assert "the original finds something in 2 of them, the fine-tuned model in 1" in (
         empty_sentence(3, [2, 1])
     )
@@ -165,7 +165,7 @@ def test_images_of_one_group_are_drawn_together():
         != summarize(apart, "val", UNSEEN, seed=3).interval
     )
     assert (
-        "paired bootstrap over 60 groups of 180 images"
+        "paired bootstrap over 180 images in 60 groups"
         in (summarize(together, "val", UNSEEN).sentences[1])
     )
     # An image alone is no group's, whatever that is called
@@ -173,7 +173,7 @@ def test_images_of_one_group_are_drawn_together():
     assert group_numbers(some).tolist() == [0, 1, 1]
     one = summarize(made_up((0, 0.1, 0.2), (1, 0.1, 0.2), groups={0: "a", 1: "a"}), "val", UNSEEN)
     assert one.interval == "" and one.sentences[1].endswith(
-        "of one group of images: too few for an interval"
+        "; one group of images is too few for a confidence interval"
     )
 
 
@@ -182,8 +182,8 @@ def test_trainings_with_other_seeds_are_summed_up_in_a_line(tmp_path):
     rows = "run,seed,best_val_iou,last_val_iou\n1,42,0.59,0.58\n2,43,0.60,0.60\n3,44,0.61,0.59\n"
     path.write_text(rows, encoding="utf-8-sig")
     assert runs_sentence(path) == (
-        "3 trainings with different seeds: val IoU best 0.6000 ± 0.0100 (0.5900 to 0.6100), last "
-        "0.5900 ± 0.0100; the 95% interval over images does not contain this"
+        "3 training runs with different seeds: val IoU best 0.6000 ± 0.0100 (0.5900 to 0.6100), "
+        "last 0.5900 ± 0.0100; the 95% interval over images does not include this spread"
     )
     assert summarize(SOME, "val", UNSEEN, runs_file=path).sentences[3] == runs_sentence(path)
     assert len(summarize(SOME, "val", UNSEEN, runs_file=tmp_path / "absent.csv").sentences) == 3
@@ -207,7 +207,7 @@ def test_a_file_of_runs_that_is_damaged_or_foreign_is_left_out_with_a_warning(tm
     path = tmp_path / RUNS_FILE
     path.write_bytes(content)
     sentence = summarize(SOME, "val", UNSEEN, runs_file=path).sentences[3]
-    assert sentence.startswith("warning: ") and "it is left out" in sentence
+    assert sentence.startswith("warning: ") and "it is ignored" in sentence
     assert sentence.isprintable()
 
 
@@ -326,8 +326,9 @@ def test_what_is_compared_is_said_first():
     assert text.splitlines() == [
         "original:   a.pt",
         "fine-tuned: b.pt (SAM 2.1 mini)",
-        "            which is the original: no epoch of the training was better",
-        "images:     images (where there is a test split it is taken; --split val: the others)",
+        "            identical to the original: no epoch of the training was better",
+        "images:     images (the test split is the default where there is one; "
+        "--split val: the validation split)",
     ]
     use_language("ko")
     korean = format_files(files._replace(facts=[{}]), Path("images"), False).splitlines()
@@ -458,7 +459,7 @@ def test_names_of_files_do_no_harm(make_page, tmp_path):
     assert "\u202e" not in page.text  # nor do they turn the text round
     assert page.words.count("x -") == 1
     for settings in ("text", [1], None, {}):
-        assert "Settings of the training" not in make_page(facts={"settings": settings}).text
+        assert "Training settings" not in make_page(facts={"settings": settings}).text
     lone = make_page([picture._replace(name="\udcff.png")])  # a name that is no UTF-8
     assert r"\udcff.png" in lone.text
 
@@ -514,7 +515,7 @@ def test_images_for_a_test_are_compared_where_there_are_any(run_script, trained)
     assert outcome.status == 0, outcome.err
     assert "mean IoU (test)" in outcome.out and "--split val" in outcome.out
     assert "test: no training has read these images" in outcome.out
-    assert "of one image: too few" in outcome.out
+    assert "one image is too few" in outcome.out
     outcome = run_script(main, *trained, "--language", "en", "--split", "val")
     assert "mean IoU (val)" in outcome.out and "--split val" not in outcome.out
 

@@ -65,16 +65,18 @@ def clicks_table(ious: np.ndarray, use_mask_prompt: bool, unit: str = "image") -
         rows.append([say("not reached"), *map(str, never)])
     note = say(
         "NoC@85: mean number of clicks to an IoU of 85% "
-        "(of {count} objects; not reached counts as {clicks})",
+        "({count} objects; not reached counts as {clicks})",
         count=objects, clicks=count,
     )  # fmt: skip
     if unit == "image":
         note = say(
             "NoC@85: mean number of clicks to an IoU of 85% "
-            "(of {count} images; not reached counts as {clicks})",
+            "({count} images; not reached counts as {clicks})",
             count=objects, clicks=count,
         )  # fmt: skip
-    how = say("previous mask as a prompt too") if use_mask_prompt else say("no mask prompt")
+    how = say("without a mask prompt")
+    if use_mask_prompt:
+        how = say("with the previous mask as a prompt")
     return Table(
         say("mean IoU by simulated clicks ({how})", how=how),
         [say("clicks"), say("original"), say("fine-tuned")],
@@ -104,7 +106,7 @@ def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool, unit: str =
         axes.plot(range(1, len(means) + 1), means, "o-", label=name)
     axes.set(xlabel="clicks", ylabel=f"mean IoU of {ious.shape[1]} {unit}s")
     # Charts are in English: matplotlib's own font has no Korean characters
-    how = "previous mask as a prompt too" if use_mask_prompt else "no mask prompt"
+    how = "with the previous mask as a prompt" if use_mask_prompt else "without a mask prompt"
     axes.set_title(f"simulated clicks, {how}", fontsize="medium")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

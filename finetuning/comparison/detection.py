@@ -51,18 +51,18 @@ def detection_table(counts: Sequence[Sequence[Counts]], rules: Sequence[Rule]) -
         [say("precision"), *(f"{one.precision:.4f}" for one in totals)],
         [say("recall"), *(f"{one.recall:.4f}" for one in totals)],
         ["F1", *(f"{one.f1:.4f}" for one in totals)],
-        [say("F1, mean of images"), *means],
+        [say("F1, mean over images"), *means],
         [say("masks found"), *(str(one.found) for one in totals)],
-        [say("that are objects"), *(str(one.matched) for one in totals)],
-        [say("lowest score"), *(f"{rule.min_score:.3f}" for rule in rules)],
-        [say("smallest area"), *(f"{rule.min_area:.3%}" for rule in rules)],
+        [say("that match an object"), *(str(one.matched) for one in totals)],
+        [say("minimum score"), *(f"{rule.min_score:.3f}" for rule in rules)],
+        [say("minimum area"), *(f"{rule.min_area:.3%}" for rule in rules)],
     ]
     title = say(
-        "objects found without a prompt: {count} in {images} images",
+        "objects found without a prompt ({count} objects in {images} images)",
         count=totals[0].objects, images=len(counts[0]),
     )  # fmt: skip
     note = say(
-        "a mask counts as an object from an IoU of 0.5 on; both thresholds were chosen on training "
+        "a mask matches an object from an IoU of 0.5 on; both thresholds were chosen on training "
         "images"
     )
     return Table(title, ["", say("original"), say("fine-tuned")], rows, note)

@@ -15,10 +15,12 @@ from tqdm import tqdm
 from finetuning.basics.files import atomic_write
 from finetuning.comparison.clicks import CLICK_FILES
 from finetuning.comparison.detection import AUTO_FILE
+from finetuning.comparison.report import size_class
 from finetuning.dataset.objects import read_pair
 from finetuning.evaluation.measuring import (
     Comparison,
     Result,
+    counted_unit,
     group_by_image,
     mean_gain,
     mean_metrics,
@@ -102,6 +104,13 @@ def remove_earlier(output: Path) -> None:
             path.unlink()
     for name in (*CLICK_FILES, AUTO_FILE, *REPORT_FILES):
         (output / name).unlink(missing_ok=True)
+
+
+def draw_ious(path: Path, results: list[Result]) -> None:
+    """Draw the fine-tuned model's IoU against the original's, one dot per object."""
+    ious = np.array([[metrics["IoU"] for metrics in result.metrics] for result in results])
+    sizes = [size_class(result.area_fraction) for result in results]
+    draw_scatter(path, ious, sizes, counted_unit(results))
 
 
 def draw_scatter(path: Path, ious: np.ndarray, sizes: list[str], unit: str) -> None:

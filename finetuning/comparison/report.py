@@ -145,21 +145,23 @@ def format_files(files: Files, images: Path, is_test_by_default: bool) -> str:
         f"{finetuned}{files.finetuned_name} (SAM 2.1 {files.model_name})",
     ]
     if files.is_start is False:
-        note = say("which is not the file that training started from")
+        note = say("not the file that training started from")
         lines.insert(1, f"{'':{width}}{note}")
     if files.facts[0].get("epoch") == 0:
-        note = say("which is the original: no epoch of the training was better")
+        note = say("identical to the original: no epoch of the training was better")
         lines.append(f"{'':{width}}{note}")
     if files.image_size != own_image_size(files.model_name):
         note = say(
-            "both see images of {size}x{size} pixels, as in training; the original's own size is "
-            "{own}x{own}",
+            "both models see images resized to {size}x{size} pixels, as in training; the "
+            "original's own size is {own}x{own}",
             size=files.image_size, own=own_image_size(files.model_name),
         )  # fmt: skip
         lines.append(f"{'':{width}}{note}")
     lines.append(f"{compared}{images}")
     if is_test_by_default:
-        lines[-1] += " " + say("(where there is a test split it is taken; --split val: the others)")
+        lines[-1] += " " + say(
+            "(the test split is the default where there is one; --split val: the validation split)"
+        )
     return "\n".join(map(one_line, lines))
 
 
@@ -183,12 +185,12 @@ def metrics_table(results: list[Result]) -> Table:
             np.median([[metrics["IoU"] for metrics in r.metrics] for r in image_results], axis=0)
             for image_results in group_by_image(results)
         ]
-        rows.append([say("IoU, each image's median"), *_mean_and_median(medians, 4)])
+        rows.append([say("IoU, median per image"), *_mean_and_median(medians, 4)])
     note = ", ".join(in_pixels)
     note = say("{metrics}: in pixels, lower is better", metrics=note) if in_pixels else ""
-    title = say("metrics of {count} objects", count=len(results))
+    title = say("metrics on {count} objects", count=len(results))
     if counted_unit(results) == "image":
-        title = say("metrics of {count} images", count=len(results))
+        title = say("metrics on {count} images", count=len(results))
     return Table(title, header, rows, note)
 
 
@@ -209,7 +211,7 @@ def sizes_table(results: list[Result]) -> Table:
     names = {
         "small": (say("small"), say("below 5%")),
         "medium": (say("medium"), say("5 to 15%")),
-        "large": (say("large"), say("15% and more")),
+        "large": (say("large"), say("15% or more")),
     }
     rows = []
     for size, texts in names.items():
@@ -219,7 +221,7 @@ def sizes_table(results: list[Result]) -> Table:
             means = [f"{mean_metrics(matching, model)['IoU']:.4f}" for model in (0, 1)]
         rows.append([*texts, str(len(matching)), *means])
     unit = say("images") if counted_unit(results) == "image" else say("objects")
-    header = ["", say("of the image"), unit, say("original"), say("fine-tuned")]
+    header = ["", say("share of image"), unit, say("original"), say("fine-tuned")]
     return Table(say("mean IoU by object size"), header, rows)
 
 

@@ -154,13 +154,13 @@ def describe_models(files: Files, setup: Setup, overlap: Overlap) -> dict[str, s
     if isinstance(epoch, int):
         finetuned = say("{file} (epoch {epoch})", file=finetuned, epoch=epoch)
     prompts = {
-        "center": say("a point, the deepest inside the object"),
+        "center": say("one point, the deepest inside the object"),
         "random": say("a random point in the object"),
         "box": say("the object's box"),
-        "none": say("none: all objects of the image are to be found"),
+        "none": say("none: all objects in the image"),
     }
     masks = {
-        "best": say("of three masks, the one that the model scores highest"),
+        "best": say("the one of three masks that the model scores highest"),
         "single": say("the single mask"),
     }
     trained_on, changed = (
@@ -173,8 +173,8 @@ def describe_models(files: Files, setup: Setup, overlap: Overlap) -> dict[str, s
         say("Fine-tuned"): finetuned,
         say("Data"): short(setup.data),
         say("Split"): setup.split,
-        say("Trained on"): trained_on if overlap.is_known else say("not known"),
-        say("Masks changed since training"): changed if overlap.is_known else say("not known"),
+        say("Trained on"): trained_on if overlap.is_known else say("unknown"),
+        say("Masks changed since training"): changed if overlap.is_known else say("unknown"),
         say("Prompt"): prompts[setup.prompt_kind],
         say("Mask"): masks[setup.mask_kind],
     }

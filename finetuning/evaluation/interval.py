@@ -67,20 +67,20 @@ def format_interval(
     images = images or count
     line = say("improvement {gain:+.1f}%p", gain=100 * gains.mean())
     if count == 1 < images:
-        return "", line + say(", of one group of images: too few for an interval")
+        return "", line + say("; one group of images is too few for a confidence interval")
     if count == 1:
-        return "", line + say(", of one image: too few for an interval")
+        return "", line + say("; one image is too few for a confidence interval")
     low, high = bootstrap_interval(gains, seed, groups)
     interval = say("95% interval {low:+.1f} to {high:+.1f}", low=100 * low, high=100 * high)
     over = say(" (paired bootstrap over {images} images)", images=images)
     if count < images:
         over = say(
-            " (paired bootstrap over {groups} groups of {images} images)",
+            " (paired bootstrap over {images} images in {groups} groups)",
             groups=count, images=images,
         )  # fmt: skip
     line += ", " + interval + over
     if low <= 0 <= high:
-        line += say("; it includes 0: could be chance")
+        line += say("; it includes 0, so this could be chance")
     if count < FEW_IMAGES:
-        line += say("; few images: take it as wider")
+        line += say("; with so few images, the true interval is wider")
     return interval, line
