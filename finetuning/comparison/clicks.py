@@ -40,6 +40,7 @@ def number_of_clicks(ious: np.ndarray, target: float) -> tuple[float, int]:
     N clicks, as in RITM.
     """
     reached = ious >= target
+    # argmax is the first click that reaches the target, but 0 if none does
     never = ~reached.any(axis=1)
     clicks = np.where(never, ious.shape[1], reached.argmax(axis=1) + 1)
     return float(clicks.mean()), int(never.sum())

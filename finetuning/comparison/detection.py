@@ -17,7 +17,7 @@ from finetuning.model.automatic import Rule, rule_of
 from finetuning.model.model import Model
 
 AUTO_FILE = "auto.csv"
-COLUMNS = ("image", "objects", "model", "found", "matched", "precision", "recall", "f1")
+AUTO_COLUMNS = ("image", "objects", "model", "found", "matched", "precision", "recall", "f1")
 
 
 def compare_automatic(
@@ -33,6 +33,7 @@ def compare_automatic(
     facts: of the second, fine-tuned model's file. If it holds no rule, the rule is tuned on the
     training pairs; the original's always is.
     """
+    # Each model gets its own thresholds: with those of the other it would look worse than it is
     original, finetuned = models
     rules = [
         tune_rule(original, training, seed),
@@ -75,4 +76,4 @@ def write_detection(path: Path, pairs: list[Pair], counts: Sequence[Sequence[Cou
         for name, one in zip(("original", "finetuned"), image_counts, strict=True):
             shares = (f"{value:.6f}" for value in (one.precision, one.recall, one.f1))
             rows.append([pair.image.name, one.objects, name, one.found, one.matched, *shares])
-    write_csv(path, COLUMNS, rows)
+    write_csv(path, AUTO_COLUMNS, rows)

@@ -138,6 +138,7 @@ def plot_scatter(axes: Axes, ious: np.ndarray, sizes: list[str], unit: str) -> N
 
     # Draw all sizes in one call, in random order: a size drawn last would hide the others
     order = np.random.default_rng(0).permutation(count)
+    # The more dots, the smaller and the more transparent
     area, alpha = np.clip(8000 / count, 7, 70), np.clip(150 / count, 0.5, 0.8)
     colors = [SIZE_COLORS[sizes[k]] for k in order]
     axes.scatter(*ious[order].T, area, colors, alpha=alpha, linewidths=0, zorder=2)

@@ -109,6 +109,7 @@ def format_box(summary: Summary) -> str:
     width = max(map(display_width, cells)) + 2
     original, finetuned, gain = (f"  {pad(name, width)}{value}" for name, value in cells.items())
     title = pad(say("mean IoU ({measured})", measured=summary.measured), BOX_WIDTH, "^")
+    # On the train split, all images were trained on: a sentence below the box says it
     doubts = {
         say("trained on:"): 0 if summary.split == "train" else summary.overlap.trained_on,
         say("masks changed:"): summary.overlap.changed_masks,
@@ -150,6 +151,7 @@ def format_files(files: Files, images: Path, is_test_by_default: bool) -> str:
     if files.facts[0].get("epoch") == 0:
         note = say("identical to the original: no epoch of the training was better")
         lines.append(f"{'':{width}}{note}")
+    # At another size than its own, the original may be worse than published
     if files.image_size != own_image_size(files.model_name):
         note = say(
             "both models see images resized to {size}x{size} pixels, as in training; the "
@@ -180,6 +182,7 @@ def metrics_table(results: list[Result]) -> Table:
         is_in_pixels = name in PIXEL_METRICS
         label = f"{name} (px)" if is_in_pixels else name
         rows.append([label, *_mean_and_median(values, 1 if is_in_pixels else 4)])
+    # An image with many objects dominates the rows above; in this one each image counts once
     if counted_unit(results) == "object":
         medians = [
             np.median([[metrics["IoU"] for metrics in r.metrics] for r in image_results], axis=0)

@@ -79,9 +79,11 @@ def write_page(
         requested.
       pictures: from the largest gain to the largest loss.
     """
+    # autoescape: names of files and settings are foreign text
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    # The first half of the pictures are gains; from the end, the largest losses come first
     gains = len(pictures) - len(pictures) // 2
     best, worst = pictures[:gains][:MOST_PICTURES], pictures[gains:][::-1][:MOST_PICTURES]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

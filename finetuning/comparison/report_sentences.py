@@ -36,6 +36,7 @@ def split_sentences(split: str, overlap: Overlap) -> list[str]:
     """Return what makes numbers on a split reliable, and what makes them doubtful."""
     images, sentences = overlap.images, []
     is_unseen = overlap.is_known and not overlap.trained_on
+    # First what speaks for the numbers, then what speaks against them
     if split == "val" and not overlap.trained_on:
         text = say(
             "val: the best epoch was chosen on these images, so this is slightly optimistic; "

@@ -25,6 +25,7 @@ def bootstrap_interval(
     images = np.arange(len(gains)) if images is None else images
     rng = np.random.default_rng(seed)
     _, numbers = np.unique(images, return_inverse=True)
+    # The sum and count of each image are all that a mean over drawn images needs
     sums, counts = np.bincount(numbers, gains), np.bincount(numbers)
     parts = []
     for _ in range(100):  # all resamples at once could fill the memory
@@ -41,6 +42,7 @@ def group_numbers(results: list[Result]) -> np.ndarray:
     is a group of its own.
     """
     groups = [result.pair.group for result in results]
+    # The index keeps images without a group apart; -1 is no index
     keys = [
         (group, -1 if group else result.index)
         for group, result in zip(groups, results, strict=True)

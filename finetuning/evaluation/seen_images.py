@@ -80,6 +80,7 @@ def count_overlap(pairs: Sequence[Pair], facts: dict[str, Any]) -> Overlap:
     learnt_images, validated_images = (
         {image for image, _ in contents} for contents in (learnt, validated)
     )
+    # A known image in a pair that is not known has a new mask
     seen = set(map(tuple, [*learnt, *validated]))
     trained_on = validated_on = changed = 0
     hashes = hash_files(pairs)
