@@ -136,7 +136,7 @@ def read_examples(
         as_one = pair.as_one or kind == "none"
         chosen = objects if pair.chosen is None else objects.only(pair.chosen)
         for k, mask in enumerate(objects.together() if as_one else chosen):
-            # Seeded per object, so that a prompt does not depend on which others are measured
+            # Each object has a seed of its own: its prompt does not depend on earlier draws
             prompt = prompt_from_mask(mask, kind, np.random.default_rng([seed, index, k]))
             identity = index, k, pair._replace(as_one=as_one), kind
             examples.append(Example(*identity, prompt, objects.size, pack_mask(mask)))
