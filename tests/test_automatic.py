@@ -352,7 +352,7 @@ def test_a_rule_is_kept_in_the_best_model_where_asked_for_and_a_comparison_takes
     outcome = run_script(train_sam2_proper.main, *options)
     assert outcome.status == 0, outcome.err
     without = load_checkpoint(best)
-    assert RULE not in without and "for --auto objects" not in outcome.out
+    assert RULE not in without and "--auto objects keeps masks" not in outcome.out
     # It is no setting of the run, which may have ended before it is asked for
     outcome = run_script(train_sam2_proper.main, *options, "--choose-thresholds", "--resume")
     assert outcome.status == 0, outcome.err
@@ -360,7 +360,7 @@ def test_a_rule_is_kept_in_the_best_model_where_asked_for_and_a_comparison_takes
     assert with_rule["settings"] == without["settings"]
     assert with_rule["epoch"] == without["epoch"]
     rule = rule_of(with_rule)
-    assert rule is not None and "for --auto objects" in outcome.out
+    assert rule is not None and "--auto objects keeps masks" in outcome.out
 
     outcome = run_script(compare_models.main, "--auto", "--original", random_mini, "--figures", 0)
     assert outcome.status == 0, outcome.err
@@ -378,7 +378,7 @@ def test_a_rule_is_kept_in_the_best_model_where_asked_for_and_a_comparison_takes
         )
     assert (
         f"{rule.min_score:.3f}" in outcome.out
-        and "objects found without a prompt: 2" in outcome.out
+        and "objects found without a prompt (2 objects in 2 images)" in outcome.out
     )
     assert "Objects found without a prompt" in Path("output/comparison/report.html").read_text(
         encoding="utf-8"
