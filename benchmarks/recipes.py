@@ -43,7 +43,7 @@ from finetuning.basics.command_line import ArgumentParser, add_device_option, nu
 from finetuning.basics.files import as_it_was, atomic_write, write_csv
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.evaluation.measuring import mean_metrics, measure
+from finetuning.evaluation.measuring import Comparison, mean_metrics, measure
 from finetuning.evaluation.simulated_clicks import measure_clicks
 from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache
@@ -189,7 +189,8 @@ def measure_all(model: Model, pairs: list[Pair]) -> dict[str, float]:
     """Return the MEASURES: mean IoUs over objects, and the result of measure_background."""
     results = {name: measure([model], pairs, *how) for name, how in PROMPTED.items()}
     ious = {name: mean_metrics(of_prompt)["IoU"] for name, of_prompt in results.items()}
-    by_click = measure_clicks(results["one point"], max(CLICKED.values()), True, "best")
+    clicked = Comparison([model], pairs, results["one point"])
+    by_click = measure_clicks(clicked, max(CLICKED.values()), True, "best")
     means = by_click[0].mean(axis=0)
     after_clicks = {name: float(means[count - 1]) for name, count in CLICKED.items()}
     return {**ious, **after_clicks, BACKGROUND: measure_background(model, pairs)}

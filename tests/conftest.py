@@ -26,10 +26,10 @@ from sam2 import sam2_image_predictor
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
-import compare_models
 from finetuning.basics import command_line, image_decoding, language
 from finetuning.basics.files import content_sha256
 from finetuning.basics.image_files import write_image
+from finetuning.comparison import figures
 from finetuning.model import checkpoints, models
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import MODELS, build_predictor
@@ -107,10 +107,16 @@ def quick() -> Iterator[None]:
             checkpoints, "_read", lambda path: copy.deepcopy(read_once(path, content_sha256(path)))
         ),
         mock.patch.object(log_module, "draw_learning_curve", lambda path, log: path.touch()),
-        mock.patch.object(compare_models, "draw_scatter", lambda path, *_: write_blank(path)),
+        mock.patch.object(figures, "draw_scatter", lambda path, *_: write_blank(path)),
         mock.patch.object(os, "fsync"),
     ):
         yield
+
+
+@pytest.fixture(autouse=True)
+def english() -> None:
+    """Let what is said be in English, whatever language an earlier test used."""
+    language.use_language("en")
 
 
 @pytest.fixture

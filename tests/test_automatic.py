@@ -24,10 +24,10 @@ from finetuning.evaluation import object_matching
 from finetuning.evaluation.object_matching import (
     Counts,
     best_score,
-    choose_rule,
     iou_table,
     match,
     total,
+    tune_rule,
 )
 from finetuning.model import automatic
 from finetuning.model.automatic import ANY, RULE, Rule, SegmentedObject, find_objects, rule_of
@@ -179,7 +179,7 @@ def test_a_rule_is_chosen_on_some_of_the_images_drawn_by_seed(monkeypatch):
     drawn = []
     for seed in (1, 1, 2):
         read.clear()
-        choose_rule(Model(Namespace(), Namespace(precision=None)), list(range(60)), seed)
+        tune_rule(Model(Namespace(), Namespace(precision=None)), list(range(60)), seed)
         drawn.append(list(read))
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(len(set(pairs)) == object_matching.MOST_TUNED for pairs in drawn)
@@ -222,7 +222,7 @@ def test_a_rule_is_chosen_by_what_is_found_in_training_images(tmp_path, predicto
     specks = [found(square(x, 90, side=3), 0.7) for x in (0, 10, 20)]
     masks = [found(square(10, 10), 0.8), *specks, found(square(60, 60), 0.6)]
     monkeypatch.setattr(object_matching, "find_objects", lambda *given: masks)
-    rule = choose_rule(Model(predictor, FeatureSource(predictor, torch.float32)), pairs, seed=0)
+    rule = tune_rule(Model(predictor, FeatureSource(predictor, torch.float32)), pairs, seed=0)
     assert rule == ANY._replace(min_score=pytest.approx(0.4), min_area=pytest.approx(0.01))
 
 
@@ -352,7 +352,7 @@ def test_a_rule_is_kept_in_the_best_model_where_asked_for_and_a_comparison_takes
     outcome = run_script(train_sam2_proper.main, *options)
     assert outcome.status == 0, outcome.err
     without = load_checkpoint(best)
-    assert RULE not in without and "for --auto objects" not in outcome.out
+    assert RULE not in without and "--auto objects keeps masks" not in outcome.out
     # It is no setting of the run, which may have ended before it is asked for
     outcome = run_script(train_sam2_proper.main, *options, "--choose-thresholds", "--resume")
     assert outcome.status == 0, outcome.err
@@ -360,7 +360,7 @@ def test_a_rule_is_kept_in_the_best_model_where_asked_for_and_a_comparison_takes
     assert with_rule["settings"] == without["settings"]
     assert with_rule["epoch"] == without["epoch"]
     rule = rule_of(with_rule)
-    assert rule is not None and "for --auto objects" in outcome.out
+    assert rule is not None and "--auto objects keeps masks" in outcome.out
 
     outcome = run_script(compare_models.main, "--auto", "--original", random_mini, "--figures", 0)
     assert outcome.status == 0, outcome.err
@@ -378,7 +378,7 @@ def test_a_rule_is_kept_in_the_best_model_where_asked_for_and_a_comparison_takes
         )
     assert (
         f"{rule.min_score:.3f}" in outcome.out
-        and "objects found without a prompt: 2" in outcome.out
+        and "objects found without a prompt (2 objects in 2 images)" in outcome.out
     )
     assert "Objects found without a prompt" in Path("output/comparison/report.html").read_text(
         encoding="utf-8"

@@ -454,7 +454,7 @@ def test_images_and_masks_of_extreme_shapes_are_trained_on_and_compared(start, t
         assert "skipped 1 of 6 training images" in outcome.out
     outcome = start(COMPARE, "--data", "odd", "--prompt", "box", "--figures", 2, "--clicks", 2)
     assert outcome.status == 0, outcome.err
-    assert "images 5: 0 better, 5 equal" in outcome.out  # all but the empty mask
+    assert "5 images: 0 better, 5 equal" in outcome.out  # all but the empty mask
     drawn = {path.name[14:] for path in Path("output/comparison").glob("comparison_*.png")}
     assert drawn == {"+0p_1x1.png", "+0p_one pixel.png"}
 

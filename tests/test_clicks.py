@@ -17,7 +17,7 @@ from finetuning.comparison.clicks import clicks_table, number_of_clicks, write_c
 from finetuning.dataset.objects import Objects
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import simulated_clicks
-from finetuning.evaluation.measuring import Result
+from finetuning.evaluation.measuring import Comparison, Result
 from finetuning.evaluation.simulated_clicks import measure_clicks, simulate_clicks
 from finetuning.model import loading, segmentation
 from finetuning.model.checkpoints import save_checkpoint
@@ -73,8 +73,8 @@ def test_the_table_shows_both_models_after_each_click():
         ["NoC@90", "2.00", "2.00"],
         ["not reached", "2", "1"],
     ]
-    assert "(of 2 images; not reached counts as 2)" in table.note
-    assert "of 2 objects" in clicks_table(ious, True, "object").note
+    assert "(2 images; not reached counts as 2)" in table.note
+    assert "(2 objects;" in clicks_table(ious, True, "object").note
     assert table.title != clicks_table(ious, False).title
 
 
@@ -185,14 +185,14 @@ def test_each_object_has_the_clicks_on_its_own_mask_by_each_model(monkeypatch):
         for name in ("half", "whole")
     ]
     results = [
-        Result(index, k, of_pair, "center", None, 0.1, [], models)
+        Result(index, k, of_pair, "center", None, 0.1, [])
         for index, (of_pair, masks) in enumerate(objects.items())
         for k in range(len(masks))
     ]
     monkeypatch.setattr(simulated_clicks, "read_objects", objects.get)
     monkeypatch.setattr(simulated_clicks, "features_for", lambda *_: ["of half", "of whole"])
     monkeypatch.setattr(simulated_clicks, "segment_with_logits", answer)
-    ious = measure_clicks(results, 2, True, "single")
+    ious = measure_clicks(Comparison(models, list(objects), results), 2, True, "single")
     assert ious == pytest.approx(np.array([[[0.5, 0.5]] * 3, [[1, 1]] * 3]), abs=1e-6)
     assert set(asked) == {("half", "of half", "single"), ("whole", "of whole", "single")}
 

@@ -120,7 +120,7 @@ def test_the_numbers_are_those_that_training_printed(run_script, trained, random
         mask = read_mask(Path("data/masks/val", row["image"]).with_suffix(".png"))
         assert float(row["area_fraction"]) == pytest.approx(mask.sum() / mask.size, abs=1e-6)
     better = sum(float(row["finetuned_iou"]) > float(row["original_iou"]) for row in rows)
-    assert f"4: {better} better" in outcome.out
+    assert f"4 images: {better} better" in outcome.out
 
 
 def test_the_interval_is_that_of_the_mean_gain():
@@ -149,11 +149,11 @@ def test_the_interval_says_what_to_beware_of():
         r"\(paired bootstrap over 180 images\)",
         clear,
     )
-    assert unclear.endswith("; it includes 0: could be chance")
+    assert unclear.endswith("; it includes 0, so this could be chance")
     assert "could be chance" not in sentence_on(spread - 0.08)
-    assert "few images" in sentence_on(0.08 + spread[:5])
+    assert "with so few images" in sentence_on(0.08 + spread[:5])
     one = sentence_on(np.array([0.5]))
-    assert one == "improvement +50.0%p, of one image: too few for an interval"
+    assert one == "improvement +50.0%p; one image is too few for a confidence interval"
 
 
 def test_sizes_are_counted_apart():
@@ -163,7 +163,7 @@ def test_sizes_are_counted_apart():
     assert sizes_table(results).rows == [
         ["small", "below 5%", "1", "0.1000", "0.2000"],
         ["medium", "5 to 15%", "2", "0.2500", "0.7000"],
-        ["large", "15% and more", "2", "0.6000", "0.7500"],
+        ["large", "15% or more", "2", "0.6000", "0.7500"],
     ]
     assert [row[2:] for row in sizes_table(results[:1]).rows[1:]] == [["0", "-", "-"]] * 2
 
@@ -243,7 +243,7 @@ def test_a_model_whose_encoder_has_learnt_has_features_of_its_own(loaded):
 def test_a_model_compared_with_itself_gains_nothing(run_script, trained):
     outcome = run_script(main, "--original", "output/sam2_best.pt", "--figures", 0)
     assert "improvement:       +0.0%p" in outcome.out
-    assert "4: 0 better, 4 equal, 0 worse" in outcome.out
+    assert "4 images: 0 better, 4 equal, 0 worse" in outcome.out
 
 
 @pytest.mark.parametrize("kind", ["center", "random", "box"])

@@ -74,7 +74,7 @@ def test_both_are_compared_at_that_size_and_it_is_said(run_script, trained, rand
         compare_models.main, "--finetuned", trained, "--original", random_mini, "--figures", 0
     )
     assert outcome.status == 0, outcome.err
-    assert "both see images of 128x128 pixels" in outcome.out
+    assert "both models see images resized to 128x128 pixels" in outcome.out
     page = Path("output/comparison/report.html").read_text(encoding="utf-8")
     assert "SAM 2.1 mini, 128x128" in page
 

@@ -90,7 +90,7 @@ def test_where_no_epoch_is_better_the_best_is_the_original(
     assert "best\n" not in outcome.out and "at best" not in outcome.out
 
     outcome = run_script(compare_models.main, "--figures", 0)
-    assert "which is the original: no epoch of the training was better" in outcome.out
+    assert "identical to the original: no epoch of the training was better" in outcome.out
     assert "improvement:       +0.0%p" in outcome.out
 
 

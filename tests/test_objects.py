@@ -245,8 +245,8 @@ def test_training_and_comparison_count_the_same_objects(run_script, tmp_path, ra
     outcome = run_script(compare_models.main, "--figures", 5, "--clicks", 2)
     assert outcome.status == 0, outcome.err
     assert re.search(rf"^  IoU +{before} ", outcome.out, re.MULTILINE)
-    assert "objects 6 in 2 images: " in outcome.out
-    assert "bootstrap over 2 images" in outcome.out and "(of 6 objects;" in outcome.out
+    assert "6 objects in 2 images: " in outcome.out
+    assert "bootstrap over 2 images" in outcome.out and "(6 objects;" in outcome.out
     folder = Path("output/comparison")
     for name, columns in (("results.csv", 1), ("clicks.csv", 2)):
         with (folder / name).open(encoding="utf-8-sig", newline="") as file:

@@ -21,7 +21,7 @@ import compare_models
 from compare_models import main
 from finetuning.basics.files import DATASET_URL
 from finetuning.basics.image_files import write_image
-from finetuning.basics.language import ENGLISH, KOREAN, Language, parse_language
+from finetuning.basics.language import KOREAN, parse_language, use_language
 from finetuning.basics.run_outputs import RUNS_FILE
 from finetuning.comparison.clicks import clicks_table
 from finetuning.comparison.figures import Picture
@@ -54,7 +54,6 @@ from finetuning.model.models import MODELS, is_published, load_predictor
 from finetuning.model.prompts import make_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
-SAY_KOREAN = Language("ko")
 HARMFUL = "<script>alert(1)</script>\"'&.png"
 PAGE = Path("output/comparison/report.html")
 UNSEEN = Overlap(4)
@@ -99,23 +98,23 @@ def test_the_metrics_are_a_row_each_with_means_and_medians():
 def test_an_image_with_many_objects_counts_once_among_the_images_medians():
     results = made_up((0, 0.1, 0.2), (0, 0.2, 0.4), (0, 0.9, 0.9), (1, 0.6, 0.8))
     assert metrics_table(results).rows[-1] == [
-        "IoU, each image's median", "0.4000", "0.6000", "0.4000", "0.6000",
+        "IoU, median per image", "0.4000", "0.6000", "0.4000", "0.6000",
     ]  # fmt: skip
     assert len(metrics_table(SOME).rows) == len(METRICS)
     assert summarize(results, "val", UNSEEN).sentences[0] == (
-        "objects 4 in 2 images: 3 better, 1 equal, 0 worse"
+        "4 objects in 2 images: 3 better, 1 equal, 0 worse"
     )
 
 
 def test_images_are_counted_and_what_the_split_means_is_said():
     for split, words in (
-        ("val", "download_dataset.py with --test-fraction 0.1"),
+        ("val", "download_dataset.py --test-fraction 0.1"),
         ("test", "no training has read these images"),
-        ("train", "the model has learnt these images"),
+        ("train", "the model was trained on these images"),
     ):
         overlap = Overlap(4, trained_on=4) if split == "train" else UNSEEN
         summary = summarize(SOME, split, overlap)
-        assert summary.sentences[0] == "images 4: 2 better, 1 equal, 1 worse"
+        assert summary.sentences[0] == "4 images: 2 better, 1 equal, 1 worse"
         assert words in summary.sentences[2] and len(summary.sentences) == 3
         assert split_sentences(split, overlap) == summary.sentences[2:]
         assert f"mean IoU ({split})" in format_box(summary)
@@ -125,7 +124,7 @@ def test_images_are_counted_and_what_the_split_means_is_said():
 
 @pytest.mark.parametrize("split", ["val", "test", "2 folds"])
 def test_what_the_model_has_seen_is_said_in_the_box_and_below_it(split):
-    good = ("flatters a little", "no training has read", "had not seen it")
+    good = ("slightly optimistic", "no training has read", "had not seen it")
     seen = summarize(SOME, split, Overlap(4, trained_on=3, changed_masks=2))
     text = " ".join(seen.sentences)
     assert "the model was trained on 3 of these 4 images" in text
@@ -136,17 +135,17 @@ def test_what_the_model_has_seen_is_said_in_the_box_and_below_it(split):
     assert {len(line) for line in box.splitlines()} == {42}
 
     unknown = " ".join(split_sentences(split, Overlap(4, is_known=False)))
-    assert "is not known in full" in unknown
+    assert "it is not known whether" in unknown
     assert not any(words in unknown for words in good[1:])  # of val, the training chose its epoch
 
 
 def test_a_test_split_that_chose_the_epoch_is_no_test():
     (sentence,) = split_sentences("test", Overlap(4, validated_on=2))
-    assert sentence == "the best epoch was chosen by 2 of these 4 images"
+    assert sentence == "the best epoch was chosen on 2 of these 4 images"
 
 
 def test_images_without_an_object_are_counted_in_a_sentence():
-    assert empty_sentence(3, []) == "3 more images have no object, and are not measured"
+    assert empty_sentence(3, []) == "3 more images have no object and are not measured"
     assert "the original finds something in 2 of them, the fine-tuned model in 1" in (
         empty_sentence(3, [2, 1])
     )
@@ -166,7 +165,7 @@ def test_images_of_one_group_are_drawn_together():
         != summarize(apart, "val", UNSEEN, seed=3).interval
     )
     assert (
-        "paired bootstrap over 60 groups of 180 images"
+        "paired bootstrap over 180 images in 60 groups"
         in (summarize(together, "val", UNSEEN).sentences[1])
     )
     # An image alone is no group's, whatever that is called
@@ -174,7 +173,7 @@ def test_images_of_one_group_are_drawn_together():
     assert group_numbers(some).tolist() == [0, 1, 1]
     one = summarize(made_up((0, 0.1, 0.2), (1, 0.1, 0.2), groups={0: "a", 1: "a"}), "val", UNSEEN)
     assert one.interval == "" and one.sentences[1].endswith(
-        "of one group of images: too few for an interval"
+        "; one group of images is too few for a confidence interval"
     )
 
 
@@ -183,8 +182,8 @@ def test_trainings_with_other_seeds_are_summed_up_in_a_line(tmp_path):
     rows = "run,seed,best_val_iou,last_val_iou\n1,42,0.59,0.58\n2,43,0.60,0.60\n3,44,0.61,0.59\n"
     path.write_text(rows, encoding="utf-8-sig")
     assert runs_sentence(path) == (
-        "3 trainings with different seeds: val IoU best 0.6000 ± 0.0100 (0.5900 to 0.6100), last "
-        "0.5900 ± 0.0100; the 95% interval over images does not contain this"
+        "3 training runs with different seeds: val IoU best 0.6000 ± 0.0100 (0.5900 to 0.6100), "
+        "last 0.5900 ± 0.0100; the 95% interval over images does not include this spread"
     )
     assert summarize(SOME, "val", UNSEEN, runs_file=path).sentences[3] == runs_sentence(path)
     assert len(summarize(SOME, "val", UNSEEN, runs_file=tmp_path / "absent.csv").sentences) == 3
@@ -208,7 +207,7 @@ def test_a_file_of_runs_that_is_damaged_or_foreign_is_left_out_with_a_warning(tm
     path = tmp_path / RUNS_FILE
     path.write_bytes(content)
     sentence = summarize(SOME, "val", UNSEEN, runs_file=path).sentences[3]
-    assert sentence.startswith("warning: ") and "it is left out" in sentence
+    assert sentence.startswith("warning: ") and "it is ignored" in sentence
     assert sentence.isprintable()
 
 
@@ -261,21 +260,23 @@ def test_every_text_is_in_korean_with_the_same_placeholders_and_none_is_left_ove
 def test_in_korean_all_lines_of_the_box_and_of_a_table_are_equally_wide():
     assert display_width("한글 IoU") == 8 and display_width("e\u0301") == 1
     results = made_up((0, 0.1, 0.2), (0, 0.2, 0.4), (1, 0.6, 0.8))
+    use_language("ko")
     for mask_kind in ("best", "single"):
-        summary = summarize(results, "val", UNSEEN, mask_kind, say=SAY_KOREAN)
-        lines = format_box(summary, SAY_KOREAN).splitlines()
+        summary = summarize(results, "val", UNSEEN, mask_kind)
+        lines = format_box(summary).splitlines()
         assert {display_width(line) for line in lines} == {42}
         assert "평균 IoU" in lines[1] and "파인튜닝한 SAM 2" in lines[4]
     table = summary.metrics._replace(note="")
     lines = format_table(table).splitlines()[1:]
     assert any("중앙값" in line for line in lines)
     assert len({display_width(line) for line in lines}) == 1
-    assert "신뢰구간" in format_summary(summary, SAY_KOREAN)
+    assert "신뢰구간" in format_summary(summary)
 
 
 def test_where_box_characters_may_be_wide_or_lacking_the_box_is_ascii(monkeypatch):
-    for say in (ENGLISH, SAY_KOREAN):
-        text = format_summary(summarize(SOME, "val", UNSEEN, say=say), say) + "\n±"
+    for language in ("ko", "en"):
+        use_language(language)
+        text = format_summary(summarize(SOME, "val", UNSEEN)) + "\n±"
         for encoding in (*sorted(WIDE_ENCODINGS), "ms949"):
             shown = on_console(monkeypatch, text, encoding)
             assert not set(BOX_CHARACTERS) & set(shown)
@@ -302,8 +303,8 @@ def test_the_language_is_that_of_the_system_where_the_console_can_show_it(monkey
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        assert parse_language("auto") == Language(code), variables
-        assert parse_language("ko") == SAY_KOREAN and parse_language("en") == ENGLISH
+        assert parse_language("auto") == code, variables
+        assert parse_language("ko") == "ko" and parse_language("en") == "en"
 
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
@@ -313,24 +314,24 @@ def test_the_language_is_that_of_the_system_where_the_console_can_show_it(monkey
         ((None,) * 2, "en"),
     ):
         monkeypatch.setattr(locale, "getlocale", lambda found=found: found)
-        assert parse_language("auto") == Language(code)
+        assert parse_language("auto") == code
     monkeypatch.setenv("LANG", "ko_KR.UTF-8")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
-    assert parse_language("auto") == ENGLISH
+    assert parse_language("auto") == "en"
 
 
 def test_what_is_compared_is_said_first():
     files = Files("mini", Path("a.pt"), [Path("b.pt")], [{"epoch": 0}], 256)
-    text = format_files(files, Path("images"), True, ENGLISH)
+    text = format_files(files, Path("images"), True)
     assert text.splitlines() == [
         "original:   a.pt",
         "fine-tuned: b.pt (SAM 2.1 mini)",
-        "            which is the original: no epoch of the training was better",
-        "images:     images (where there is a test split it is taken; --split val: the others)",
+        "            identical to the original: no epoch of the training was better",
+        "images:     images (the test split is the default where there is one; "
+        "--split val: the validation split)",
     ]
-    korean = format_files(
-        files._replace(facts=[{}]), Path("images"), False, SAY_KOREAN
-    ).splitlines()
+    use_language("ko")
+    korean = format_files(files._replace(facts=[{}]), Path("images"), False).splitlines()
     assert korean == ["원본:     a.pt", "파인튜닝: b.pt (SAM 2.1 mini)", "이미지:   images"]
 
 
@@ -342,9 +343,9 @@ def test_it_is_said_whether_the_original_is_the_published_one(tmp_path, monkeypa
     monkeypatch.setitem(MODELS, "small", MODELS["small"]._replace(sha256=own))
     assert is_published(file, "small") is True
     files = Files("small", Path("a.pt"), [Path("b.pt")], [{}], 1024, is_published=True)
-    first = format_files(files, Path("images"), False, ENGLISH).splitlines()[0]
+    first = format_files(files, Path("images"), False).splitlines()[0]
     assert first == "original:   a.pt (SAM 2.1 small, as published)"
-    foreign = format_files(files._replace(is_published=False), Path("images"), False, ENGLISH)
+    foreign = format_files(files._replace(is_published=False), Path("images"), False)
     assert foreign.startswith("original:   a.pt (not the published file of SAM 2.1 small)")
 
 
@@ -392,16 +393,14 @@ def model(random_mini) -> Model:
 def make_page(tmp_path, model, random_mini):
     """Return a function that writes a page of SOME, with some pictures, and reads it."""
 
-    def make(
-        pictures=(), say=ENGLISH, clicks=None, data="data", facts=None, results=SOME
-    ) -> Reader:
+    def make(pictures=(), clicks=None, data="data", facts=None, results=SOME) -> Reader:
         for name in ("scatter.png", *(["clicks.png"] if clicks else [])):
             write_blank(tmp_path / name)
         files = Files("mini", random_mini, [random_mini], [facts or {}], 256)
         command = ["compare_models.py", "--data", data]
         setup = Setup(Path(data), "val", "box", "best", 42, command)
-        summary = summarize(results, "val", UNSEEN, say=say)
-        write_page(tmp_path, summary, files, model, setup, clicks, pictures, say)
+        summary = summarize(results, "val", UNSEEN)
+        write_page(tmp_path, summary, files, model, setup, clicks, pictures)
         return Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
 
     return make
@@ -413,14 +412,15 @@ def write_picture(path: Path, name: str, gain: float, size=(40, 120)) -> Picture
     return Picture(path, name, (0.5, 0.5 + gain))
 
 
-@pytest.mark.parametrize("say", [ENGLISH, SAY_KOREAN], ids=["en", "ko"])
-def test_the_page_has_the_numbers_that_are_printed(make_page, say):
-    table = clicks_table(np.array([[[0.2, 0.4]], [[0.6, 0.88]]]), True, "image", say)
-    page = make_page(say=say, clicks=table)
-    summary = summarize(SOME, "val", UNSEEN, say=say)
-    assert page.all("html") == [{"lang": say.code}]
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_the_page_has_the_numbers_that_are_printed(make_page, language):
+    use_language(language)
+    table = clicks_table(np.array([[[0.2, 0.4]], [[0.6, 0.88]]]), True, "image")
+    page = make_page(clicks=table)
+    summary = summarize(SOME, "val", UNSEEN)
+    assert page.all("html") == [{"lang": language}]
     for text in (summary.original, summary.finetuned, summary.improvement, summary.interval):
-        assert text in page.words and text in format_summary(summary, say)
+        assert text in page.words and text in format_summary(summary)
     for sentence in summary.sentences:
         assert sentence in page.words
     for shown in (summary.metrics, summary.sizes, table):
@@ -459,7 +459,7 @@ def test_names_of_files_do_no_harm(make_page, tmp_path):
     assert "\u202e" not in page.text  # nor do they turn the text round
     assert page.words.count("x -") == 1
     for settings in ("text", [1], None, {}):
-        assert "Settings of the training" not in make_page(facts={"settings": settings}).text
+        assert "Training settings" not in make_page(facts={"settings": settings}).text
     lone = make_page([picture._replace(name="\udcff.png")])  # a name that is no UTF-8
     assert r"\udcff.png" in lone.text
 
@@ -515,7 +515,7 @@ def test_images_for_a_test_are_compared_where_there_are_any(run_script, trained)
     assert outcome.status == 0, outcome.err
     assert "mean IoU (test)" in outcome.out and "--split val" in outcome.out
     assert "test: no training has read these images" in outcome.out
-    assert "of one image: too few" in outcome.out
+    assert "one image is too few" in outcome.out
     outcome = run_script(main, *trained, "--language", "en", "--split", "val")
     assert "mean IoU (val)" in outcome.out and "--split val" not in outcome.out
 

@@ -1,10 +1,10 @@
-"""What a comparison of two models shows: tables, pictures, and the report.
+"""The output of a comparison of two models: tables, pictures and the report.
 
-clicks: simulated clicks, as a table, a chart and a file
-detection: how many objects both models find without a prompt, as a table and a file
-figures: the pictures: images with both masks, and a chart of all objects
-report: what a comparison says, and results.csv
-report_page: the report as one HTML file (its frame: report.html)
+clicks: simulated clicks: a table, a chart and a file
+detection: the objects that both models find without a prompt: a table and a file
+figures: the pictures: images with both masks, and a scatter chart of all objects
+report: the summary of a comparison, and results.csv
+report_page: the report as one HTML file (its template: report.html)
 report_sentences: the sentences below the box
-tables: tables of text, and how they look on a console
+tables: tables of text, laid out for a console
 """

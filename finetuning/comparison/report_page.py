@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that holds all of itself: numbers, pictures, how it was made."""
+"""The report as one self-contained HTML file: numbers, pictures and how to reproduce them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 from finetuning.basics.command_line import quoted
 from finetuning.basics.files import DATASET_URL, atomic_write, content_sha256
 from finetuning.basics.image_files import read_image
-from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.language import current_language, say
 from finetuning.comparison.figures import Picture
 from finetuning.comparison.report import Summary
 from finetuning.comparison.tables import Table
@@ -31,27 +31,27 @@ from finetuning.model.loading import Files
 from finetuning.model.model import Model
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MOST_PICTURES = 5  # of the biggest gains, and of the biggest losses
+MOST_PICTURES = 5  # of the largest gains, and of the largest losses
 LONGEST_SIDE = 1200  # of a picture, in pixels
-# Of a picture's JPEG: ten of them, 4/3 as long in base64, leave room for charts within 10 MB
+# Per JPEG: ten of them, a third longer in base64, leave room for the charts within 10 MB
 MOST_BYTES = 600_000
-QUALITIES = (85, 70, 50, 30, 15)  # of JPEG, the first that keeps to that
-LONGEST_VALUE = 300  # characters of a file's name or of a setting
+QUALITIES = (85, 70, 50, 30, 15)  # of JPEG; the first that fits is used
+LONGEST_VALUE = 300  # characters of a file name or a setting
 
 
 class Setup(NamedTuple):
-    """What the models were compared on, and how."""
+    """The images and the kind of comparison."""
 
     data: Path
     split: str
-    prompt_kind: str  # center, random or box
+    prompt_kind: str  # center, random, box or none
     mask_kind: str  # best or single
     seed: int
     command: Sequence[str]  # the script and its options
 
 
 class Embedded(NamedTuple):
-    """A picture as the page holds it."""
+    """A picture embedded in the page."""
 
     source: str  # a data: URL
     width: int
@@ -69,24 +69,26 @@ def write_page(
     setup: Setup,
     clicks: Table | None,
     pictures: Sequence[Picture],
-    say: Language = ENGLISH,
     automatic: Table | None = None,
 ) -> None:
-    """Write report.html into the folder of the comparison, which has its charts already.
+    """Write report.html into the output folder, which already holds the charts.
 
     Arguments:
-      model: either one that was measured, for its device and precision.
-      clicks, automatic: the tables of simulated clicks, and of objects found without a prompt, if
-        they were asked for.
-      pictures: from the biggest gain to the biggest loss.
+      model: any of the measured models, for its device and precision.
+      clicks, automatic: the tables of simulated clicks and of objects found without a prompt, if
+        requested.
+      pictures: from the largest gain to the largest loss.
     """
+    # autoescape: names of files and settings are foreign text
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    # The first half of the pictures are gains; from the end, the largest losses come first
     gains = len(pictures) - len(pictures) // 2
     best, worst = pictures[:gains][:MOST_PICTURES], pictures[gains:][::-1][:MOST_PICTURES]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         say=say,
+        language=current_language(),
         summary=summary,
         size=files.model_name,
         setup=setup,
@@ -96,20 +98,19 @@ def write_page(
         clicks_chart=embed_chart(output / "clicks.png") if clicks else None,
         best=[embed_picture(picture) for picture in best],
         worst=[embed_picture(picture) for picture in worst],
-        compared=describe_models(files, setup, summary.overlap, say),
-        versions=describe_machine(files, model, say),
+        compared=describe_models(files, setup, summary.overlap),
+        versions=describe_machine(files, model),
         settings=training_settings(files.facts[0]),
         command=quote_command(["python", *setup.command]),
         is_kvasir=read_facts(setup.data).get("source") == DATASET_URL,
     )
     with atomic_write(output / "report.html") as temporary:
-        temporary.write_bytes(
-            page.lstrip().encode("utf-8", "backslashreplace")
-        )  # names may be no UTF-8
+        # File names may not be valid UTF-8
+        temporary.write_bytes(page.lstrip().encode("utf-8", "backslashreplace"))
 
 
 def embed_picture(picture: Picture) -> Embedded:
-    """Return a picture as a JPEG of at most LONGEST_SIDE and MOST_BYTES."""
+    """Embed a picture as a JPEG of at most LONGEST_SIDE pixels and MOST_BYTES."""
     image = cv2.cvtColor(read_image(picture.path), cv2.COLOR_RGB2BGR)
     scale = min(1.0, LONGEST_SIDE / max(image.shape[:2]))
     height, width = (max(1, round(scale * side)) for side in image.shape[:2])
@@ -134,7 +135,7 @@ def _encode(image: np.ndarray) -> bytes:
 
 
 def embed_chart(path: Path) -> Embedded:
-    """Return a chart as the PNG that it is."""
+    """Embed a chart as the PNG file that it is."""
     height, width = read_image(path).shape[:2]
     return Embedded(_data_url("png", path.read_bytes()), width, height)
 
@@ -144,24 +145,24 @@ def _data_url(kind: str, content: bytes) -> str:
 
 
 def short(value: Any) -> str:
-    """Return a value as one printable line that is not too long."""
+    """Return a value as one printable line of limited length."""
     return quoted(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
 
 
-def describe_models(files: Files, setup: Setup, overlap: Overlap, say: Language) -> dict[str, str]:
-    """Return what was compared, on what, and how."""
+def describe_models(files: Files, setup: Setup, overlap: Overlap) -> dict[str, str]:
+    """Return the compared models, the images, and how they were prompted."""
     epoch = files.facts[0].get("epoch")
     finetuned = short(files.finetuned_name)
     if isinstance(epoch, int):
         finetuned = say("{file} (epoch {epoch})", file=finetuned, epoch=epoch)
     prompts = {
-        "center": say("a point, the deepest inside the object"),
+        "center": say("one point, the deepest inside the object"),
         "random": say("a random point in the object"),
         "box": say("the object's box"),
-        "none": say("none: all objects of the image are to be found"),
+        "none": say("none: all objects in the image"),
     }
     masks = {
-        "best": say("of three masks, the one that the model scores highest"),
+        "best": say("the one of three masks that the model scores highest"),
         "single": say("the single mask"),
     }
     trained_on, changed = (
@@ -174,15 +175,15 @@ def describe_models(files: Files, setup: Setup, overlap: Overlap, say: Language)
         say("Fine-tuned"): finetuned,
         say("Data"): short(setup.data),
         say("Split"): setup.split,
-        say("Trained on"): trained_on if overlap.is_known else say("not known"),
-        say("Masks changed since training"): changed if overlap.is_known else say("not known"),
+        say("Trained on"): trained_on if overlap.is_known else say("unknown"),
+        say("Masks changed since training"): changed if overlap.is_known else say("unknown"),
         say("Prompt"): prompts[setup.prompt_kind],
         say("Mask"): masks[setup.mask_kind],
     }
 
 
-def describe_machine(files: Files, model: Model, say: Language) -> dict[str, str]:
-    """Return what makes the same numbers again: versions, device, precision, the files' content."""
+def describe_machine(files: Files, model: Model) -> dict[str, str]:
+    """Return what reproduces the numbers: versions, device, precision and hashes of the files."""
     return {
         say("Date"): datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         "Python": platform.python_version(),
@@ -199,7 +200,7 @@ def describe_machine(files: Files, model: Model, say: Language) -> dict[str, str
 
 
 def version_of(package: str) -> str:
-    """Return the version of an installed package; "-" of one that is there in another way."""
+    """Return the version of a package, or "-" if it has no metadata."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -207,7 +208,7 @@ def version_of(package: str) -> str:
 
 
 def training_settings(facts: dict[str, Any]) -> dict[str, str]:
-    """Return the settings of the training in a fine-tuned file, which may hold anything."""
+    """Return the training settings recorded in a fine-tuned file, which may hold anything."""
     settings = facts.get("settings")
     if not isinstance(settings, dict):
         return {}
@@ -219,5 +220,5 @@ def training_settings(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def quote_command(command: Sequence[str]) -> str:
-    """Return a command as it is typed, here: on Windows, or elsewhere."""
+    """Return a command quoted for the shell of this system."""
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)

@@ -1,4 +1,4 @@
-"""Tables of text, and how they look on a console, where a Korean character takes two columns."""
+"""Tables of text, laid out for a console, where a Korean character takes two columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOX_WIDTH = 40
 BOX_CHARACTERS = "┌┐└┘├┤─│"
 ASCII_BOX = str.maketrans(BOX_CHARACTERS, "++++++-|")
 ASCII_SIGNS = str.maketrans({"±": "+/-"})
-# Consoles with these code pages may show box characters two columns wide
+# Consoles with these code pages may show box-drawing characters two columns wide
 WIDE_ENCODINGS = {"cp949", "euc_kr", "johab"}
 
 
@@ -23,13 +23,13 @@ class Table(NamedTuple):
     """A table of text cells; the first column names the rows."""
 
     title: str
-    header: list[str]  # "\n" in a cell is where its lines may break
+    header: list[str]  # "\n" in a cell marks a line break
     rows: list[list[str]]
     note: str = ""
 
 
 def display_width(text: str) -> int:
-    """Return how many columns of a console a text takes: 2 a wide character, 0 a combining one."""
+    """Return a text's width on a console: 2 per wide character, 0 per combining character."""
     return sum(
         2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char)
         for char in text
@@ -37,14 +37,14 @@ def display_width(text: str) -> int:
 
 
 def pad(text: str, width: int, align: str = "<") -> str:
-    """Fill a text with spaces to `width` columns; align is <, ^ or >, as in a format."""
+    """Pad a text with spaces to `width` columns; align is <, ^ or >, as in str.format."""
     space = max(0, width - display_width(text))
     before = {"<": 0, "^": space // 2, ">": space}[align]
     return " " * before + text + " " * (space - before)
 
 
 def draw_box(rows: list[str | None]) -> str:
-    """Draw a box around rows of text, of BOX_WIDTH columns; None is a rule."""
+    """Return a box, BOX_WIDTH columns wide inside, around rows of text; None is a rule."""
     rule = "─" * BOX_WIDTH
     lines = [f"├{rule}┤" if row is None else f"│{pad(row, BOX_WIDTH)}│" for row in rows]
     return "\n".join([f"┌{rule}┐", *lines, f"└{rule}┘"])
@@ -65,7 +65,7 @@ def format_table(table: Table) -> str:
 
 
 def print_anywhere(text: str) -> None:
-    """Print a text; with ASCII in place of box characters where these cannot be relied on."""
+    """Print a text; replace box characters by ASCII if the console may not show them right."""
     encodings = console_encodings()
     if encodings & WIDE_ENCODINGS or not can_print(BOX_CHARACTERS):
         text = text.translate(ASCII_BOX)
@@ -73,15 +73,15 @@ def print_anywhere(text: str) -> None:
 
 
 def console_encodings() -> set[str]:
-    """Return Python's names of the encodings of standard output, and of the console behind it.
+    """Return Python's names for the encodings of standard output and of the console behind it.
 
-    They differ on Windows, where Python writes UTF-8 to consoles of any code page.
+    The two differ on Windows, where Python writes UTF-8 to consoles of any code page.
     """
     names = [sys.stdout.encoding or "ascii"]
-    with contextlib.suppress(OSError, AttributeError, ValueError):  # a stream that is no file
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # a stream that is not a file
         names.append(os.device_encoding(sys.stdout.fileno()) or names[0])
     found = set()
     for name in names:
-        with contextlib.suppress(LookupError):  # a code page that Python does not know
+        with contextlib.suppress(LookupError):  # a code page unknown to Python
             found.add(codecs.lookup(name).name)
     return found

@@ -1,6 +1,6 @@
-"""What is measured of a predicted and a true mask: how much they overlap, how near their edges are.
+"""Metrics of a predicted and a true mask: their overlap, and the distance between their edges.
 
-All take two HxW bool arrays. Beyond the image's border is background.
+All functions take two HxW bool arrays. Outside the image is background.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its 4 
 
 
 def calculate_precision(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Return |predicted AND true| / (|predicted| + 1e-6): how much of the prediction is right."""
+    """Return |predicted AND true| / (|predicted| + 1e-6): the correct share of the prediction."""
     return np.count_nonzero(predicted & true) / (np.count_nonzero(predicted) + 1e-6)
 
 
 def calculate_recall(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Return |predicted AND true| / (|true| + 1e-6): how much of the object is found."""
+    """Return |predicted AND true| / (|true| + 1e-6): the share of the object that is found."""
     return np.count_nonzero(predicted & true) / (np.count_nonzero(true) + 1e-6)
 
 
 def calculate_boundary_iou(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Return the IoU of what lies within d pixels inside the masks' edges.
+    """Return the IoU of the bands of d pixels inside the masks' edges.
 
     d is 2% of the image's diagonal, at least 1 pixel (Cheng et al., Boundary IoU, 2021, and the
     authors' code, which erodes a mask d times with a 3x3 square).
@@ -41,10 +41,10 @@ def calculate_boundary_iou(predicted: np.ndarray, true: np.ndarray) -> float:
 def calculate_hd95(predicted: np.ndarray, true: np.ndarray) -> float:
     """Return the 95th percentile of the Hausdorff distance of the masks' surfaces, in pixels.
 
-    It is the larger one of the two directions, over surfaces of pixels, as in MONAI's
-    compute_hausdorff_distance without spacing. If one of the masks is empty, it is the image's
-    diagonal, the worst there is, so that a model which finds nothing does not drop out of a mean;
-    if both are, it is 0.
+    This is the larger of the two directed distances between surface pixels, as in MONAI's
+    compute_hausdorff_distance without spacing. If one mask is empty, it is the image's diagonal,
+    the worst possible value, so that a model that finds nothing still counts in a mean; if both
+    are empty, it is 0.
     """
     if not predicted.any() or not true.any():
         return float(np.hypot(*true.shape)) if predicted.any() or true.any() else 0.0
@@ -57,8 +57,7 @@ def calculate_hd95(predicted: np.ndarray, true: np.ndarray) -> float:
 
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
-# What training logs after each epoch, and in the order of the comparison's tables and results.csv,
-# what that has beside them.
+# LOGGED: in the training log. METRICS: in the comparison, in table order.
 LOGGED: dict[str, Metric] = {"IoU": calculate_iou, "Dice": calculate_dice}
 METRICS: dict[str, Metric] = {
     **LOGGED,
@@ -67,13 +66,14 @@ METRICS: dict[str, Metric] = {
     "Boundary IoU": calculate_boundary_iou,
     "HD95": calculate_hd95,
 }
-PIXEL_METRICS = frozenset({"HD95"})  # in pixels, the lower the better; all others are from 0 to 1
+PIXEL_METRICS = frozenset({"HD95"})  # in pixels, lower is better; all others are 0 to 1
 
 
 def crop_to_union(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crop both masks to the bounding box of their union: all that edges depend on, and faster.
+    """Crop both masks to the bounding box of their union, which makes edge metrics faster.
 
-    Around it is background alone, as there is beyond the image. Two empty masks stay whole.
+    The result is the same, since there is only background around the box. Two empty masks are
+    returned uncropped.
     """
     x, y, width, height = cv2.boundingRect((predicted | true).view(np.uint8))
     if not width:
@@ -85,12 +85,12 @@ def crop_to_union(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, 
 def find_boundary(mask: np.ndarray, distance: int) -> np.ndarray:
     """Return which pixels of an HxW bool mask have background at most `distance` pixels away.
 
-    Rows and columns are counted, whichever is more (Chebyshev's distance): what that many
-    erosions with a 3x3 square take off, in a time that does not grow with the distance.
+    The distance is Chebyshev's. These are the pixels that `distance` erosions with a 3x3 square
+    remove, but the time does not grow with the distance.
     """
     padded = np.pad(mask, 1).view(np.uint8)
-    to_background = cv2.distanceTransform(padded, cv2.DIST_C, cv2.DIST_MASK_3)[1:-1, 1:-1]
-    return mask & (to_background <= distance)
+    background_distance = cv2.distanceTransform(padded, cv2.DIST_C, cv2.DIST_MASK_3)[1:-1, 1:-1]
+    return mask & (background_distance <= distance)
 
 
 def find_surface(mask: np.ndarray) -> np.ndarray:

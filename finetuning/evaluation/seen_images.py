@@ -1,7 +1,7 @@
-"""Which images a model has seen in training: recorded in its file, and counted in a comparison.
+"""Which images a model has seen in training: recorded in its file and counted in a comparison.
 
-Images and masks are known by the SHA-256 of their files, so that neither another name nor another
-split hides an image that the model was trained on.
+Images and masks are identified by the SHA-256 of their files, so that an image that the model was
+trained on is recognised under another name and in another split.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from finetuning.model.models import is_published
 
 SEEN = "seen"  # the record, among the settings of a model's file
 
-Contents = list[list[str]]  # of each pair: the hash of its image, and that of its masks
+Contents = list[list[str]]  # one [image hash, hash of the masks] per pair
 
 
 def hash_files(pairs: Iterable[Pair]) -> dict[Path, str]:
-    """Return the SHA-256 of the files of all images and masks."""
+    """Return the SHA-256 of each image file and mask file."""
     return hash_contents(path for pair in pairs for path in (pair.image, *pair.mask_files()))
 
 
 def pair_contents(pair: Pair, hashes: Mapping[Path, str]) -> list[str]:
-    """Return the hash of a pair's image, and that of its mask; of several masks, one of all."""
+    """Return the hash of a pair's image and of its mask; several masks share one hash."""
     masks = [hashes[path] for path in pair.mask_files()]
-    of_all = hashlib.sha256(" ".join(masks).encode()).hexdigest()
-    return [hashes[pair.image], masks[0] if len(masks) == 1 else of_all]
+    joined = hashlib.sha256(" ".join(masks).encode()).hexdigest()
+    return [hashes[pair.image], masks[0] if len(masks) == 1 else joined]
 
 
 def seen_before(facts: dict[str, Any], checkpoint: Path) -> Contents | None:
-    """Return what the model that a training starts from was trained on; None: it is not known.
+    """Return what the start model of a training was trained on; None: unknown.
 
-    facts: what load_predictor returns beside the predictor. SAM 2.1's own files and mini have seen
-    none of a user's images.
+    facts: as from load_predictor. SAM 2.1's published files and mini have seen none of a user's
+    images.
     """
     record = setting(facts, SEEN, dict)
     if record is None:
@@ -51,34 +51,36 @@ def seen_before(facts: dict[str, Any], checkpoint: Path) -> Contents | None:
 def record_seen(
     pairs: dict[str, list[Pair]], hashes: Mapping[Path, str], before: Contents | None
 ) -> dict[str, Any]:
-    """Return the record of a training on pairs of train and val.
+    """Return the record of a training on the train and val pairs.
 
     hashes: as from hash_files. before: as from seen_before.
     """
     contents = {
-        split: [pair_contents(pair, hashes) for pair in of_split]
-        for split, of_split in pairs.items()
+        split: [pair_contents(pair, hashes) for pair in part] for split, part in pairs.items()
     }
     return {"before": before, **contents}
 
 
 class Overlap(NamedTuple):
-    """How many images of a comparison a model has seen in training."""
+    """The number of compared images that a model has seen in training."""
 
-    images: int  # that are compared
+    images: int  # compared
     trained_on: int = 0
-    validated_on: int = 0  # not trained on, but the best epoch was chosen by them
-    changed_masks: int = 0  # seen with other masks than they have now
-    is_known: bool = True  # False: the model's file does not say all that it was trained on
+    validated_on: int = 0  # not trained on, but used to choose the best epoch
+    changed_masks: int = 0  # seen, but with other masks than now
+    is_known: bool = True  # False: the model's file does not record all its training images
 
 
 def count_overlap(pairs: Sequence[Pair], facts: dict[str, Any]) -> Overlap:
-    """Count what a fine-tuned model has seen of some pairs; facts: as from load_predictor."""
+    """Count the pairs that a fine-tuned model has seen; facts: as from load_predictor."""
     record = setting(facts, SEEN, dict) or {}
     before, train, val = (_contents(record, name) for name in ("before", "train", "val"))
     is_known = None not in (before, train, val)
     learnt, validated = [*(before or []), *(train or [])], val or []
-    learnt_images, validated_images = ({image for image, _ in of} for of in (learnt, validated))
+    learnt_images, validated_images = (
+        {image for image, _ in contents} for contents in (learnt, validated)
+    )
+    # A known image in a pair that is not known has a new mask
     seen = set(map(tuple, [*learnt, *validated]))
     trained_on = validated_on = changed = 0
     hashes = hash_files(pairs)
@@ -92,22 +94,22 @@ def count_overlap(pairs: Sequence[Pair], facts: dict[str, Any]) -> Overlap:
 
 
 def add_overlaps(overlaps: Sequence[Overlap]) -> Overlap:
-    """Return the counts of several models, each with images of its own, together."""
+    """Return the summed counts of several models, each with its own images."""
     *counts, are_known = zip(*overlaps, strict=True)
     return Overlap(*map(sum, counts), all(are_known))
 
 
 def require_unseen(overlap: Overlap, model_name: str) -> None:
-    """Raise UserError where a model, named for the message, was trained on what is to test it."""
+    """Raise UserError if the model was trained on test images; model_name is for the message."""
     if overlap.trained_on:
         raise UserError(
             f"{model_name} was trained on {overlap.trained_on} of these {overlap.images} test "
-            "images; train again on this split, or add --allow-seen to measure them all the same"
+            "images; train again on this split, or add --allow-seen to measure them anyway"
         )
 
 
 def _contents(record: dict[str, Any], name: str) -> Contents | None:
-    """Return a part of a record, which a file may hold anything for; None: there is none."""
+    """Return a part of a record; None: missing or malformed, since a file may hold anything."""
     rows = record.get(name)
     are_pairs = isinstance(rows, list) and all(
         isinstance(row, list) and len(row) == 2 and all(isinstance(text, str) for text in row)

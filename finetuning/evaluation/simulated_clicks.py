@@ -1,8 +1,8 @@
-"""Interactive segmentation, simulated: how good a mask gets from one click to the next.
+"""Simulated interactive segmentation: the IoU of a mask after each click.
 
-The first click goes to the point deepest inside the object, each following one to where the
-model's own last mask is most wrong: the protocol of RITM (Sofiiuk et al., Reviving Iterative
-Training with Mask Guidance, 2021), which SAM and SAM 2 are measured with as well.
+The first click is at the point deepest inside the object. Each further click is at the point
+deepest inside an error of the model's previous mask. This is the protocol of RITM (Sofiiuk et al.,
+Reviving Iterative Training with Mask Guidance, 2021), with which SAM and SAM 2 are evaluated too.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.dataset.objects import read_objects
-from finetuning.evaluation.measuring import Result, group_by_image
+from finetuning.evaluation.measuring import Comparison, group_by_image
 from finetuning.model.model import features_for
 from finetuning.model.prompts import Prompt, corrective_click
 from finetuning.model.segmentation import Features, segment_with_logits
 
-MAX_CLICKS = 20  # as many as RITM allows
+MAX_MEASURED_CLICKS = 20  # as in RITM
 
 
 def simulate_clicks(
@@ -30,16 +30,16 @@ def simulate_clicks(
     use_mask_prompt: bool,
     kind: str = "best",
 ) -> list[float]:
-    """Return the IoU after 1, 2, ... `count` clicks on one object, each mask that of all so far.
+    """Return the IoU on one object after 1, 2, ... `count` clicks; each mask uses all so far.
 
     Arguments:
       features: of the image.
       true_mask: HxW bool, not empty.
-      use_mask_prompt: give the logits of the previous mask to the model with the clicks.
+      use_mask_prompt: also give the model the logits of its previous mask.
       kind: which of the model's masks, as in choose_masks.
 
-    No pixel is clicked twice. Once a mask is perfect, or only wrong in pixels that were clicked,
-    nothing is left to click, and its IoU counts for the clicks to come.
+    No pixel is clicked twice. Once a mask is perfect, or wrong only in clicked pixels, the clicks
+    end, and its IoU counts for the remaining ones.
     """
     mask, logits = np.zeros_like(true_mask), None
     clicks, ious = [], []
@@ -59,19 +59,21 @@ def simulate_clicks(
 
 
 def measure_clicks(
-    results: list[Result], count: int, use_mask_prompt: bool, mask_kind: str
+    comparison: Comparison, count: int, use_mask_prompt: bool, mask_kind: str
 ) -> np.ndarray:
-    """Return the IoU of the results' K models on their M objects after 1 to N clicks, KxMxN."""
-    ious, row = np.zeros((len(results[0].models), len(results), count)), 0
-    for of_image in tqdm(group_by_image(results), desc="Clicking", unit="image"):
-        pair, models = of_image[0].pair, of_image[0].models
+    """Return the IoU of K models on the M objects of their results after 1 to N clicks, KxMxN."""
+    models, _, results = comparison
+    ious, row = np.zeros((len(models), len(results), count)), 0
+    for image_results in tqdm(group_by_image(results), desc="Clicking", unit="image"):
+        pair = image_results[0].pair
         objects = read_objects(pair)
+        # The features of an image serve all clicks on all its objects
         all_features = features_for(models, [(pair.image, objects.size)])
-        for result in of_image:
+        for result in image_results:
             true_mask = objects[result.object]
-            for of_model, model, features in zip(ious, models, all_features, strict=True):
+            for model_ious, model, features in zip(ious, models, all_features, strict=True):
                 with autocast(model.predictor.device, model.source.precision):
-                    of_model[row] = simulate_clicks(
+                    model_ious[row] = simulate_clicks(
                         model.predictor, features, true_mask, count, use_mask_prompt, mask_kind
                     )
             row += 1
