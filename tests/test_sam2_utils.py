@@ -18,7 +18,7 @@ from sam2.utils.transforms import SAM2Transforms
 import compare_models
 from finetuning.basics import pictures
 from finetuning.model import models, segmentation
-from finetuning.model.drawing import draw_overlay
+from finetuning.model.drawing import draw_object
 from finetuning.model.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
 from finetuning.model.prompts import (
     corrective_click,
@@ -455,14 +455,13 @@ def test_scores_that_are_not_finite_stop_with_an_error(predictor, random_mini):
 # Drawing
 
 
-def test_an_overlay_shows_mask_points_and_box_and_leaves_the_image_alone():
-    image = np.full((200, 300, 3), 100, np.uint8)
+def test_a_drawing_shows_mask_points_and_box_and_leaves_the_rest_alone():
+    canvas = np.full((200, 300, 3), 100, np.uint8)
     mask = np.zeros((200, 300), bool)
     mask[50:150, 100:200] = True
-    overlay = draw_overlay(image, mask, make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160)))
-    assert (image == 100).all()
-    assert tuple(overlay[120, 150]) == (65, 122, 177)  # half gray, half blue
-    assert tuple(overlay[80, 120]) == pictures.GREEN
-    assert tuple(overlay[20, 20]) == pictures.RED
-    assert np.allclose(overlay[40, 150], pictures.GREEN, atol=30)  # a smoothed line
-    assert tuple(overlay[190, 290]) == (100, 100, 100)
+    draw_object(canvas, mask, make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160)))
+    assert tuple(canvas[120, 150]) == (65, 122, 177)  # half gray, half blue
+    assert tuple(canvas[80, 120]) == pictures.GREEN
+    assert tuple(canvas[20, 20]) == pictures.RED
+    assert np.allclose(canvas[40, 150], pictures.GREEN, atol=30)  # a smoothed line
+    assert tuple(canvas[190, 290]) == (100, 100, 100)

@@ -157,7 +157,7 @@ def test_the_original_must_be_what_training_started_from(train, compare, random_
     shutil.copy(trained, Path("checkpoints", MODELS["mini"].filename))
     outcome = compare()
     assert outcome.status == 2
-    assert "base.pt is missing, which training started from" in outcome.err
+    assert "base.pt is missing, but training started from it" in outcome.err
     # Where the published file is what training started from, it serves
     shutil.copy(random_mini, Path("checkpoints", MODELS["mini"].filename))
     assert compare().status == 0
