@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from finetuning.basics.files import atomic_write, write_csv
+from finetuning.basics.files import write_csv
 from finetuning.basics.language import ENGLISH, Language
+from finetuning.basics.pictures import save_figure
 from finetuning.comparison.tables import Table
 
 TARGET_IOUS = (0.85, 0.90)  # of NoC@85 and NoC@90
@@ -94,5 +95,4 @@ def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool, unit: str =
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(path, figure)
