@@ -31,7 +31,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     UserError if the file is missing or is not a checkpoint with finite weights.
     """
     require_file(path, what="checkpoint")
-    checkpoint = _unwrap(_load_file(path))
+    checkpoint = _unwrap(_read(path))
     if checkpoint is None:
         raise UserError(f'{path} holds no "model" weights; use a SAM 2.1 checkpoint')
     state_dict = _without_prefix(checkpoint["model"])
@@ -51,7 +51,7 @@ def setting(facts: dict[str, Any], name: str, kind: type = str) -> Any:
     return value if isinstance(value, kind) else None
 
 
-def _load_file(path: Path) -> Any:
+def _read(path: Path) -> Any:
     """Return the content of a torch.save or safetensors file: tensors and plain values.
 
     Raises UserError for any other file.
