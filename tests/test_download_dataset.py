@@ -275,7 +275,7 @@ def test_what_a_killed_run_had_moved_away_is_put_back_by_the_next(
     assert not any(Path("data", name).exists() for name in ("images", "masks", "split.json"))
     outcome = run_script(main, *options)
     assert outcome.status == 0
-    assert "all is back as it was before" in outcome.out and "nothing to do" in outcome.out
+    assert "its old content is restored" in outcome.out and "nothing to do" in outcome.out
     assert data_files() == before
 
 
@@ -346,8 +346,8 @@ def test_where_nothing_can_be_moved_back_nothing_is_lost(run_script, tmp_path, m
             outcome = prepare(run_script, *options, "--force", "--seed", 1)
             assert outcome.status == 2
             last_line = outcome.err.splitlines()[-1]
-            assert last_line.startswith("error: data is half changed") and "old" in last_line
-    assert "all is back as it was before" in prepare(run_script, *options).out
+            assert last_line.startswith("error: data is only partly restored") and "old" in last_line
+    assert "its old content is restored" in prepare(run_script, *options).out
     assert data_files() == before
 
 

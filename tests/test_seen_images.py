@@ -9,7 +9,7 @@ from conftest import draw_pair, write_data, write_pair
 import compare_models
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
-from finetuning.dataset.pairs import split_pairs
+from finetuning.dataset.pairs import facts_text, split_pairs
 from finetuning.evaluation.seen_images import (
     SEEN,
     Overlap,
@@ -127,7 +127,7 @@ def test_masks_of_several_objects_are_known_by_all_their_files(tmp_path):
     folder = tmp_path / "masks/train/pair_000"
     for k in range(2):
         write_image(folder / f"{k}.png", draw_pair(k)[1].astype("uint8") * 255)
-    (tmp_path / "split.json").write_text('{"masks": "objects"}', encoding="utf-8")
+    (tmp_path / "split.json").write_text(facts_text({"masks": "objects"}), encoding="utf-8")
     pairs = split_pairs(tmp_path, "train")
     settings = {SEEN: record_seen({"train": pairs, "val": []}, hash_files(pairs), before=[])}
     facts = {"model_name": "mini", "settings": settings}
