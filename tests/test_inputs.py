@@ -369,7 +369,7 @@ def test_usual_masks_give_no_warning(run_script, tmp_path):
         (("--mask-value", "red"), "is not like 3"),
         (("--mask-value", "1,2"), "is not like 3"),
         (("--value-range", "9,1"), "low<high"),
-        (("--mask-value", "3", "--classes"), "takes one value"),
+        (("--mask-value", "3", "--classes"), "uses one value"),
         (("--annotations", "coco.json"), "different sources"),
         (("--class-name", "cat"), "--class-name needs --annotations"),
         (("--pairs", "absent.csv"), "absent.csv"),
