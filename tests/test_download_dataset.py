@@ -346,7 +346,9 @@ def test_where_nothing_can_be_moved_back_nothing_is_lost(run_script, tmp_path, m
             outcome = prepare(run_script, *options, "--force", "--seed", 1)
             assert outcome.status == 2
             last_line = outcome.err.splitlines()[-1]
-            assert last_line.startswith("error: data is only partly restored") and "old" in last_line
+            assert (
+                last_line.startswith("error: data is only partly restored") and "old" in last_line
+            )
     assert "its old content is restored" in prepare(run_script, *options).out
     assert data_files() == before
 

@@ -33,7 +33,6 @@ from finetuning.model.segmentation import (
     Prediction,
     encode_images,
     predict_masks,
-    segment,
     segment_with_logits,
     upscale_masks,
 )
@@ -374,7 +373,7 @@ def test_masks_and_scores_equal_those_of_sam2_image_predictor(predictor, size, k
     assert np.abs(masks - expected_masks).max() < 1e-5
     assert np.abs(prediction.iou_scores[0, 1:].detach().numpy() - expected_scores).max() < 1e-5
 
-    mask, score = segment(predictor, features, prompt, size)
+    mask, score, _ = segment_with_logits(predictor, features, prompt, size)
     assert np.array_equal(mask, expected_masks[expected_scores.argmax()] > 0)
     assert score == pytest.approx(expected_scores.max(), abs=1e-5)
 
@@ -397,9 +396,9 @@ def test_the_single_mask_equals_that_of_sam2_image_predictor(random_mini, kind, 
         multimask_output=False,
     )
     features = encode_images(predictor, [image])
-    mask, score = segment(predictor, features, prompt, size, "single")
+    mask, score, _ = segment_with_logits(predictor, features, prompt, size, kind="single")
     assert np.array_equal(mask, expected > 0) and score == pytest.approx(expected_score, abs=1e-5)
-    best_score = segment(predictor, features, prompt, size)[1]
+    best_score = segment_with_logits(predictor, features, prompt, size)[1]
     assert (score == pytest.approx(best_score, abs=1e-5)) == (not stable)
 
 
@@ -449,7 +448,8 @@ def test_scores_that_are_not_finite_stop_with_an_error(predictor, random_mini):
     torch.nn.init.constant_(broken.model.sam_mask_decoder.iou_token.weight, float("nan"))
     image = draw_pair(0)[0]
     with pytest.raises(UserError, match="not finite"):
-        segment(broken, encode_images(broken, [image]), make_prompt([(5, 5)]), image.shape[:2])
+        features = encode_images(broken, [image])
+        segment_with_logits(broken, features, make_prompt([(5, 5)]), image.shape[:2])
 
 
 # Drawing

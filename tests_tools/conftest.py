@@ -25,7 +25,7 @@ from finetuning.dataset.pairs import SPLIT_FILE, facts_text
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import build_predictor, load_predictor
 from finetuning.model.prompts import Prompt, deepest_point, make_prompt, mask_box
-from finetuning.model.segmentation import encode_images, segment
+from finetuning.model.segmentation import encode_images, segment_with_logits
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 CPU = torch.device("cpu")
@@ -169,7 +169,10 @@ def open_ours(checkpoint: Path, kind: str) -> Callable[..., list[tuple[np.ndarra
     def segment_objects(image, places):
         features, size = encode_images(predictor, [image]), image.shape[:2]
         prompts = [as_prompt(place) for place in places]
-        return [segment(predictor, features, prompt, size, kind) for prompt in prompts]
+        return [
+            segment_with_logits(predictor, features, prompt, size, kind=kind)[:2]
+            for prompt in prompts
+        ]
 
     return segment_objects
 

@@ -1,14 +1,16 @@
 """From an image and a prompt to masks and scores: the one path that all scripts share.
 
-    features = encode_images(predictor, [image])                 # slow, once per image
-    prediction = predict_masks(predictor, features, [prompt], [(H, W)])     # fast, per prompt
-    logits, score = choose_masks(predictor, prediction)          # one of SAM 2's three masks
-    mask = upscale_masks(predictor, logits, (H, W)) > 0          # at the image's own size
+    features = encode_images(predictor, [image])                         # slow, once per image
+    prediction = predict_masks(predictor, features, [prompt], [(H, W)])  # fast, for each prompt
+    logits, score = choose_masks(predictor, prediction)                  # the best of three masks
+    mask = upscale_masks(predictor, logits, (H, W))[0, 0] > 0            # HxW bool
 
-Training uses predict_masks with gradients; validation, comparison and inference use segment and
-segment_together, which run all these steps without. So a number that one script prints is the
-number that another prints. B is the number of images, S the model's input size (1024, or 256 for
-mini), C the number of channels.
+Training calls predict_masks, which lets gradients flow. Validation, comparison and inference call
+segment_together or segment_with_logits, which do all steps after the first without gradients. So
+all scripts agree on every number.
+
+In the shapes below, B is the number of images, S the model's input size (1024 by default, 256 for
+mini), C the number of channels, and (H,W) the size of an image.
 """
 
 from __future__ import annotations
@@ -264,23 +266,10 @@ def segment_with_logits(
 
     mask_input: the logits that an earlier call returned, or None. Returns the HxW bool mask, its
     score, and its 1x1x(S/4)x(S/4) logits, clamped as SAM2ImagePredictor clamps them.
+    kind: as in choose_masks. Raises NotFiniteError if the scores are not finite.
     """
     prediction = predict_masks(predictor, features, [prompt], [image_size], mask_inputs=mask_input)
     require_finite(prediction)
     mask_logits, scores = choose_masks(predictor, prediction, kind)
     mask = upscale_masks(predictor, mask_logits, image_size)[0, 0] > 0
     return mask.cpu().numpy(), float(scores), mask_logits.clamp(-32, 32)
-
-
-def segment(
-    predictor: SAM2ImagePredictor,
-    features: Features,
-    prompt: Prompt,
-    image_size: tuple[int, int],
-    kind: str = "best",
-) -> tuple[np.ndarray, float]:
-    """Segment one image with one prompt; return its HxW bool mask and the predicted score.
-
-    kind: as in choose_masks. Raises NotFiniteError if the scores are not finite.
-    """
-    return segment_with_logits(predictor, features, prompt, image_size, kind=kind)[:2]
