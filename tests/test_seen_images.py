@@ -175,7 +175,7 @@ def test_folds_are_matched_by_content(train, compare):
     assert again.out.split("└")[0] == first.out.split("└")[0]
     # A new image under a known name is in no fold
     write_pair(70, Path("data/images/train"), Path("data/masks/train"))
-    assert "in no fold, and so are not measured: 1\n" in compare("--folds").out
+    assert "in no fold, which are not measured: 1\n" in compare("--folds").out
     image = Path("data/images/train/pair_001.jpg")
     image.write_bytes(Path("data/images/train/pair_070.jpg").read_bytes())
     outcome = compare("--folds")
