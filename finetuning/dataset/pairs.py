@@ -74,8 +74,8 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
         stem = unicodedata.normalize("NFC", name.name if is_folder else name.stem)
         if stem in files:
             raise UserError(
-                f"{files[stem].name} and {path.name} in {folder} have the same name, except for the "
-                "suffix; rename one of them, or move it to another folder"
+                f"{files[stem].name} and {path.name} in {folder} have the same name, except for "
+                "the suffix; rename one of them, or move it to another folder"
             )
         if not is_folder:
             require_file(path, LARGEST)
