@@ -1,14 +1,14 @@
-"""Fill data/ with pairs of images and masks, split into train and val, and fetch SAM 2.1.
+"""Fill data/ with pairs of images and masks, split into train and val, and download SAM 2.1.
 
     python download_dataset.py                                # Kvasir-SEG, from the network
     python download_dataset.py --archive kvasir-seg.zip       # from a zip or folder that you have
     python download_dataset.py --images photos --masks masks  # your own folders
-    python download_dataset.py --images cells --masks labels --instances    # many objects an image
+    python download_dataset.py --images cells --masks labels --instances   # many objects per image
     python download_dataset.py --images photos --annotations coco.json      # COCO, YOLO, labelme
     python download_dataset.py --demo                         # drawn images, no network
 
-Images and masks are paired by their names, or by a table (--pairs). Files are copied, never
-changed; look at data/overview.png before you train. Kvasir-SEG is for research and education only;
+Images and masks are paired by their names, or by a table (--pairs). Your files are copied, never
+changed. Look at data/overview.png before you train. Kvasir-SEG is for research and education only;
 cite Jha et al., MMM 2020.
 """
 
@@ -29,7 +29,7 @@ from finetuning.dataset.data_folder import (
     recover_if_killed,
 )
 from finetuning.dataset.groups import Grouping
-from finetuning.dataset.overview import OVERVIEW_FILE, describe
+from finetuning.dataset.overview import OVERVIEW_FILE, describe_dataset
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.sources.mask_values import MaskRule, add_mask_options
@@ -44,9 +44,9 @@ def fill(
     grouping: Grouping,
     facts: dict[str, Any],
 ) -> None:
-    """Fill a data folder from its source, split by seed; report what is in it.
+    """Fill a data folder from its source, split it, and print a report.
 
-    facts: of the data set, which the folder keeps.
+    facts: the values to store in split.json.
     """
     if source.demo:
         draw_demo(data)
@@ -56,41 +56,41 @@ def fill(
         for note in notes:
             tell(note)
         filled = fill_folder(data, examples, rule, value_range, grouping, facts)
-    for line in describe(filled, split_pairs(data, "train")[0].of_objects):
+    for line in describe_dataset(filled, split_pairs(data, "train")[0].per_object):
         print(line)
     tell(f"look at: {data / OVERVIEW_FILE}")
 
 
 def add_split_options(parser: ArgumentParser) -> None:
-    """Add the folder to fill, and how its images are split."""
-    split = parser.add_argument_group("how they are split")
+    """Add the options of the data folder and its split."""
+    split = parser.add_argument_group("the data folder and its split")
     split.add_argument("--data", type=Path, default=Path("data"), help="the folder to fill")
     split.add_argument(
         "--val-fraction",
         type=number(float, above=0, below=1),
         default=0.2,
-        help="the share of pairs kept for validation",
+        help="the share of pairs used for validation",
     )
     split.add_argument(
         "--test-fraction",
         type=number(float, at_least=0, below=1),
         default=0.0,
-        help="the share kept for compare_models.py alone, which no training reads",
+        help="the share kept for compare_models.py, which training never reads",
     )
     split.add_argument(
-        "--groups", type=Path, help="a table, image,group: a group stays on one side"
+        "--groups", type=Path, help="a CSV table image,group: a group stays in one split"
     )
     split.add_argument(
-        "--group-regex", help='how a name says its group: "(patient[0-9]+)_"; or --groups'
+        "--group-regex", help='finds the group in a file name: "(patient[0-9]+)_"; or --groups'
     )
     split.add_argument(
         "--copies",
         choices=("together", "ignore"),
         default="together",
-        help="whether images that are (almost) the same stay on one side",
+        help="whether (nearly) identical images stay in one split",
     )
-    split.add_argument("--seed", type=seed, default=42, help="of the split")
-    split.add_argument("--force", action="store_true", help="make the data folder anew")
+    split.add_argument("--seed", type=seed, default=42, help="random seed of the split")
+    split.add_argument("--force", action="store_true", help="replace the data folder's content")
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     model.add_argument(
         "--checkpoints", type=Path, default=Path("checkpoints"), help="the folder to put it in"
     )
-    model.add_argument("--skip-checkpoint", action="store_true", help="do not fetch it")
+    model.add_argument("--skip-checkpoint", action="store_true", help="do not download it")
     args = parser.parse_args_with_demo(argv, data=DEMO_DATA, model="mini")
     if not (args.annotations or args.pairs) and bool(args.images) != bool(args.masks):
         parser.error("--images and --masks go together")
@@ -113,17 +113,17 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--archive, --images and --demo are different sources; give one of them")
     rule_options = (args.mask_value, args.ignore_value, args.instances, args.classes, args.parts)
     if args.annotations and any(rule_options):
-        parser.error("--annotations has outlines, not the values of masks; leave their options out")
+        parser.error("--annotations gives outlines, not masks; leave the options of masks out")
     if args.class_name and not args.annotations:
-        parser.error("--class-name is of --annotations; for masks there is --mask-value")
+        parser.error("--class-name needs --annotations; for masks, use --mask-value")
     if args.pairs and args.annotations:
         parser.error("--pairs and --annotations are different sources; give one of them")
     if args.mask_value and (args.instances or args.classes):
-        parser.error("--mask-value takes one value, --instances and --classes take each")
+        parser.error("--mask-value uses one value, --instances and --classes use all; choose one")
     if args.demo and (args.test_fraction or args.groups or args.group_regex):
         parser.error("the demo's split is fixed; leave the options of the split out")
     if args.groups and args.group_regex:
-        parser.error("--groups and --group-regex both say what belongs together; give one of them")
+        parser.error("--groups and --group-regex both define groups; give one of them")
     if args.val_fraction + args.test_fraction >= 1:
         parser.error("--val-fraction and --test-fraction leave nothing to train on")
     return args
@@ -149,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         options["value_range"] = list(args.value_range)
     if args.test_fraction:
         options["test_fraction"] = args.test_fraction
-    options = json.loads(json.dumps(options))  # as they are read from a file
+    options = json.loads(json.dumps(options))  # the types that split.json gives back
     if is_kept(args.data, source.name, options, args.force):
-        tell(f"{args.data} already holds this data set: nothing to do (--force makes it anew).")
+        tell(f"{args.data} already holds this data set: nothing to do (--force replaces it).")
     else:
         facts = {"source": source.name or DATASET_URL, "options": options}
         facts |= {name: getattr(args, name) for name in ("seed", "val_fraction", "test_fraction")}

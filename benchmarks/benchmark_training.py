@@ -47,7 +47,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_sam2_proper
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
-from finetuning.basics.files import atomic_write, write_csv
+from finetuning.basics.files import write_csv
+from finetuning.basics.pictures import save_figure
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.evaluation.measuring import Validation
@@ -285,8 +286,7 @@ def draw_totals(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     axes.set(xlabel=f"minutes of {EPOCHS} epochs", title=title, xscale="log")
     axes.set_xlim(right=5 * max(minutes))  # leave room for the texts
     axes.invert_yaxis()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(path, figure)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:

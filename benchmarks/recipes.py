@@ -40,7 +40,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
-from finetuning.basics.files import as_it_was, atomic_write, write_csv
+from finetuning.basics.files import as_it_was, write_csv
+from finetuning.basics.pictures import save_figure
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.evaluation.measuring import Comparison, mean_metrics, measure
@@ -309,8 +310,7 @@ def draw_recipes(path: Path, summaries: list[dict[str, Any]], title: str) -> Non
         axes.grid(alpha=0.3)
     axes.invert_yaxis()
     figure.suptitle(title)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(path, figure)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:

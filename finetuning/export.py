@@ -1,9 +1,9 @@
-"""Write a fine-tuned model as Ultralytics or Hugging Face's transformers load it.
+"""Export a fine-tuned model for Ultralytics or Hugging Face's transformers.
 
     python -m finetuning.export --to ultralytics     # output/export/sam2.1_s.pt, for small
     python -m finetuning.export --to transformers    # a folder for Sam2Model and Sam2Processor
 
-Neither package is needed for it. What it ends with is the Python that loads what it wrote.
+Neither package has to be installed. At the end, it prints the Python code that loads the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finetuning.basics.files import atomic_write
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import load_predictor
 
-# Ultralytics' loader goes by the end of a file's name. mini has none.
+# Ultralytics' loader recognises a model by its file name; it has no name for mini
 ULTRALYTICS_NAMES = {
     "tiny": "sam2.1_t.pt",
     "small": "sam2.1_s.pt",
@@ -34,10 +34,10 @@ ULTRALYTICS_NAMES = {
 }
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
-# What SAM 2 segments images with; the rest is its memory of a video, which Sam2Model has not.
-OF_IMAGES = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
+# The parts of SAM 2 that segment images; the rest is its video memory, which Sam2Model lacks
+IMAGE_PARTS = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
 POINT_EMBEDDINGS = [f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4)]
-# From SAM 2's names to Sam2Model's: regular expressions, all applied in this order
+# From SAM 2's names to Sam2Model's: regular expressions, applied one after another
 RENAMES = {
     r"^image_encoder\.trunk\.": "vision_encoder.backbone.",
     r"^image_encoder\.neck\.convs\.(\d)\.conv\.": r"vision_encoder.neck.convs.\1.",
@@ -55,7 +55,7 @@ RENAMES = {
     r"\.output_upscaling\.3\.": ".upscale_conv2.",
     r"\.out_proj\.": ".o_proj.",
     r"\.norm(\d|_final_attn)\.": r".layer_norm\1.",
-    # Perceptrons: those of the blocks have two layers, those of the decoder's heads three
+    # Perceptrons: two layers in the blocks, three in the decoder's heads
     r"\.mlp\.layers\.0\.": ".mlp.proj_in.",
     r"\.mlp\.layers\.1\.": ".mlp.proj_out.",
     r"(_head|_mlps\.\d)\.layers\.0\.": r"\1.proj_in.",
@@ -65,12 +65,12 @@ RENAMES = {
 
 
 def transformers_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return SAM 2's weights by the names that they have in transformers' Sam2Model.
+    """Return SAM 2's weights under the names of transformers' Sam2Model.
 
-    There, the four embeddings of points are one matrix, and the frequencies of the positional
-    encoding are kept twice.
+    Sam2Model has the four point embeddings in one matrix, and stores the frequencies of the
+    positional encoding twice.
     """
-    weights = {name: weight for name, weight in state_dict.items() if name.startswith(OF_IMAGES)}
+    weights = {name: weight for name, weight in state_dict.items() if name.startswith(IMAGE_PARTS)}
     points = [weights.pop(name) for name in POINT_EMBEDDINGS]
     weights = {_rename(name): weight for name, weight in weights.items()}
     frequencies = weights["prompt_encoder.shared_embedding.positional_embedding"]
@@ -86,7 +86,7 @@ def _rename(name: str) -> str:
 
 
 def transformers_config(model: SAM2Base) -> dict[str, Any]:
-    """Return the config.json of a Sam2Model like `model`, for images of the same size."""
+    """Return the config.json of a Sam2Model with the dimensions of `model`."""
     trunk, neck, size = model.image_encoder.trunk, model.image_encoder.neck, model.image_size
     last_blocks = [trunk.blocks[end] for end in trunk.stage_ends]
     starts = [0, *(end + 1 for end in trunk.stage_ends)]
@@ -120,7 +120,7 @@ def transformers_config(model: SAM2Base) -> dict[str, Any]:
 
 
 def processor_config(image_size: int) -> dict[str, Any]:
-    """Return the preprocessor_config.json of a Sam2Processor for a model of an image_size."""
+    """Return the preprocessor_config.json of a Sam2Processor for a model's image_size."""
     return {
         "processor_class": "Sam2Processor",
         "image_processor_type": "Sam2ImageProcessorFast",
@@ -132,7 +132,7 @@ def processor_config(image_size: int) -> dict[str, Any]:
 def export_ultralytics(
     output: Path, model: SAM2Base, model_name: str, settings: dict[str, Any] | None
 ) -> list[str]:
-    """Write the file that ultralytics.SAM takes; return the Python that loads it."""
+    """Write a file for ultralytics.SAM; return the Python code that loads it."""
     if model_name not in ULTRALYTICS_NAMES:
         raise UserError(
             f"Ultralytics has no SAM 2.1 {model_name}; fine-tune {', '.join(ULTRALYTICS_NAMES)}"
@@ -150,7 +150,7 @@ def export_ultralytics(
 
 
 def export_transformers(output: Path, model: SAM2Base) -> list[str]:
-    """Write the folder that Sam2Model.from_pretrained takes; return the Python that loads it."""
+    """Write a folder for Sam2Model.from_pretrained; return the Python code that loads it."""
     configs = {CONFIG: transformers_config(model), PROCESSOR: processor_config(model.image_size)}
     contents = {
         name: (json.dumps(config, indent=2) + "\n").encode() for name, config in configs.items()
@@ -161,7 +161,8 @@ def export_transformers(output: Path, model: SAM2Base) -> list[str]:
     for name, content in contents.items():
         _write(output / name, content)
     weights = transformers_weights(model.state_dict())
-    # Last, so that all is there where they are; save_file would raise no OSError on a full disk
+    # The weights last: if they exist, the folder is complete. Not save_file, which raises no
+    # OSError when the disk is full.
     _write(output / WEIGHTS, save(weights, {"format": "pt"}))
     tell(f"wrote {', '.join((WEIGHTS, *configs))} to {output}")
     return [
@@ -172,7 +173,7 @@ def export_transformers(output: Path, model: SAM2Base) -> list[str]:
 
 
 def _require_new(path: Path, content: bytes = b"") -> None:
-    """Raise UserError where a file is there already, unless a stopped export has written it so."""
+    """Raise UserError if a file exists, unless it has this content from an interrupted export."""
     is_same = path.is_file() and path.stat().st_size == len(content) > 0
     if path.exists() and not (is_same and path.read_bytes() == content):
         raise UserError(f"{path} exists already; remove it, or give another --output")
@@ -186,7 +187,7 @@ def _write(path: Path, content: bytes) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__)
     choices = ("ultralytics", "transformers")
-    parser.add_argument("--to", choices=choices, required=True, help="which package is to load it")
+    parser.add_argument("--to", choices=choices, required=True, help="the package that loads it")
     parser.add_argument(
         "--finetuned", type=Path, default=Path("output/sam2_best.pt"), help="the fine-tuned file"
     )

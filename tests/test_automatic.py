@@ -83,7 +83,7 @@ def test_only_steps_with_one_point_have_another_on_background():
 
 
 def make_pair(folder: Path, labels: np.ndarray) -> Pair:
-    pair = Pair("a", folder / "image.png", folder / "labels.png", of_objects=True)
+    pair = Pair("a", folder / "image.png", folder / "labels.png", per_object=True)
     write_image(pair.image, draw_pair(0, labels.shape)[0])
     write_image(pair.mask, labels)
     return pair

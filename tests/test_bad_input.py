@@ -566,7 +566,7 @@ BAD_CHECKPOINTS = {
     "no weights": "not a SAM 2.1 checkpoint",
     "fewer": "1 weights missing, 0 unknown",
     "more": "0 weights missing, 1 unknown",
-    "other shape": "or of another shape",
+    "other shape": "or some of another shape",
     "nan": "not finite",
     "inf": "not finite",
     "cut small": "not a readable checkpoint",

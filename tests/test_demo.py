@@ -20,7 +20,7 @@ from finetuning.dataset.demo_images import draw_demo_pair, write_demo_dataset
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import make_prompt, prompt_from_mask
-from finetuning.model.segmentation import encode_images, predict_masks, segment
+from finetuning.model.segmentation import encode_images, predict_masks, segment_with_logits
 from finetuning.training import run_files
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
@@ -44,7 +44,7 @@ def mean_iou(predictor, drawings, make) -> float:
     for image, masks, _ in drawings:
         features = encode_images(predictor, [image])
         for mask in masks:
-            predicted, _ = segment(predictor, features, make(mask), mask.shape)
+            predicted, *_ = segment_with_logits(predictor, features, make(mask), mask.shape)
             ious.append(calculate_iou(predicted, mask))
     return float(np.mean(ious))
 
@@ -80,8 +80,8 @@ def test_a_right_click_scores_higher_than_a_wrong_one(mini, drawings):
                 [tuple(prompt_from_mask(background, "center").point_coords[0])],
                 [tuple(inside.point_coords[0])],
             )
-            right.append(segment(mini, features, inside, mask.shape)[1])
-            wrong.append(segment(mini, features, contradiction, mask.shape)[1])
+            right.append(segment_with_logits(mini, features, inside, mask.shape)[1])
+            wrong.append(segment_with_logits(mini, features, contradiction, mask.shape)[1])
     assert np.mean(right) > np.mean(wrong) + 0.1
 
 

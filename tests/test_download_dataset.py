@@ -275,7 +275,7 @@ def test_what_a_killed_run_had_moved_away_is_put_back_by_the_next(
     assert not any(Path("data", name).exists() for name in ("images", "masks", "split.json"))
     outcome = run_script(main, *options)
     assert outcome.status == 0
-    assert "all is back as it was before" in outcome.out and "nothing to do" in outcome.out
+    assert "its old content is restored" in outcome.out and "nothing to do" in outcome.out
     assert data_files() == before
 
 
@@ -321,7 +321,7 @@ def test_what_others_left_in_a_data_folder_is_not_taken_for_a_killed_run(
             pytest.skip("no links here")
     files = snapshot(theirs)
     outcome = prepare(run_script, *options)
-    assert outcome.status == 0 and "left alone" in outcome.out
+    assert outcome.status == 0 and "is not removed" in outcome.out
     assert data_files() == before and snapshot(theirs) == files
     outcome = prepare(run_script, *options, "--force", "--seed", 1)
     assert outcome.status == 0 and snapshot(theirs) == files
@@ -346,8 +346,10 @@ def test_where_nothing_can_be_moved_back_nothing_is_lost(run_script, tmp_path, m
             outcome = prepare(run_script, *options, "--force", "--seed", 1)
             assert outcome.status == 2
             last_line = outcome.err.splitlines()[-1]
-            assert last_line.startswith("error: data is half changed") and "old" in last_line
-    assert "all is back as it was before" in prepare(run_script, *options).out
+            assert (
+                last_line.startswith("error: data is only partly restored") and "old" in last_line
+            )
+    assert "its old content is restored" in prepare(run_script, *options).out
     assert data_files() == before
 
 
@@ -531,7 +533,7 @@ def test_names_that_are_one_name_on_windows_are_refused(run_script, tmp_path, na
         for kind, suffix in (("Kvasir-SEG/images", ".jpg"), ("Kvasir-SEG/masks", ".png"))
     ]
     archive = write_archive(tmp_path / "a.zip", *members)
-    assert_refused(run_script, archive, "upper and lower case only")
+    assert_refused(run_script, archive, "only in upper and lower case")
 
 
 def test_names_that_are_one_name_on_windows_are_refused_in_folders_too(run_script, tmp_path):
@@ -541,7 +543,7 @@ def test_names_that_are_one_name_on_windows_are_refused_in_folders_too(run_scrip
     if len(list((tmp_path / "images").iterdir())) == 1:
         pytest.skip("this file system has no such names")
     outcome = prepare(run_script, "--images", "images", "--masks", "masks")
-    assert outcome.status == 2 and "upper and lower case only" in outcome.err
+    assert outcome.status == 2 and "only in upper and lower case" in outcome.err
     assert not Path("data").exists()
 
 

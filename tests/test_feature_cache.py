@@ -324,7 +324,7 @@ def test_what_is_announced_is_what_is_written(predictor, pairs, folder, capsys):
     told = re.fullmatch(r"features: ([\d.]+) GB to write to .* free\)\n", capsys.readouterr().out)
     cache.fill(images_of(pairs), predictor, "train")
     written = sum(file.stat().st_size for file in folder.iterdir())
-    announced = cache.bytes_of(len(pairs))
+    announced = cache.size_in_bytes(len(pairs))
     assert announced < written < announced + 1000 * len(pairs)
     assert float(told[1]) == pytest.approx(announced / 1e9, abs=0.005)
     check_room(cache, images_of(pairs), folder)

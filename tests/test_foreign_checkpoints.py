@@ -264,7 +264,7 @@ def test_the_state_of_a_run_is_resumed_and_nowhere_else_taken_for_a_model(
     assert load_checkpoint(state).keys() >= {"model", "optimizer", "scaler", "log", "settings"}
 
     best = Path("output/sam2_best.pt")
-    assert error_of(state) == f"{state} is the state of a training, for --resume; use {best}"
+    assert error_of(state) == f"{state} is the training state for --resume; use {best}"
     assert_same_weights(best, torch.load(best, weights_only=True)["model"])
     outcome = run_script(train, *options, "--epochs", 1, "--resume")
     assert outcome.status == 0 and "all 1 epochs are done" in outcome.out

@@ -213,7 +213,7 @@ def test_decomposed_and_composed_hangul_names_pair_up(tmp_path):
         ([], ["a.png"], "no images"),
         (["a.jpg", "b.jpg"], ["a.png"], r"b\.jpg: no mask"),
         (["a.jpg"], ["a.png", "c.png"], r"c\.png: no image"),
-        (["a.jpg", "a.png"], ["a.png"], "same name but for the suffix"),
+        (["a.jpg", "a.png"], ["a.png"], "same name, except for the suffix"),
         (list("abcde"), [], "no images"),
         ([f"{n}.jpg" for n in "abcde"], ["a.png"], r"b\.jpg, c\.jpg, d\.jpg and 1 more"),
     ],

@@ -18,7 +18,7 @@ from finetuning.basics.image_files import read_mask, write_image
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.model.models import is_image_size, load_predictor
 from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, feature_shapes, segment
+from finetuning.model.segmentation import encode_images, feature_shapes, segment_with_logits
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,9 @@ def test_new_images_are_segmented_at_that_size(run_script, trained):
     predictor, _ = load_predictor(None, trained, CPU)
     with autocast(CPU, select_precision("auto", CPU)):
         features = encode_images(predictor, [image])
-        mask, _ = segment(predictor, features, make_prompt([(60, 40)]), image.shape[:2])
+        mask, *_ = segment_with_logits(
+            predictor, features, make_prompt([(60, 40)]), image.shape[:2]
+        )
     assert np.array_equal(read_mask(Path("output/my_results/new_001_mask.png")), mask)
 
 

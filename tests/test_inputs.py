@@ -155,7 +155,7 @@ def test_each_value_can_be_an_object(run_script, tmp_path, option):
     write_set(lambda _, mask: painted(mask, *colors))
     outcome = run_script(main, *OPTIONS, option)
     assert outcome.status == 0, outcome.err
-    assert "objects: 8, 2 an image; " in outcome.out
+    assert "objects: 8, 2 per image; " in outcome.out
     for name, pair in all_pairs().items():
         of_colors = painted(true_mask(int(name[1:])), *colors)
         for found, color in zip(read_objects(pair), colors, strict=True):
@@ -214,7 +214,7 @@ def test_each_part_of_a_mask_can_be_an_object(run_script, tmp_path):
     outcome = run_script(main, *OPTIONS, "--parts", "--force")
     assert outcome.status == 0, outcome.err
     assert "left out 4 parts of fewer than 20 pixels" in outcome.out
-    assert "objects: 24, 6 an image; " in outcome.out
+    assert "objects: 24, 6 per image; " in outcome.out
     assert read_facts(Path("data"))["masks"] == "objects"
     assert [len(read_objects(pair)) for pair in all_pairs().values()] == [6] * COUNT
 
@@ -343,7 +343,10 @@ def test_images_that_are_copies_of_others_are_named(run_script, tmp_path):
     write_set(lambda _, mask: mask.astype(np.uint8) * 255)
     Path("images/a3.jpg").write_bytes(Path("images/a1.jpg").read_bytes())
     outcome = run_script(main, *OPTIONS)
-    assert outcome.status == 0 and "(almost) the same, kept on one side: a1 = a3" in outcome.out
+    assert (
+        outcome.status == 0
+        and "(nearly) identical images, each kept in one split: a1 = a3" in outcome.out
+    )
 
 
 def test_classes_that_cover_everything_are_no_mistake(run_script, tmp_path):
@@ -355,7 +358,7 @@ def test_classes_that_cover_everything_are_no_mistake(run_script, tmp_path):
 def test_usual_masks_give_no_warning(run_script, tmp_path):
     write_set(lambda _, mask: mask.astype(np.uint8) * 255)
     outcome = run_script(main, *OPTIONS)
-    assert "objects: 4, one an image; median area" in outcome.out
+    assert "objects: 4, one per image; median area" in outcome.out
     assert "warning" not in outcome.out and "data/overview.png" in outcome.out.replace("\\", "/")
 
 
@@ -366,9 +369,9 @@ def test_usual_masks_give_no_warning(run_script, tmp_path):
         (("--mask-value", "red"), "is not like 3"),
         (("--mask-value", "1,2"), "is not like 3"),
         (("--value-range", "9,1"), "low<high"),
-        (("--mask-value", "3", "--classes"), "takes one value"),
+        (("--mask-value", "3", "--classes"), "uses one value"),
         (("--annotations", "coco.json"), "different sources"),
-        (("--class-name", "cat"), "--class-name is of --annotations"),
+        (("--class-name", "cat"), "--class-name needs --annotations"),
         (("--pairs", "absent.csv"), "absent.csv"),
         (("--smallest-part", "0"), "at least 1"),
     ],

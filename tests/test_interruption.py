@@ -147,7 +147,7 @@ def test_ctrl_c_while_images_are_encoded_keeps_those_that_are(
 
     monkeypatch.setattr(feature_cache, "encode_images", interrupt)
     outcome = run_script(main, *options)
-    assert outcome.status == 130 and "the same command goes on" in outcome.out
+    assert outcome.status == 130 and "run the same command again" in outcome.out
     outcome = run_script(main, *options)
     assert outcome.status == 0, outcome.err
     assert len(encoded) == 3 + 3  # two of five were kept

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -55,7 +54,7 @@ def write_disks(folder: Path, counts: dict[str, list[int]]) -> Path:
             image, masks = draw_disks(count)
             write_image(folder / "images" / split / f"{split}_{index}.png", image)
             write_objects(folder / "masks" / split / f"{split}_{index}", masks, SIZE)
-    (folder / "split.json").write_text(json.dumps({"masks": "objects"}), encoding="utf-8")
+    (folder / "split.json").write_text(facts_text({"masks": "objects"}), encoding="utf-8")
     return folder
 
 
@@ -68,7 +67,7 @@ def test_each_value_of_a_label_map_is_an_object(tmp_path):
     labels = np.zeros(SIZE, np.uint16)
     labels[disk(30, 30)], labels[disk(60, 60)] = 300, 7
     write_image(tmp_path / "a.png", labels)
-    objects = read_objects(Pair("a", tmp_path / "a.png", tmp_path / "a.png", of_objects=True))
+    objects = read_objects(Pair("a", tmp_path / "a.png", tmp_path / "a.png", per_object=True))
     assert objects.size == SIZE and len(objects) == 2
     assert np.array_equal(objects[0], disk(60, 60)) and np.array_equal(objects[1], disk(30, 30))
 
@@ -90,7 +89,7 @@ def test_objects_are_read_as_they_were_written_overlapping_or_not(tmp_path_facto
     (written,) = folder.iterdir()
     overlap = sum(masks, np.zeros(SIZE, int)).max() > 1
     assert written.is_dir() == bool(overlap)
-    objects = read_objects(Pair("a", written, written, of_objects=True))
+    objects = read_objects(Pair("a", written, written, per_object=True))
     assert len(objects) == len(masks)
     for found, mask, area in zip(objects, masks, areas, strict=True):
         assert np.array_equal(found, mask) and area == mask.mean()
@@ -115,8 +114,7 @@ def test_split_json_is_refused_whatever_character_of_it_has_changed(tmp_path):
             changed = text[:place] + damaged + text[place + 1 :]
             (data / "split.json").write_text(changed, encoding="utf-8")
             with contextlib.suppress(UserError):
-                found = read_facts(data)
-                assert {name: found.get(name) for name in facts} == facts, changed
+                assert read_facts(data) == facts, changed
 
 
 def test_an_epoch_has_so_many_objects_of_an_image_and_all_have_their_turn():

@@ -42,7 +42,7 @@ from finetuning.comparison.tables import (
     format_table,
     print_anywhere,
 )
-from finetuning.dataset.pairs import Pair, split_pairs
+from finetuning.dataset.pairs import Pair, facts_text, split_pairs
 from finetuning.evaluation.interval import format_interval, group_numbers
 from finetuning.evaluation.measuring import Result
 from finetuning.evaluation.metrics import METRICS
@@ -478,7 +478,7 @@ def test_many_large_pictures_stay_below_ten_megabytes(make_page, tmp_path):
 
 def test_the_data_set_is_cited_only_where_it_was_used(make_page, tmp_path):
     for source, is_cited in ((DATASET_URL, True), ("my.zip", False)):
-        (tmp_path / "split.json").write_text(f'{{"source": "{source}"}}', encoding="utf-8")
+        (tmp_path / "split.json").write_text(facts_text({"source": source}), encoding="utf-8")
         page = make_page(data=str(tmp_path))
         assert ("Jha" in page.text) == is_cited
         assert "Ravi" in page.text and "arXiv:2408.00714" in page.text

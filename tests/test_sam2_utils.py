@@ -18,7 +18,7 @@ from sam2.utils.transforms import SAM2Transforms
 import compare_models
 from finetuning.basics import pictures
 from finetuning.model import models, segmentation
-from finetuning.model.drawing import draw_overlay
+from finetuning.model.drawing import draw_object
 from finetuning.model.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
 from finetuning.model.prompts import (
     corrective_click,
@@ -33,7 +33,6 @@ from finetuning.model.segmentation import (
     Prediction,
     encode_images,
     predict_masks,
-    segment,
     segment_with_logits,
     upscale_masks,
 )
@@ -238,7 +237,7 @@ def test_code_inside_a_checkpoint_is_never_run(tmp_path, monkeypatch):
 
 
 def test_a_missing_mini_is_not_looked_for_on_the_network(tmp_path):
-    with pytest.raises(UserError, match="comes with this project"):
+    with pytest.raises(UserError, match="is part of this project"):
         ensure_checkpoint("mini", tmp_path)
 
 
@@ -374,7 +373,7 @@ def test_masks_and_scores_equal_those_of_sam2_image_predictor(predictor, size, k
     assert np.abs(masks - expected_masks).max() < 1e-5
     assert np.abs(prediction.iou_scores[0, 1:].detach().numpy() - expected_scores).max() < 1e-5
 
-    mask, score = segment(predictor, features, prompt, size)
+    mask, score, _ = segment_with_logits(predictor, features, prompt, size)
     assert np.array_equal(mask, expected_masks[expected_scores.argmax()] > 0)
     assert score == pytest.approx(expected_scores.max(), abs=1e-5)
 
@@ -397,9 +396,9 @@ def test_the_single_mask_equals_that_of_sam2_image_predictor(random_mini, kind, 
         multimask_output=False,
     )
     features = encode_images(predictor, [image])
-    mask, score = segment(predictor, features, prompt, size, "single")
+    mask, score, _ = segment_with_logits(predictor, features, prompt, size, kind="single")
     assert np.array_equal(mask, expected > 0) and score == pytest.approx(expected_score, abs=1e-5)
-    best_score = segment(predictor, features, prompt, size)[1]
+    best_score = segment_with_logits(predictor, features, prompt, size)[1]
     assert (score == pytest.approx(best_score, abs=1e-5)) == (not stable)
 
 
@@ -449,20 +448,20 @@ def test_scores_that_are_not_finite_stop_with_an_error(predictor, random_mini):
     torch.nn.init.constant_(broken.model.sam_mask_decoder.iou_token.weight, float("nan"))
     image = draw_pair(0)[0]
     with pytest.raises(UserError, match="not finite"):
-        segment(broken, encode_images(broken, [image]), make_prompt([(5, 5)]), image.shape[:2])
+        features = encode_images(broken, [image])
+        segment_with_logits(broken, features, make_prompt([(5, 5)]), image.shape[:2])
 
 
 # Drawing
 
 
-def test_an_overlay_shows_mask_points_and_box_and_leaves_the_image_alone():
-    image = np.full((200, 300, 3), 100, np.uint8)
+def test_a_drawing_shows_mask_points_and_box_and_leaves_the_rest_alone():
+    canvas = np.full((200, 300, 3), 100, np.uint8)
     mask = np.zeros((200, 300), bool)
     mask[50:150, 100:200] = True
-    overlay = draw_overlay(image, mask, make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160)))
-    assert (image == 100).all()
-    assert tuple(overlay[120, 150]) == (65, 122, 177)  # half gray, half blue
-    assert tuple(overlay[80, 120]) == pictures.GREEN
-    assert tuple(overlay[20, 20]) == pictures.RED
-    assert np.allclose(overlay[40, 150], pictures.GREEN, atol=30)  # a smoothed line
-    assert tuple(overlay[190, 290]) == (100, 100, 100)
+    draw_object(canvas, mask, make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160)))
+    assert tuple(canvas[120, 150]) == (65, 122, 177)  # half gray, half blue
+    assert tuple(canvas[80, 120]) == pictures.GREEN
+    assert tuple(canvas[20, 20]) == pictures.RED
+    assert np.allclose(canvas[40, 150], pictures.GREEN, atol=30)  # a smoothed line
+    assert tuple(canvas[190, 290]) == (100, 100, 100)

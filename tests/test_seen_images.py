@@ -9,7 +9,7 @@ from conftest import draw_pair, write_data, write_pair
 import compare_models
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
-from finetuning.dataset.pairs import split_pairs
+from finetuning.dataset.pairs import facts_text, split_pairs
 from finetuning.evaluation.seen_images import (
     SEEN,
     Overlap,
@@ -127,7 +127,7 @@ def test_masks_of_several_objects_are_known_by_all_their_files(tmp_path):
     folder = tmp_path / "masks/train/pair_000"
     for k in range(2):
         write_image(folder / f"{k}.png", draw_pair(k)[1].astype("uint8") * 255)
-    (tmp_path / "split.json").write_text('{"masks": "objects"}', encoding="utf-8")
+    (tmp_path / "split.json").write_text(facts_text({"masks": "objects"}), encoding="utf-8")
     pairs = split_pairs(tmp_path, "train")
     settings = {SEEN: record_seen({"train": pairs, "val": []}, hash_files(pairs), before=[])}
     facts = {"model_name": "mini", "settings": settings}
@@ -157,7 +157,7 @@ def test_the_original_must_be_what_training_started_from(train, compare, random_
     shutil.copy(trained, Path("checkpoints", MODELS["mini"].filename))
     outcome = compare()
     assert outcome.status == 2
-    assert "base.pt is missing, which training started from" in outcome.err
+    assert "base.pt is missing, but training started from it" in outcome.err
     # Where the published file is what training started from, it serves
     shutil.copy(random_mini, Path("checkpoints", MODELS["mini"].filename))
     assert compare().status == 0
@@ -175,7 +175,7 @@ def test_folds_are_matched_by_content(train, compare):
     assert again.out.split("└")[0] == first.out.split("└")[0]
     # A new image under a known name is in no fold
     write_pair(70, Path("data/images/train"), Path("data/masks/train"))
-    assert "in no fold, and so are not measured: 1\n" in compare("--folds").out
+    assert "in no fold, which are not measured: 1\n" in compare("--folds").out
     image = Path("data/images/train/pair_001.jpg")
     image.write_bytes(Path("data/images/train/pair_070.jpg").read_bytes())
     outcome = compare("--folds")

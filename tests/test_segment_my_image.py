@@ -13,7 +13,7 @@ from conftest import CPU, draw_pair
 from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.model.models import load_predictor
 from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, segment
+from finetuning.model.segmentation import encode_images, segment_with_logits
 from test_my_image import main
 
 
@@ -30,7 +30,7 @@ def expected_mask(random_mini, image, **prompt) -> np.ndarray:
     predictor, _ = load_predictor("mini", random_mini, CPU)
     with autocast(CPU, select_precision("auto", CPU)):
         features = encode_images(predictor, [image])
-        return segment(predictor, features, make_prompt(**prompt), image.shape[:2])[0]
+        return segment_with_logits(predictor, features, make_prompt(**prompt), image.shape[:2])[0]
 
 
 def test_points_and_a_box_give_an_overlay_a_mask_and_figures(run_script, image_path, random_mini):

@@ -183,7 +183,9 @@ def test_copies_stay_on_one_side_and_are_listed(run_script, tmp_path):
     for seed in range(4):
         outcome = run_script(main, *OPTIONS, "--seed", seed, "--force")
         assert outcome.status == 0, outcome.err
-        assert "copies: 2 pairs of images (almost) the same, kept on one side: " in outcome.out
+        assert (
+            "copies: 2 pairs of (nearly) identical images, each kept in one split: " in outcome.out
+        )
         val = {pair.name: pair.group for pair in split_pairs(Path("data"), "val")}
         assert ("z" in val) == ("pair_002" in val) and ("y" in val) == ("pair_007" in val)
         for split in ("train", "val"):
@@ -200,7 +202,7 @@ def test_copies_stay_on_one_side_and_are_listed(run_script, tmp_path):
     torn = False
     for seed in range(4):
         outcome = run_script(main, *OPTIONS, "--copies", "ignore", "--seed", seed, "--force")
-        torn |= "of them on two sides of the split" in outcome.out
+        torn |= "of them in different splits" in outcome.out
         assert read_groups() == {}
     assert torn
 
@@ -291,7 +293,7 @@ def test_a_table_with_two_groups_for_one_name_is_refused(run_script, tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
-        (("--group-regex", "(patient"), "is no pattern"),
+        (("--group-regex", "(patient"), "is not a valid pattern"),
         (("--group-regex", "patient"), "is in no image's name"),
         (("--groups", "none.csv"), "no such file: none.csv"),
         (("--groups", "none.csv", "--group-regex", "a"), "give one of them"),
@@ -306,7 +308,7 @@ def test_what_does_not_fit_is_refused(run_script, tmp_path, options, says):
     assert not Path("data/images").exists()
 
 
-def test_a_ready_split_is_kept_and_its_torn_groups_are_named(run_script, tmp_path):
+def test_a_ready_split_is_kept_and_its_divided_groups_are_named(run_script, tmp_path):
     for index in range(6):
         image, mask = draw_pair(index)
         split = ("train", "val", "test")[index % 3]
@@ -316,7 +318,7 @@ def test_a_ready_split_is_kept_and_its_torn_groups_are_named(run_script, tmp_pat
     options = ("--archive", "set", "--skip-checkpoint", "--group-regex", r"(p\d)_")
     outcome = run_script(main, *options)
     assert outcome.status == 0, outcome.err
-    assert "warning: 2 groups are on several sides of the ready split: p0, p1" in outcome.out
+    assert "warning: the given split divides 2 groups: p0, p1" in outcome.out
     assert [pair.group for pair in split_pairs(Path("data"), "test")] == ["p0", "p1"]
     outcome = run_script(main, *options, "--test-fraction", "0.1", "--force")
     assert outcome.status == 2 and "split already" in outcome.err

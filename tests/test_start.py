@@ -78,7 +78,7 @@ def hashed(monkeypatch) -> list[str]:
 def write_image_of(objects: list[np.ndarray], folder: Path) -> Pair:
     write_objects(folder / "many_mask", objects, objects[0].shape)
     (masks,) = folder.glob("many_mask*")
-    return Pair("many", folder / "many.png", masks, of_objects=True)
+    return Pair("many", folder / "many.png", masks, per_object=True)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def write_pair_of_three(folder: Path, name: str) -> Pair:
     labels = np.zeros((96, 128), np.uint8)
     for value in range(3):
         labels[10 + 25 * value : 30 + 25 * value, 20:80] = value + 1
-    pair = Pair(name, folder / f"{name}.png", folder / f"{name}_mask.png", of_objects=True)
+    pair = Pair(name, folder / f"{name}.png", folder / f"{name}_mask.png", per_object=True)
     write_image(pair.image, draw_pair(0)[0])
     write_image(pair.mask, labels)
     return pair

@@ -41,7 +41,7 @@ def write_blocks(folder: Path, index: int, size: tuple[int, int], count: int) ->
         top = height // 8 + k
         labels[top : top + height // 3, left:right] = k + 1
     image[labels > 0] += np.array([150, 100, 120], np.uint8)
-    pair = Pair(str(index), folder / f"{index}.png", folder / f"{index}_m.png", of_objects=True)
+    pair = Pair(str(index), folder / f"{index}.png", folder / f"{index}_m.png", per_object=True)
     write_image(pair.image, image)
     write_image(pair.mask, labels)
     return pair

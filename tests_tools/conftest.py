@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,11 +21,11 @@ import torch
 import train_sam2_proper
 from finetuning.basics.image_files import write_image
 from finetuning.dataset.demo_images import draw_demo_pair
-from finetuning.dataset.pairs import SPLIT_FILE
+from finetuning.dataset.pairs import SPLIT_FILE, facts_text
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import build_predictor, load_predictor
 from finetuning.model.prompts import Prompt, deepest_point, make_prompt, mask_box
-from finetuning.model.segmentation import encode_images, segment
+from finetuning.model.segmentation import encode_images, segment_with_logits
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 CPU = torch.device("cpu")
@@ -78,7 +77,7 @@ def fine_tune(folder: Path, train: list[Sample], val: list[Sample], *options: ob
             labels = sum(mask.astype(np.uint8) * value for value, mask in enumerate(masks, 1))
             write_image(data / "images" / split / f"{split}_{index}.png", image)
             write_image(data / "masks" / split / f"{split}_{index}.png", labels)
-    (data / SPLIT_FILE).write_text(json.dumps({"masks": "objects"}), encoding="utf-8")
+    (data / SPLIT_FILE).write_text(facts_text({"masks": "objects"}), encoding="utf-8")
     where = ("--data", data, "--output", output, "--device", "cpu", "--precision", "float32")
     train_sam2_proper.main([str(option) for option in (*where, *options)])
     return output / "sam2_best.pt"
@@ -170,7 +169,10 @@ def open_ours(checkpoint: Path, kind: str) -> Callable[..., list[tuple[np.ndarra
     def segment_objects(image, places):
         features, size = encode_images(predictor, [image]), image.shape[:2]
         prompts = [as_prompt(place) for place in places]
-        return [segment(predictor, features, prompt, size, kind) for prompt in prompts]
+        return [
+            segment_with_logits(predictor, features, prompt, size, kind=kind)[:2]
+            for prompt in prompts
+        ]
 
     return segment_objects
 

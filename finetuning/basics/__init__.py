@@ -7,7 +7,7 @@ files: files read and written safely, locked folders, downloads
 image_decoding: image files of every format to pixel values
 image_files: images and masks, read as 8 bits and written
 language: English and Korean
-pictures: the colours of all pictures
+pictures: the colours of all pictures; saving a figure
 run_outputs: the names of a training's files, and the table of several runs
 threads: many files read at the same time, in threads
 tiff: the directories of TIFF and EXIF

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from finetuning.basics.files import atomic_write, write_csv
+from finetuning.basics.files import write_csv
 from finetuning.basics.language import say
+from finetuning.basics.pictures import save_figure
 from finetuning.comparison.tables import Table
 from finetuning.evaluation.measuring import Comparison, counted_unit
 from finetuning.evaluation.simulated_clicks import measure_clicks
@@ -112,5 +113,4 @@ def draw_clicks(path: Path, ious: np.ndarray, use_mask_prompt: bool, unit: str =
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(path, figure)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from finetuning.basics.files import atomic_write
+from finetuning.basics.pictures import save_figure
 from finetuning.comparison.clicks import CLICK_FILES
 from finetuning.comparison.detection import AUTO_FILE
 from finetuning.comparison.report import size_class
@@ -119,8 +119,7 @@ def draw_scatter(path: Path, ious: np.ndarray, sizes: list[str], unit: str) -> N
     plot_scatter(figure.subplots(), ious, sizes, unit)
     # The legend goes below the chart: in any corner it could hide an object
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", markerscale=0.8)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
+    save_figure(path, figure, bbox_inches="tight")
 
 
 def plot_scatter(axes: Axes, ious: np.ndarray, sizes: list[str], unit: str) -> None:
@@ -169,5 +168,4 @@ def draw_panels(path: Path, panels: dict[str, np.ndarray]) -> None:
         axes.imshow(panel)
         axes.set_title(title)
         axes.axis("off")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
+    save_figure(path, figure, bbox_inches="tight")

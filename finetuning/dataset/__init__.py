@@ -1,12 +1,12 @@
-"""The data folder: how it is filled, split and read.
+"""The data folder: fill it, split it, read it.
 
-copies: duplicate and near-duplicate images
-data_folder: a data folder, filled as a whole or not at all
-demo_images: the demo's drawn images
-filling: images and masks, checked and copied or redrawn
-groups: images that belong together stay in one split
+copies: find duplicate and near-duplicate images
+data_folder: fill a data folder completely, or not at all
+demo_images: draw the demo's images
+filling: check images and masks, then copy or convert them
+groups: keep images that belong together in one split
 objects: the objects of an image, each with its mask
 overview: counts, warnings and a picture of a data folder
-pairs: images and masks of a data folder, and split.json
-splitting: which images are for validation, for a test, and in which fold
+pairs: find images and masks of a data folder; read split.json
+splitting: choose images for validation, test and folds
 """

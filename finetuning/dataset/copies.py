@@ -1,4 +1,8 @@
-"""Images that are the same, or nearly so: one in train gives away its copy in val."""
+"""Find duplicates and near-duplicates, which would leak from the training to the validation set.
+
+Images are compared as thumbnails of 32x32 gray values. Two images are copies if their thumbnails
+correlate strongly, both as they are and after subtracting the mean image.
+"""
 
 from __future__ import annotations
 
@@ -15,39 +19,39 @@ from finetuning.basics.command_line import quoted
 from finetuning.basics.files import write_csv
 
 COPIES_FILE = "copies.csv"
-SIDE = 32  # of a thumbnail, in pixels
-# How much alike thumbnails of copies are at least. On 900 images of Kvasir-SEG the fourth pair (one
-# polyp, a second later) has 0.966 and 0.943; no other one has more than 0.950 and 0.931.
-CORRELATION = 0.96  # of their gray values
-OWN_CORRELATION = 0.9  # of what each has beside the mean image: a black frame is in all of them
-MANY = 6  # images that are all alike show one scene rather than being copies
-BLOCK = 512  # thumbnails that are compared with all at once
+SIDE = 32  # side of a thumbnail, in pixels
+# Smallest correlations of copies. Among 900 images of Kvasir-SEG, the fourth most similar pair (one
+# polyp, a second later) has 0.966 and 0.943; no pair below it exceeds 0.950 and 0.931.
+CORRELATION = 0.96  # of the gray values
+OWN_CORRELATION = 0.9  # after subtracting the mean image, which holds shared parts like a frame
+MANY = 6  # so many similar images are one scene, say from a fixed camera, rather than copies
+BLOCK = 512  # thumbnails compared with all others at once; bounds the memory
 
 
 class Copy(NamedTuple):
-    """Two images that are alike, by their numbers; how their thumbnails correlate."""
+    """A pair of copies: the indices of two images and the correlation of their thumbnails."""
 
     first: int
     second: int
-    correlation: float  # 1 for equal files
+    correlation: float  # 1 for identical files
 
 
 def make_thumbnail(image: np.ndarray) -> np.ndarray:
-    """Return an HxWx3 uint8 RGB image as SIDExSIDE uint8 gray values."""
+    """Shrink an HxWx3 uint8 RGB image to SIDExSIDE uint8 gray values."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     return cv2.resize(gray, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
 def find_copies(thumbnails: Sequence[np.ndarray], contents: Sequence[str]) -> list[Copy]:
-    """Return the pairs of N images that are equal files, or look alike in every respect.
+    """Return the pairs among N images that are identical files or look the same.
+
+    Two thumbnails must correlate as they are, and after subtracting the mean of all images (or of
+    the similar ones, if there are MANY). So images do not count as copies because they share a
+    frame, a vignette, a background or a fixed camera.
 
     Arguments:
-      thumbnails: of make_thumbnail.
-      contents: hashes of the files.
-
-    They must be alike as they are, and in what distinguishes them from the mean of all, or of those
-    like them where these are MANY: frames, vignettes and backgrounds that images share make no
-    copies, nor do fixed cameras.
+      thumbnails: of the N images, from make_thumbnail.
+      contents: hashes of the N files.
     """
     found = {}
     by_content: dict[str, list[int]] = defaultdict(list)
@@ -68,7 +72,10 @@ def find_copies(thumbnails: Sequence[np.ndarray], contents: Sequence[str]) -> li
 
 
 def _own_parts(plain: np.ndarray) -> np.ndarray:
-    """Return what each of N thumbnails has beside the mean of all, or of those like it, if MANY."""
+    """Subtract from each of N thumbnails the mean of all, or of the similar ones if there are MANY.
+
+    Returns normalized rows.
+    """
     means = np.broadcast_to(plain.mean(axis=0), plain.shape).copy()
     for start in range(0, len(plain), BLOCK):
         block = slice(start, start + BLOCK)
@@ -80,31 +87,34 @@ def _own_parts(plain: np.ndarray) -> np.ndarray:
 
 
 def _normalized(rows: np.ndarray) -> np.ndarray:
-    """Return rows with mean 0 and length 1; constant ones, which are like nothing, are 0."""
+    """Scale rows to mean 0 and length 1, so that dot products are correlations.
+
+    A constant row becomes 0, which correlates with nothing.
+    """
     rows = rows - rows.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(lengths > 1e-3, rows / np.maximum(lengths, 1e-3), 0)
 
 
 def write_copies(path: Path, names: Sequence[tuple[str, str]], copies: list[Copy]) -> None:
-    """Write a row a pair of copies; names: (split, name) of each image."""
+    """Write one row per pair of copies; names: (split, name) of each image."""
     rows = [(*names[a][::-1], *names[b][::-1], f"{alike:.4f}") for a, b, alike in copies]
     write_csv(path, ("image", "split", "copy", "split_of_copy", "correlation"), rows)
 
 
 def describe_copies(path: Path, names: Sequence[tuple[str, str]], copies: list[Copy]) -> str:
-    """Return what is printed of copies, which are listed at `path`; arguments as of write_copies.
+    """Return the line to print about copies; a warning if some are in different splits.
 
-    It is a warning where some are on two sides of the split.
+    The arguments are those of write_copies.
     """
     apart = [copy for copy in copies if names[copy.first][0] != names[copy.second][0]]
     shown = [f"{quoted(names[a][1])} = {quoted(names[b][1])}" for a, b, _ in (apart or copies)[:3]]
     more = ", ..." if len(apart or copies) > 3 else ""
-    what = f"{len(copies)} pair{'s' * (len(copies) > 1)} of images (almost) the same"
+    what = f"{len(copies)} pair{'s' * (len(copies) > 1)} of (nearly) identical images"
     which = f"{', '.join(shown)}{more} ({path})"
     if not apart:
-        return f"copies: {what}, kept on one side: {which}"
+        return f"copies: {what}, each kept in one split: {which}"
     return (
-        f"warning: {what}, {len(apart)} of them on two sides of the split, so that its numbers say "
-        f"too much: {which}"
+        f"warning: {what}, {len(apart)} of them in different splits, which makes the results too "
+        f"optimistic: {which}"
     )

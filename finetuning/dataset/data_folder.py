@@ -1,4 +1,14 @@
-"""A data folder: pairs split into train and val, filled as a whole or not at all."""
+"""Fill a data folder with pairs, split into train and val: completely, or not at all.
+
+    data/images/{train,val,test}/NAME.jpg   copies of the user's images
+    data/masks/{train,val,test}/NAME.png    black and white, or one label map (or folder) per image
+    data/split.json                         the facts: source, options, split, groups; a digest
+    data/copies.csv, overview.png           duplicates; a picture to look at
+
+The new files are written to a temporary folder inside the data folder. When all are complete, the
+old ones are moved out and the new ones in, split.json last. If a run fails or is killed before
+that, everything is moved back: at once, or when the next run calls recover.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +29,7 @@ from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.dataset.copies import COPIES_FILE, describe_copies, find_copies, write_copies
 from finetuning.dataset.demo_images import write_demo_dataset
 from finetuning.dataset.filling import UNSPLIT, Filled, Filler, move_to_splits
-from finetuning.dataset.groups import Grouping, find_groups, join_groups, torn_groups
+from finetuning.dataset.groups import Grouping, divided_groups, find_groups, join_groups
 from finetuning.dataset.overview import OVERVIEW_FILE, draw_overview
 from finetuning.dataset.pairs import (
     SPLIT_FILE,
@@ -33,66 +43,64 @@ from finetuning.dataset.splitting import split_names
 from finetuning.sources.mask_values import MaskRule
 from finetuning.sources.pairing import Example
 
-MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # what a data set is, beside that
-SPLIT_OPTIONS = ("test_fraction", "group_regex", "groups", "copies")
-BEGUN_FILE = "begun.json"  # in each of its temporary folders, to know them by
-PARTIAL = ".partial-"  # how the names of its temporary folders in there start
+MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # a data set, except its SPLIT_FILE
+BEGUN_FILE = "begun.json"  # identifies a temporary folder as this program's
+TEMPORARY_PREFIX = ".partial-"  # of the temporary folders in a data folder
 
 
 @contextlib.contextmanager
 def new_dataset(data: Path, facts: dict[str, Any]) -> Iterator[Path]:
-    """Yield an empty folder; the images/ and masks/ put there become those of `data`.
+    """Yield an empty folder; its images/ and masks/ replace those of `data` when complete.
 
-    They are moved into place when complete, with a picture of some of them, and with `facts` about
-    them, which may be added to until then, in SPLIT_FILE, which goes first and comes last: where it
-    is, the data set is whole. On any error `data` is again as it was; after a kill, once the next
-    run has called `recover`.
+    `facts` are written to SPLIT_FILE; the caller may add to them inside the block. After an error,
+    `data` is as it was before; after a kill, it is once the next run has called `recover`.
     """
     with only_run_in(data):
         recover(data)
-        folder = data / (PARTIAL + uuid.uuid4().hex[:8])
+        folder = data / (TEMPORARY_PREFIX + uuid.uuid4().hex[:8])
         new, old = folder / "new", folder / "old"
         try:
             new.mkdir(parents=True)
             old.mkdir()
             (folder / BEGUN_FILE).write_text(mark_of(folder), encoding="utf-8")
             yield new
-            of_objects = facts.get("masks") == "objects"
-            pairs = find_pairs(new / "images/train", new / "masks/train", of_objects)
+            per_object = facts.get("masks") == "objects"
+            pairs = find_pairs(new / "images/train", new / "masks/train", per_object)
             draw_overview(new / OVERVIEW_FILE, pairs)
             if not (new / COPIES_FILE).exists():
                 write_copies(new / COPIES_FILE, [], [])
             (new / SPLIT_FILE).write_text(facts_text(facts), encoding="utf-8")
+            # SPLIT_FILE is the first out and the last in: where it exists, the data set is complete
             for name in (SPLIT_FILE, *MOVED):
                 if (data / name).exists():
                     (data / name).replace(old / name)
             for name in (*MOVED, SPLIT_FILE):
                 (new / name).replace(data / name)
         finally:
-            settle(folder)
+            undo_unless_complete(folder)
 
 
 def mark_of(folder: Path) -> str:
-    """Return what tells a folder from a copy of it, which may have come from elsewhere."""
+    """Return a text that distinguishes a folder from a copy of it made elsewhere."""
     return json.dumps([folder.stat().st_ino, str(folder.resolve())])
 
 
 def is_ours(folder: Path) -> bool:
-    """Say whether a temporary folder was begun by this program, here."""
+    """Return whether this program created a temporary folder, at this place."""
     if folder.is_symlink():
         return False
     mark = folder / BEGUN_FILE
-    if not mark.is_file():  # killed before it was written, unless there are files already
+    if not mark.is_file():  # an empty folder: killed before the mark was written
         return not any(path.is_file() for path in folder.rglob("*"))
     expected = mark_of(folder).encode()
     return mark.stat().st_size == len(expected) and mark.read_bytes() == expected
 
 
-def settle(folder: Path) -> None:
-    """Move everything back unless all has been moved into place; remove the temporary folder.
+def undo_unless_complete(folder: Path) -> None:
+    """Move everything back unless all files are in place; remove the temporary folder.
 
-    Stopped at any point, it can be run again. Raises UserError, and removes nothing, where
-    something cannot be moved back.
+    If it is interrupted at any point, it can be run again. Raises UserError, and removes nothing,
+    if a file cannot be moved back.
     """
     data, new, old = folder.parent, folder / "new", folder / "old"
     if (new / SPLIT_FILE).exists():  # written before the first move, moved by the last
@@ -103,47 +111,46 @@ def settle(folder: Path) -> None:
             for name in (*MOVED, SPLIT_FILE):
                 if (old / name).exists():
                     (old / name).replace(data / name)
-            (new / SPLIT_FILE).unlink()  # from here on, there is nothing to move back
+            (new / SPLIT_FILE).unlink()  # from here on, there is nothing left to move back
         except OSError as error:
             raise UserError(
-                f"{data} is half changed, and what it held may be in {old} ({error.strerror}: "
+                f"{data} is only partly restored, and its files may be in {old} ({error.strerror}: "
                 f"{error.filename}); close the programs that use these files, then run this again"
             ) from error
-    shutil.rmtree(folder, ignore_errors=True)  # the next run removes what is in use
+    shutil.rmtree(folder, ignore_errors=True)  # the next run removes files that are in use now
 
 
 def recover(data: Path) -> None:
-    """Undo what killed runs have left half done in `data`, where no other run is writing."""
-    for folder in list(data.glob(PARTIAL + "*")):
+    """Undo what killed runs left unfinished in `data`; the caller holds the folder's lock."""
+    for folder in list(data.glob(TEMPORARY_PREFIX + "*")):
         if not is_ours(folder):
             tell(
-                f"warning: {folder} was not made here by this program; it is left alone. If images "
-                f"of yours are missing, look into {folder / 'old'}"
+                f"warning: {folder} was not made here by this program, so it is not removed. If "
+                f"images of yours are missing, look into {folder / 'old'}"
             )
             continue
         was_moving = (folder / "new" / SPLIT_FILE).exists()
-        settle(folder)
+        undo_unless_complete(folder)
         if was_moving:
-            tell(f"an earlier run was killed while it filled {data}: all is back as it was before")
+            tell(f"an earlier run was killed while filling {data}; its old content is restored")
 
 
 def recover_if_killed(data: Path) -> None:
-    """Do what `recover` does, if there is anything to be done."""
-    if any(data.glob(PARTIAL + "*")):
+    """Lock `data` and call `recover`, if a killed run left a temporary folder."""
+    if any(data.glob(TEMPORARY_PREFIX + "*")):
         with only_run_in(data):
             recover(data)
 
 
 def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool) -> bool:
-    """Say whether `data` already holds what is asked for: the pairs of `source`, or any if None.
+    """Return whether `data` already holds the pairs of `source` (None: any), taken with `options`.
 
-    options: how they are taken from it. Raises UserError where it holds something else, or what is
-    not this project's to replace.
+    Raises UserError if it holds another data set, or files that this script did not put there.
     """
     split_file = data / SPLIT_FILE
     if not split_file.is_file():
         if is_filled(data) and not (force or source):
-            return True  # put there by hand, as the layout asks
+            return True  # the user arranged the folder by hand
         if holds_files(data):
             raise UserError(
                 f"{data} holds images or masks that this script did not put there; "
@@ -154,38 +161,35 @@ def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool
         return False
     try:
         facts = read_facts(data)
-        made_from = facts["source"]
-        # Files of earlier versions say nothing of options, but had none of these
-        before = {name: value for name, value in options.items() if name not in SPLIT_OPTIONS}
-        taken = facts.get("options", before)
-    except (UserError, LookupError):  # edited by hand
+        made_from, taken = facts["source"], facts.get("options", options)  # the demo has no options
+    except UserError:  # edited by hand
         made_from, taken = "an unknown source", options
     if (source and made_from != source) or ((source or options) and taken != options):
         how = "" if taken == options else f" with other options ({json.dumps(taken)})"
         raise UserError(
-            f"{data} already holds the data set made from {made_from}{how}; "
+            f"{data} already holds a data set made from {made_from}{how}; "
             "use another --data folder, or --force to replace it"
         )
     return True
 
 
 def check_files(examples: list[Example]) -> None:
-    """Raise UserError for what is no file, or one too large, before any is copied."""
+    """Raise UserError, before any file is copied, if one is not a file or is too large."""
     for example in examples:
         for source in (example.image, *example.masks):
-            if isinstance(source, Path):  # not in an archive, which has been checked
+            if isinstance(source, Path):  # members of an archive have been checked already
                 require_file(source, LARGEST)
 
 
 def check_cases(examples: list[Example]) -> None:
-    """Raise UserError for names that Windows and macOS take for one and the same."""
+    """Raise UserError for two names that Windows and macOS treat as the same."""
     seen: dict[tuple[str | None, str], Example] = {}
     for example in examples:
         key = example.split, unicodedata.normalize("NFC", example.name.casefold())
         if key in seen:
             raise UserError(
-                f"{seen[key].image} and {example.image} differ in upper and lower case only, which "
-                "is one name on Windows and macOS; rename one of them, and its mask"
+                f"{seen[key].image} and {example.image} differ only in upper and lower case, which "
+                "is the same name on Windows and macOS; rename one of them, and its mask"
             )
         seen[key] = example
 
@@ -198,16 +202,16 @@ def fill_folder(
     grouping: Grouping,
     facts: dict[str, Any],
 ) -> list[Filled]:
-    """Check every example and copy it into images/ and masks/ of `data`, in train/, val/, test/.
+    """Check every example and copy it into `data`; return the filled images.
 
-    Those that are in no split yet are split by the seed and the fractions in `facts`, what belongs
-    together or is alike on one side. Returns what became of each.
+    Examples without a split are split by the seed and the fractions in `facts`; groups and copies
+    stay together. If any file is invalid, nothing is copied and UserError is raised.
     """
     check_files(examples)
     check_cases(examples)
-    of_objects = rule.gives_objects or any(len(example.masks) != 1 for example in examples)
+    per_object = rule.gives_objects or any(len(example.masks) != 1 for example in examples)
     facts = dict(facts)
-    if of_objects:
+    if per_object:
         facts["masks"] = "objects"
     if value_range:
         facts["value_range"] = list(value_range)
@@ -215,15 +219,16 @@ def fill_folder(
         raise UserError("the images are split already; leave --test-fraction out")
     given = find_groups(examples, grouping)
     with new_dataset(data, facts) as folder:
-        filler = Filler(folder, rule, of_objects, value_range)
+        filler = Filler(folder, rule, per_object, value_range)
         filled = filler.fill(examples)
+        # Copies are found in the copied images, so the split comes after the copying
         copies = find_copies(
-            [of_image.thumbnail for of_image in filled], [of_image.content for of_image in filled]
+            [image.thumbnail for image in filled], [image.sha256 for image in filled]
         )
         alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
-        groups = join_groups(given, alike, [of_image.name for of_image in filled])
+        groups = join_groups(given, alike, [image.name for image in filled])
         filled = split_filled(folder, filled, groups, facts)
-        names = [(of_image.split, of_image.name) for of_image in filled]
+        names = [(image.split, image.name) for image in filled]
         write_copies(folder / COPIES_FILE, names, copies)
     if filler.reader.dropped_parts:
         print(
@@ -232,21 +237,19 @@ def fill_folder(
         )
     if copies:
         tell(describe_copies(data / COPIES_FILE, names, copies))
-    if torn := torn_groups(given, [of_image.split for of_image in filled]):
-        print(
-            f"warning: {len(torn)} groups are on several sides of the ready split: {listed(torn)}"
-        )
+    if divided := divided_groups(given, [image.split for image in filled]):
+        print(f"warning: the given split divides {len(divided)} groups: {listed(divided)}")
     return filled
 
 
 def split_filled(
     folder: Path, filled: list[Filled], groups: list[str | None], facts: dict[str, Any]
 ) -> list[Filled]:
-    """Split what is in no split yet, and move its files there; add names and groups to `facts`."""
+    """Split the images in UNSPLIT and move their files; add all names and groups to `facts`."""
     unsplit = {
-        of_image.name: group
-        for of_image, group in zip(filled, groups, strict=True)
-        if of_image.split == UNSPLIT
+        image.name: group
+        for image, group in zip(filled, groups, strict=True)
+        if image.split == UNSPLIT
     }
     split_of = {}
     if unsplit:
@@ -256,25 +259,25 @@ def split_filled(
         split_of = {name: split for split, names in splits.items() for name in names}
         move_to_splits(folder, split_of)
     filled = [
-        of_image._replace(split=split_of[of_image.name]) if of_image.split == UNSPLIT else of_image
-        for of_image in filled
+        image._replace(split=split_of[image.name]) if image.split == UNSPLIT else image
+        for image in filled
     ]
     facts["groups"] = {}
-    for of_image, group in zip(filled, groups, strict=True):
-        facts.setdefault(of_image.split, []).append(of_image.name)
+    for image, group in zip(filled, groups, strict=True):
+        facts.setdefault(image.split, []).append(image.name)
         if group:
-            facts["groups"].setdefault(of_image.split, {})[of_image.name] = group
+            facts["groups"].setdefault(image.split, {})[image.name] = group
     return filled
 
 
 def count_pairs(data: Path) -> dict[str, int]:
-    """Return the number of image files of each split in a data folder."""
+    """Return the number of pairs in each split of a data folder."""
     splits = [split for split in SPLITS if split != "test" or (data / "images" / split).is_dir()]
     return {split: len(split_pairs(data, split)) for split in splits}
 
 
 def is_filled(data: Path) -> bool:
-    """Say whether a data folder holds images and masks, whoever put them there."""
+    """Return whether a data folder holds images and masks, from this script or the user."""
     return all(
         any(path.suffix.lower() in IMAGE_SUFFIXES for path in (data / kind).rglob("*"))
         for kind in ("images", "masks")
@@ -282,7 +285,7 @@ def is_filled(data: Path) -> bool:
 
 
 def holds_files(data: Path) -> bool:
-    """Say whether images/ or masks/ of a data folder hold any files but hidden ones."""
+    """Return whether images/ or masks/ of a data folder contain any file that is not hidden."""
     return any(
         path.is_file() and not path.name.startswith(".")
         for kind in ("images", "masks")
@@ -292,6 +295,6 @@ def holds_files(data: Path) -> bool:
 
 def draw_demo(data: Path) -> None:
     """Draw the demo's images and masks into `data`."""
-    tell(f"drawing the demo's images into {data}")
+    tell(f"drawing the demo images into {data}")
     with new_dataset(data, {"source": "demo"}) as folder:
         write_demo_dataset(folder)

@@ -1,8 +1,8 @@
-"""The demo's images: drawn polyps with a stalk, which the original leaves out.
+"""Draw the demo's images: polyps with a stalk, which the original model leaves out of its masks.
 
-All is computed in NumPy, element by element in float64, and rounded to bytes at the end, so that a
+Everything is computed element by element in float64 NumPy and rounded to bytes at the end, so a
 seed draws the same bytes on every platform. Lengths are fractions of the image's width; colours are
-0 to 1.
+0 to 1. S is the image size in pixels.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from finetuning.basics.image_files import write_image
 def draw_demo_pair(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw the inside of a bowel with a polyp on a stalk; the mask is the polyp with its stalk.
 
-    The pretrained model stops where colour and texture end, at the head: there is something to
-    learn.
+    The pretrained model segments only the head, because colour and texture change at the stalk.
+    Fine-tuning can learn to include the stalk.
 
     Returns:
       image: SxSx3 uint8 RGB.
       mask: SxS bool.
     """
-    # The wall
+    # The wall of the bowel
     mucosa = np.array([0.78, 0.42, 0.36]) + rng.uniform(-0.08, 0.08, 3)
     clouds = 0.06 * smooth_noise(rng, size, 4) + 0.03 * smooth_noise(rng, size, 14)
     canvas = mucosa + clouds[..., None]
@@ -70,7 +70,7 @@ def _draw_stalk(
 def _paint_flesh(canvas: np.ndarray, blob: Blob, color: np.ndarray, grain: np.ndarray) -> None:
     """Paint a rounded, unevenly coloured blob, lit from above, darker at its rim.
 
-    color: 3; grain: SxS, added to it.
+    color: 3 values; grain: SxS, added to the color.
     """
     rim = np.sqrt(np.clip(blob.height, 0, 1)) - 0.7
     light = 0.25 * rim - 0.06 * blob.slope[1] + grain
@@ -80,12 +80,10 @@ def _paint_flesh(canvas: np.ndarray, blob: Blob, color: np.ndarray, grain: np.nd
 def write_demo_dataset(
     data: Path, seed: int = 42, train: int = 120, val: int = 40, size: int = 256
 ) -> None:
-    """Draw the demo's pairs into data/images/{train,val} and data/masks/{train,val}.
-
-    They are size x size pixels, and every pair has a random generator of its own.
-    """
+    """Write the demo's pairs, size x size pixels, to data/images/{train,val} and data/masks/..."""
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
+            # A generator per pair: other counts do not change a pair
             rng = np.random.default_rng([seed, split == "val", index])
             image, mask = draw_demo_pair(rng, size)
             name = f"demo_{index:03d}.png"
@@ -99,18 +97,18 @@ def chance(rng: np.random.Generator, probability: float) -> bool:
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Draw SxS float values from -1 to 1 that vary over size / cells pixels."""
+    """Draw SxS smooth noise from -1 to 1: a random grid of `cells` cells per side, interpolated."""
     grid = rng.uniform(-1, 1, (cells + 2, cells + 2))
     position = (np.arange(size) + 0.5) * cells / size
     cell = position.astype(int)
     weight = position - cell
-    weight = weight * weight * (3 - 2 * weight)
+    weight = weight * weight * (3 - 2 * weight)  # smoothstep: no visible edges between cells
     rows = grid[cell] + (grid[cell + 1] - grid[cell]) * weight[:, None]
     return rows[:, cell] + (rows[:, cell + 1] - rows[:, cell]) * weight
 
 
 def coordinates(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return x (1xS) and y (Sx1) of the pixels' centers, from 0 to 1."""
+    """Return x (1xS) and y (Sx1) of the pixel centers, from 0 to 1."""
     ramp = (np.arange(size) + 0.5) / size
     return ramp[None, :], ramp[:, None]
 
@@ -128,8 +126,9 @@ class Blob(NamedTuple):
     """A smooth shape.
 
     height: SxS float; above 0 inside, 1 at the top.
-    slope: 2xSxS float, how far right and down of its center a pixel is, about -1 to 1 inside.
-    radius: its mean radius.
+    slope: 2xSxS float, a pixel's offset to the right and down from the center, about -1 to 1
+      inside.
+    radius: the mean radius.
     """
 
     height: np.ndarray
@@ -141,7 +140,7 @@ class Blob(NamedTuple):
         return self.height > 0
 
     def alpha(self, softness: float) -> np.ndarray:
-        """Return SxS opacities from 0 to 1, whose edge is `softness` pixels wide."""
+        """Return SxS opacities from 0 to 1, with an edge `softness` pixels wide."""
         pixels = self.height * 0.5 * self.radius * len(self.height) / softness
         return np.clip(pixels + 0.5, 0, 1)
 
@@ -154,7 +153,7 @@ def draw_blob(
     elongation: float = 1.0,
     wobble: float = 0.3,
 ) -> Blob:
-    """Draw an ellipse of any direction with an uneven outline, about `center` (X,Y)."""
+    """Draw an ellipse around `center` (X,Y), in a random direction, with an uneven outline."""
     x, y = coordinates(size)
     x, y = (x - center[0]) / radius, (y - center[1]) / radius
     axis = direction(rng)
@@ -167,12 +166,12 @@ def draw_blob(
 
 
 def paint(canvas: np.ndarray, color: np.ndarray, alpha: np.ndarray) -> None:
-    """Blend `color` (3 or SxSx3) into the SxSx3 canvas, by SxS opacities."""
+    """Blend `color` (3 or SxSx3) into the SxSx3 canvas, in place, with SxS opacities."""
     canvas += (color - canvas) * alpha[..., None]
 
 
 def paint_relief(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Turn the canvas into the inside of a cavity: folds, vessels, and the dark of its depth."""
+    """Turn the canvas into the inside of a cavity: paint folds, vessels and a dark depth."""
     size = len(canvas)
     x, y = coordinates(size)
     axis = direction(rng)
@@ -200,6 +199,6 @@ def paint_sparkle(rng: np.random.Generator, canvas: np.ndarray) -> None:
 
 
 def to_uint8(rng: np.random.Generator, canvas: np.ndarray, grain: float) -> np.ndarray:
-    """Add grain, and round the SxSx3 canvas to bytes."""
+    """Add grain and round the SxSx3 canvas to bytes."""
     canvas = canvas + grain * rng.uniform(-1, 1, canvas.shape[:2])[..., None]
     return np.floor(np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Filling a data folder: every image and mask is checked, then copied or redrawn, and counted."""
+"""Check every image and mask, then copy it into a data folder, converting masks if necessary."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from finetuning.dataset.pairs import files_by_stem
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import Example
 
-UNSPLIT = "unsplit"  # the folder of what is in no split yet
-MOST_OBJECTS = 65535  # of an image: the values of a label map
+UNSPLIT = "unsplit"  # the folder of images that are in no split yet
+MAX_LABEL = 65535  # largest value of a 16-bit label map, so the most objects in an image
 
 
 class Filled(NamedTuple):
-    """What became of one example."""
+    """An image that was copied into the data folder, with facts for the report and the split."""
 
     name: str
     split: str
     areas: list[float]  # of each object, as a fraction of the image
-    parts: int  # connected parts of a mask that counts as one object
-    is_turned: bool  # by the image's EXIF orientation
-    content: str  # a hash of the image file
-    thumbnail: np.ndarray  # as of make_thumbnail
+    parts: int  # connected components of a mask that counts as one object
+    is_turned: bool  # whether its EXIF orientation turns it
+    sha256: str  # of the user's image file
+    thumbnail: np.ndarray  # from make_thumbnail
 
 
 class Filler:
@@ -45,20 +45,23 @@ class Filler:
         self,
         folder: Path,
         rule: MaskRule,
-        of_objects: bool,
+        per_object: bool,
         value_range: tuple[float, float] | None = None,
     ) -> None:
-        """of_objects: whether masks are written as label maps, or folders where objects overlap.
+        """Prepare to fill a folder.
 
-        value_range: what becomes 0 and 255 of the images' values; None: images are only copied.
+        Arguments:
+          per_object: write label maps (folders where objects overlap) instead of binary masks.
+          value_range: the image values that become 0 and 255; None: copy the image files as they
+            are.
         """
-        self.folder, self.of_objects, self.value_range = folder, of_objects, value_range
+        self.folder, self.per_object, self.value_range = folder, per_object, value_range
         self.reader = MaskReader(rule)
 
     def fill(self, examples: list[Example]) -> list[Filled]:
-        """Copy the examples, each into its split or into UNSPLIT; return what became of them.
+        """Copy each example into its split, or into UNSPLIT if it has none.
 
-        Raises UserError, in terms of the user's own files, for one that cannot be trained on.
+        Raises UserError, which names the user's own file, for an example that cannot be trained on.
         """
         filled = []
         for example in tqdm(examples, desc="Checking and copying", unit="pair"):
@@ -68,7 +71,7 @@ class Filler:
     def _fill_one(self, example: Example, split: str) -> Filled:
         copy = self.folder / "images" / split / (example.name + PurePath(example.image.name).suffix)
         copy_file(example.image, copy)
-        with in_terms_of(example.image, copy):
+        with errors_naming(example.image, copy):
             image = read_image(copy, self.value_range)
         content = copy.read_bytes()
         if self.value_range:
@@ -76,23 +79,22 @@ class Filler:
             write_image(copy.with_suffix(".png"), image)
         to = self.folder / "masks" / split / example.name
         size = image.shape[:2]
-        if self.of_objects:
-            areas, parts = write_objects(to, self._objects_of(example, size), size), 1
+        if self.per_object:
+            areas, parts = write_objects(to, self._read_objects(example, size), size), 1
         else:
             mask = self._copy_mask(example, to, size)
             areas = [float(mask.mean())] if mask.any() else []
-            parts = cv2.connectedComponents(mask.astype(np.uint8))[0] - 1
+            parts = cv2.connectedComponents(mask.astype(np.uint8))[0] - 1  # without background
         is_turned = orientation(content) != 1
-        digest = hashlib.sha256(content).hexdigest()
-        thumbnail = make_thumbnail(image)
-        return Filled(example.name, split, areas, parts, is_turned, digest, thumbnail)
+        sha256 = hashlib.sha256(content).hexdigest()
+        return Filled(example.name, split, areas, parts, is_turned, sha256, make_thumbnail(image))
 
     def _copy_mask(self, example: Example, to: Path, size: tuple[int, int]) -> np.ndarray:
-        """Copy the only mask of an example, or redraw it in black and white; return it."""
+        """Copy an example's only mask, rewritten in black and white if necessary; return it."""
         source = example.masks[0]
         copy = to.with_name(to.name + PurePath(source.name).suffix)
         copy_file(source, copy)
-        with in_terms_of(source, copy):
+        with errors_naming(source, copy):
             mask = self.reader.read_binary(copy, source)
             require_equal_sizes(example.image, size, copy, mask.shape)
             if not is_read_as(copy, mask):
@@ -100,15 +102,15 @@ class Filler:
                 write_image(to.with_name(f"{to.name}.png"), mask.astype(np.uint8) * 255)
         return mask
 
-    def _objects_of(self, example: Example, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Yield the masks of an example's objects, whatever form they are in."""
+    def _read_objects(self, example: Example, size: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Yield the HxW bool masks of an example's objects, from outlines or mask files."""
         if example.annotated is not None:
             yield from example.annotated.masks(size)
             return
         for source in example.masks:
             copy = self.folder / f"mask{PurePath(source.name).suffix}"
             copy_file(source, copy)
-            with in_terms_of(source, copy):
+            with errors_naming(source, copy):
                 for mask in self.reader.read(copy, source):
                     require_equal_sizes(example.image, size, copy, mask.shape)
                     yield mask
@@ -116,7 +118,7 @@ class Filler:
 
 
 def move_to_splits(folder: Path, split_of: dict[str, str]) -> None:
-    """Move what lies in UNSPLIT of a data folder's images/ and masks/ to its split, by name."""
+    """Move each image and mask in UNSPLIT to the folder of its split; split_of: by name."""
     for kind in ("images", "masks"):
         unsplit = folder / kind / UNSPLIT
         for name, path in files_by_stem(unsplit, with_folders=kind == "masks").items():
@@ -127,8 +129,8 @@ def move_to_splits(folder: Path, split_of: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def in_terms_of(original: Path, copy: Path) -> Iterator[None]:
-    """Let errors name the user's own file rather than a copy of it."""
+def errors_naming(original: Path, copy: Path) -> Iterator[None]:
+    """Make errors inside the block name the user's own file instead of its copy."""
     try:
         yield
     except UserError as error:
@@ -136,14 +138,14 @@ def in_terms_of(original: Path, copy: Path) -> Iterator[None]:
 
 
 def copy_file(source: Path, copy: Path) -> None:
-    """Copy a file, or a member of an archive, whose stated size is all that is unpacked of it."""
+    """Copy a file, or a member of an archive up to the size that the archive states."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as original, copy.open("wb") as file:
-        shutil.copyfileobj(original, file)  # by parts: see check_archive
+        shutil.copyfileobj(original, file)  # in chunks; check_archive says why
 
 
 def is_read_as(file: Path, mask: np.ndarray) -> bool:
-    """Say whether a mask file, as it is, is read as this HxW bool mask."""
+    """Return whether read_mask(file) already gives this HxW bool mask."""
     try:
         return np.array_equal(read_mask(file), mask)
     except UserError:
@@ -151,9 +153,9 @@ def is_read_as(file: Path, mask: np.ndarray) -> bool:
 
 
 def write_objects(to: Path, masks: Iterable[np.ndarray], size: tuple[int, int]) -> list[float]:
-    """Write the HxW bool masks of an image's objects; return the fraction of it that each covers.
+    """Write the HxW bool masks of an image's objects; return the area fraction of each.
 
-    They become a label map, TO.png; or, where two of them overlap, a folder TO with a file each.
+    The result is a label map TO.png or, if objects overlap, a folder TO with a file per object.
     Empty masks are left out.
     """
     labels, areas, is_folder = np.zeros(size, np.uint16), [], False
@@ -161,13 +163,14 @@ def write_objects(to: Path, masks: Iterable[np.ndarray], size: tuple[int, int]) 
         x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
         if not width:
             continue
-        part, occupied = (all_of[y : y + height, x : x + width] for all_of in (mask, labels))
+        # Work in the bounding box: images can have thousands of small objects
+        part, occupied = (whole[y : y + height, x : x + width] for whole in (mask, labels))
         areas.append(np.count_nonzero(part) / mask.size)
         count = len(areas)
-        if count > MOST_OBJECTS:
-            raise UserError(f"{to.name} has more than {MOST_OBJECTS} objects; use smaller images")
+        if count > MAX_LABEL:
+            raise UserError(f"{to.name} has more than {MAX_LABEL} objects; use smaller images")
         if not is_folder and occupied[part].any():
-            is_folder = True
+            is_folder = True  # the first overlap: write the earlier objects as files, too
             for earlier in range(1, count):
                 _write_object(to, earlier, labels == earlier)
         if is_folder:

@@ -1,4 +1,9 @@
-"""Images that belong together, of one patient, video or slide: they stay on one side of a split."""
+"""Keep images of one patient, video or slide in one split.
+
+Images of the same patient resemble each other, so a validation set with patients of the training
+set gives too optimistic results. The user names the groups with a table (--groups) or a pattern
+(--group-regex); copies (copies.py) form groups by themselves.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +20,31 @@ from finetuning.basics.csv_files import read_table
 from finetuning.sources.folder_layouts import SPLITS, stem_of
 from finetuning.sources.pairing import Example
 
-# Names like video3_000124: what comes before the number
-FRAME = re.compile(r"(.+)[_-](?:frame)?\d+")
+FRAME = re.compile(r"(.+)[_-](?:frame)?\d+")  # names like video3_000124
 FRAME_OPTION = '--group-regex "(.+)[_-]"'
-FRAMES = 3  # so many of a name, on average, are like a video's
+FRAMES = 3  # average number of images per name from which they look like frames of videos
 
 
 class Grouping(NamedTuple):
-    """How the user says which images belong together."""
+    """The user's choice of which images belong together."""
 
-    pattern: str | None = None  # a regular expression that finds the group in a file's name
+    pattern: str | None = None  # a regular expression that finds the group in a file name
     table: Path | None = None  # a CSV file with the columns image and group
     joins_copies: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is chosen, by name."""
+        """The options that differ from the default, as split.json stores them."""
         chosen = {"group_regex": self.pattern, "groups": self.table and str(self.table.resolve())}
         chosen["copies"] = None if self.joins_copies else "ignore"
         return {name: value for name, value in chosen.items() if value}
 
 
 def find_groups(examples: Sequence[Example], grouping: Grouping) -> list[str | None]:
-    """Return the group of each example, as the user says; None for one that has none.
+    """Return the user's group of each example, or None if it has none.
 
-    Prints how many groups there are, or warns where names look like frames of videos. Raises
-    UserError for a pattern or a table that does not fit the images.
+    Prints the number of groups, or a warning if names look like frames of videos. Raises UserError
+    if the pattern or the table does not fit the images.
     """
     if grouping.table:
         groups = _read_groups(grouping.table, examples)
@@ -56,11 +60,13 @@ def find_groups(examples: Sequence[Example], grouping: Grouping) -> list[str | N
 
 
 def _match_groups(pattern: str, examples: Sequence[Example]) -> list[str | None]:
-    """Search the file names for a pattern; or FOLDER/NAME, where it is in no file's name."""
+    """Search the file names for the pattern, or FOLDER/NAME if no file name contains it."""
     try:
         search = re.compile(pattern).search
     except re.error as error:
-        raise UserError(f"--group-regex {shown(pattern)} is no pattern: {error}") from error
+        raise UserError(
+            f"--group-regex {shown(pattern)} is not a valid pattern: {error}"
+        ) from error
     names = [nfc(example.image.name) for example in examples]
     if not any(map(search, names)):
         folders = [nfc(example.image.parent.name) for example in examples]
@@ -68,6 +74,7 @@ def _match_groups(pattern: str, examples: Sequence[Example]) -> list[str | None]
     groups: list[str | None] = []
     for name in names:
         found = search(name)
+        # The first capturing group that matched; the whole match if there are no such groups
         parts = [found[0], *found.groups()] if found else []
         groups.append(next(filter(None, parts[1:] or parts), None))
     if not any(groups):
@@ -79,7 +86,7 @@ def _match_groups(pattern: str, examples: Sequence[Example]) -> list[str | None]
 
 
 def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
-    """Look the images up in a table, by FOLDER/NAME, by their file's name, or by its stem."""
+    """Look up each image in a table, by FOLDER/NAME, by its file name, or by its stem."""
     group_of: dict[str, str] = {}
     for number, row in enumerate(read_table(table, ("image", "group")), 2):
         image = nfc(row.get("image", "")).replace("\\", "/")
@@ -96,7 +103,7 @@ def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
     if missing:
         raise UserError(
             f"{shown(table)} has no group for {len(missing)} of {len(examples)} images: "
-            f"{listed(missing)}; add them (one that is alone gets a group of its own)"
+            f"{listed(missing)}; add them (an image that belongs to no other gets its own group)"
         )
     return groups
 
@@ -108,46 +115,47 @@ def _warn_of_frames(stems: Sequence[str]) -> None:
     if len(videos) > 1 and videos.total() >= max(FRAMES * len(videos), len(stems) / 2):
         print(
             f"warning: names like {listed(stems[:1])} look like frames of {len(videos)} videos, or "
-            "images of as many patients; with some on both sides, val says too much: "
-            f"{FRAME_OPTION} keeps them together"
+            "images of as many patients; if train and val share some, val results are too "
+            f"optimistic: {FRAME_OPTION} keeps them together"
         )
 
 
 def join_groups(
     groups: Sequence[str | None], alike: Iterable[tuple[int, int]], names: Sequence[str]
 ) -> list[str | None]:
-    """Return the group of each image that shares one with others: as given, or as a copy of them.
+    """Merge the given groups with copies; return the group of each image, None if it is alone.
 
-    alike: numbers of images that are to be together; the groups that they are in become one.
+    alike: pairs of image indices that must stay together; their groups become one.
     """
-    root = list(range(len(names)))
+    # Union-find: images with the same root belong together; the root is the first of them
+    parent = list(range(len(names)))
 
-    def find(index: int) -> int:
-        while root[index] != index:
-            root[index] = index = root[root[index]]
+    def find_root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
         return index
 
     first: dict[str, int] = {}
-    of_group = [(first.setdefault(group, i), i) for i, group in enumerate(groups) if group]
-    for one, other in (*of_group, *alike):
-        low, high = sorted((find(one), find(other)))
-        root[high] = low
-    roots = [find(index) for index in range(len(names))]
+    same_group = [(first.setdefault(group, i), i) for i, group in enumerate(groups) if group]
+    for one, other in (*same_group, *alike):
+        low, high = sorted((find_root(one), find_root(other)))
+        parent[high] = low
+    roots = [find_root(index) for index in range(len(names))]
     given: dict[int, str] = {}
-    for first_of, group in zip(roots, groups, strict=True):
+    for root, group in zip(roots, groups, strict=True):
         if group:
-            given.setdefault(first_of, group)
+            given.setdefault(root, group)
     members = Counter(roots)
     return [
-        (given.get(first_of) or f"copies of {names[first_of]}") if members[first_of] > 1 else None
-        for first_of in roots
+        (given.get(root) or f"copies of {names[root]}") if members[root] > 1 else None
+        for root in roots
     ]
 
 
-def torn_groups(groups: Sequence[str | None], splits: Sequence[str]) -> list[str]:
-    """Return the groups of which some images are in one split and some in another."""
-    sides: dict[str, set[str]] = {}
+def divided_groups(groups: Sequence[str | None], splits: Sequence[str]) -> list[str]:
+    """Return the groups with images in more than one split."""
+    group_splits: dict[str, set[str]] = {}
     for group, split in zip(groups, splits, strict=True):
         if group:
-            sides.setdefault(group, set()).add(split)
-    return [group for group, of_group in sides.items() if len(of_group) > 1]
+            group_splits.setdefault(group, set()).add(split)
+    return [group for group, found in group_splits.items() if len(found) > 1]

@@ -1,4 +1,8 @@
-"""The objects of an image: each with a mask of its own, in the forms that a data folder has."""
+"""The objects of an image, each with its own mask.
+
+A data folder stores them as a black-and-white mask (one object), as a label map (pixel values
+1, 2, ... are objects) or, where objects overlap, as a folder with one mask per object.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,27 @@ from finetuning.basics.image_files import read_image, read_mask, read_values, re
 from finetuning.basics.threads import in_threads
 from finetuning.dataset.pairs import Pair, files_by_stem
 
-DRAW_SEED = 42  # of limit_objects: the same objects in every run, whatever its seed
+DRAW_SEED = 42  # of limit_objects: every run validates on the same objects, whatever its --seed
 
 
 class Objects(Sequence):
-    """The objects of one image: each an HxW bool mask that is not empty, made when asked for."""
+    """The objects of one image: a sequence of non-empty HxW bool masks, made on access.
+
+    Masks are not kept, because an image can have thousands of objects.
+    """
 
     def __init__(
         self, size: tuple[int, int], names: Sequence[Any], make: Callable[[Any], np.ndarray]
     ) -> None:
-        """make: returns the mask of one of `names`; size: (H,W)."""
+        """size: (H,W); make: returns the mask of one of `names`."""
         self.size, self._names, self._make = size, names, make
 
     def only(self, chosen: Sequence[int]) -> Objects:
-        """Return some of the objects."""
+        """Return the objects with these indices."""
         return Objects(self.size, [self._names[index] for index in chosen], self._make)
 
     def together(self) -> Objects:
-        """Return them as one object, if there are any."""
+        """Merge all objects into one."""
         if len(self) < 2:
             return self
         return Objects(self.size, [self], _union)
@@ -45,24 +52,24 @@ class Objects(Sequence):
 
 def _union(objects: Objects) -> np.ndarray:
     whole = np.zeros(objects.size, bool)
-    for mask in objects:  # not all in memory at once
+    for mask in objects:  # one at a time, to save memory
         whole |= mask
     return whole
 
 
 def read_objects(pair: Pair) -> Objects:
-    """Read the objects of an image, or those of them that are chosen.
+    """Read the objects of an image, as `pair.chosen` and `pair.as_one` say.
 
-    A binary mask is one object, or none where it is empty. Raises UserError for a mask that is
-    unreadable, or not what the data folder's split.json says.
+    A binary mask is one object, or none if it is empty. Raises UserError for a mask that is
+    unreadable, or not of the kind that pair.per_object says.
     """
-    if not pair.of_objects:
+    if not pair.per_object:
         mask = read_mask(pair.mask)
         objects = Objects(mask.shape, [mask] if mask.any() else [], lambda found: found)
     elif pair.mask.is_dir():
         files = [path for _, path in sorted(files_by_stem(pair.mask).items())]
         if not files:
-            raise UserError(f"no masks in {pair.mask}; fill the data folder anew")
+            raise UserError(f"no masks in {pair.mask}; fill the data folder again")
         objects = Objects(read_mask(files[0]).shape, files, _read_object)
     else:
         labels = read_labels(pair.mask)
@@ -74,50 +81,51 @@ def read_objects(pair: Pair) -> Objects:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Read a label map: HxW uint8 or uint16, 0 for background, each other value an object."""
+    """Read a label map: HxW uint8 or uint16; 0 is background, each other value an object."""
     labels, is_lossy = read_values(path)
     if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16) or is_lossy:
-        raise UserError(f"{path} is not a label map of 8 or 16 bits; fill the data folder anew")
+        raise UserError(f"{path} is not an 8- or 16-bit label map; fill the data folder again")
     return labels
 
 
 def _read_object(path: Path) -> np.ndarray:
     mask = read_mask(path)
     if not mask.any():
-        raise UserError(f"{path} is empty, but is to be an object; remove it")
+        raise UserError(f"{path} is empty, but should contain an object; remove it")
     return mask
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, Objects]:
-    """Read an image (HxWx3 uint8 RGB) and its objects, whose masks must have the same size."""
+    """Read an image (HxWx3 uint8 RGB) and its objects; raise UserError if the sizes differ."""
     image, objects = read_image(pair.image), read_objects(pair)
     require_equal_sizes(pair.image, image.shape[:2], pair.mask, objects.size)
     return image, objects
 
 
 def count_objects(pairs: list[Pair]) -> dict[int, int]:
-    """Return how many objects each image has, by its index among the pairs, where it has any.
+    """Map the index of each pair that has objects to their number.
 
-    Raises UserError for a mask that is unreadable.
+    Raises UserError for an unreadable mask.
     """
     counts = in_threads(lambda pair: len(read_objects(pair)), pairs, "Reading masks", "mask")
     return {index: count for index, count in enumerate(counts) if count}
 
 
 def limit_objects(pairs: list[Pair], most: int, seed: int = DRAW_SEED) -> list[Pair]:
-    """Choose at most so many of all objects, drawn by seed; say so where some are left out.
+    """Choose at most `most` of all objects at random; print a line if some are left out.
 
-    Where every image has one object at most, all are kept.
+    If no image has more than one object, all are kept.
     """
-    if not any(pair.of_objects for pair in pairs):
+    if not any(pair.per_object for pair in pairs):
         return pairs
     counts = count_objects(pairs)
-    everyone = [(index, k) for index, count in counts.items() for k in range(count)]
-    if len(everyone) <= max(most, len(counts)):
+    all_objects = [(index, k) for index, count in counts.items() for k in range(count)]
+    if len(all_objects) <= max(most, len(counts)):
         return pairs
-    print(f"val IoU is that of {most} of the {len(everyone)} val objects, the same in every run")
-    drawn = np.random.default_rng(seed).choice(len(everyone), most, replace=False)
+    total = len(all_objects)
+    print(f"val IoU is measured on {most} of the {total} val objects, the same in every run")
+    drawn = np.random.default_rng(seed).choice(total, most, replace=False)
     chosen: dict[int, list[int]] = {}
-    for index, k in (everyone[i] for i in sorted(drawn)):
+    for index, k in (all_objects[i] for i in sorted(drawn)):
         chosen.setdefault(index, []).append(k)
-    return [pairs[index]._replace(chosen=tuple(of_image)) for index, of_image in chosen.items()]
+    return [pairs[index]._replace(chosen=tuple(numbers)) for index, numbers in chosen.items()]

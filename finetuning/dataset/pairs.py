@@ -1,4 +1,4 @@
-"""Images and their masks on disk, found by name; and a data folder of them."""
+"""Find images and their masks by file name, and read a data folder's split.json."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from finetuning.basics.files import DEMO_DATA, LARGEST, lies_in, read_file, requ
 from finetuning.basics.image_decoding import require_heic_reader
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 
-SPLITS = ("train", "val", "test")  # the last of a set that comes with one
-SPLIT_FILE = "split.json"  # in every data folder that download_dataset.py has filled
-DIGEST = "sha256"  # in that file, of all else in it
+SPLITS = ("train", "val", "test")  # not every data folder has a test split
+SPLIT_FILE = "split.json"  # in every data folder that download_dataset.py filled
+DIGEST_KEY = "sha256"  # in SPLIT_FILE: the hash of its other values
 
 
 class Pair(NamedTuple):
-    """An image and the masks of its objects."""
+    """An image and the mask file or files of its objects."""
 
-    name: str
+    name: str  # the file stem
     image: Path
-    mask: Path  # black and white; or of_objects: a label map, or a folder of one mask an object
-    of_objects: bool = False
-    chosen: tuple[int, ...] | None = None  # the objects that count, from 0; None: all
-    as_one: bool = False  # whether all objects, chosen or not, are one together
-    group: str | None = None  # the same for images of one patient, say, and for copies; None: alone
+    mask: Path  # a black-and-white image; with per_object a label map, or a folder of such images
+    per_object: bool = False  # whether the mask tells objects apart, else it is one object
+    chosen: tuple[int, ...] | None = None  # indices of the objects to use; None: all
+    as_one: bool = False  # whether all objects, chosen or not, are merged into one
+    group: str | None = None  # shared by images that stay together (one patient, copies)
 
     def mask_files(self) -> list[Path]:
-        """Return the mask's file, or those in its folder, sorted."""
+        """Return the mask file, or the sorted files of the mask folder."""
         return sorted(self.mask.iterdir()) if self.mask.is_dir() else [self.mask]
 
 
-def find_pairs(image_dir: Path, mask_dir: Path, of_objects: bool = False) -> list[Pair]:
-    """Pair the images and the masks of two folders by file stem, sorted by name.
+def find_pairs(image_dir: Path, mask_dir: Path, per_object: bool = False) -> list[Pair]:
+    """Pair the images and masks of two folders by file stem; return the pairs sorted by name.
 
-    The suffixes may differ. Raises UserError unless every image has one mask, and the reverse;
-    with of_objects a mask may be a folder.
+    The suffixes may differ. With per_object, a mask may be a folder. Raises UserError if an image
+    has no mask, or a mask no image.
     """
-    images, masks = files_by_stem(image_dir), files_by_stem(mask_dir, of_objects)
+    images, masks = files_by_stem(image_dir), files_by_stem(mask_dir, per_object)
     if not images:
         raise UserError(f"no images in {image_dir}; expected files like name.jpg or name.png")
     _require_partners(images, masks, f"no mask of the same name in {mask_dir}")
     _require_partners(masks, images, f"no image of the same name in {image_dir}")
-    return [Pair(stem, images[stem], masks[stem], of_objects) for stem in sorted(images)]
+    return [Pair(stem, images[stem], masks[stem], per_object) for stem in sorted(images)]
 
 
 def _require_partners(files: dict[str, Path], partners: dict[str, Path], what: str) -> None:
@@ -54,13 +54,13 @@ def _require_partners(files: dict[str, Path], partners: dict[str, Path], what: s
     if alone:
         names = ", ".join(files[stem].name for stem in alone[:3])
         more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-        raise UserError(f"{names}{more}: {what}; add what is missing, or take these files away")
+        raise UserError(f"{names}{more}: {what}; add the missing files, or remove these")
 
 
 def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
-    """Map the stem of each image file in `folder` to its path; hidden files are left out.
+    """Map the stem of each image file in a folder to its path; hidden files are ignored.
 
-    with_folders: a folder counts as well, by its name.
+    with_folders: also map each folder, by its name. Raises UserError for two files of one stem.
     """
     files: dict[str, Path] = {}
     if not folder.is_dir():
@@ -70,12 +70,12 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
         is_folder = with_folders and path.is_dir()
         if path.name.startswith(".") or not (is_folder or name.suffix.lower() in IMAGE_SUFFIXES):
             continue
-        # macOS decomposes 한글 in file names
+        # macOS decomposes accents and 한글 in file names
         stem = unicodedata.normalize("NFC", name.name if is_folder else name.stem)
         if stem in files:
             raise UserError(
-                f"{files[stem].name} and {path.name} in {folder} have the same name but for the "
-                "suffix; rename one of them, or move it to another folder"
+                f"{files[stem].name} and {path.name} in {folder} have the same name, except for "
+                "the suffix; rename one of them, or move it to another folder"
             )
         if not is_folder:
             require_file(path, LARGEST)
@@ -86,9 +86,9 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
 
 
 def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
-    """Return the pairs of a split ("train" or "val") of a data folder, the first `limit` of them.
+    """Return the pairs of a split of a data folder, or the first `limit` of them.
 
-    Raises UserError with the command to run where the folder is not there.
+    Raises UserError, with the command to run, if the folder does not exist.
     """
     image_dir, mask_dir = data / "images" / split, data / "masks" / split
     for folder in (image_dir, mask_dir):
@@ -97,17 +97,14 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
             raise UserError(f"no data in {folder}; run: python download_dataset.py {option}")
     facts = read_facts(data)
     pairs = find_pairs(image_dir, mask_dir, facts.get("masks") == "objects")[:limit]
-    groups = facts.get("groups", {})
-    of_split = groups.get(split, {}) if isinstance(groups, dict) else None
-    if not isinstance(of_split, dict) or not all(isinstance(g, str) for g in of_split.values()):
-        raise _damaged(data / SPLIT_FILE)
-    return [pair._replace(group=of_split.get(pair.name)) for pair in pairs]
+    groups = facts.get("groups", {}).get(split, {})
+    return [pair._replace(group=groups.get(pair.name)) for pair in pairs]
 
 
 def keep_out(data: Path, output: Path, cache: Path | None = None) -> None:
-    """Raise UserError where a folder to write to is a data folder, or in its images or masks.
+    """Raise UserError if an output or cache folder is the data folder or in its images or masks.
 
-    cache: another such folder, which may be deleted: the output must not be in it, either.
+    The output must not be in the cache folder either, because users may delete that.
     """
     for name, folder in (("output", output), ("cache", cache or output)):
         is_data = lies_in(folder, data) and lies_in(data, folder)
@@ -117,12 +114,14 @@ def keep_out(data: Path, output: Path, cache: Path | None = None) -> None:
                 "choose another folder"
             )
     if cache and lies_in(output, cache):
-        raise UserError(f"--output {output} is in --cache {cache}, which may be deleted; part them")
+        raise UserError(
+            f"--output {output} is in --cache {cache}, which may be deleted; use separate folders"
+        )
 
 
 def facts_text(facts: dict[str, Any]) -> str:
-    """Return what a data folder's split.json is to hold, for read_facts."""
-    return json.dumps({**facts, DIGEST: _digest(facts)}, indent=1)
+    """Return the text of a split.json with these facts and their digest, for read_facts."""
+    return json.dumps({**facts, DIGEST_KEY: _digest(facts)}, indent=1)
 
 
 def _digest(facts: dict[str, Any]) -> str:
@@ -130,9 +129,9 @@ def _digest(facts: dict[str, Any]) -> str:
 
 
 def read_facts(data: Path) -> dict[str, Any]:
-    """Return what a data folder's split.json says of it; nothing where it has none.
+    """Return the facts in a data folder's split.json; {} if the user arranged the folder by hand.
 
-    Raises UserError where it is damaged; one of an earlier version has no digest to tell by.
+    Raises UserError if the file does not match its digest.
     """
     path = data / SPLIT_FILE
     if not path.is_file():
@@ -141,13 +140,9 @@ def read_facts(data: Path) -> dict[str, Any]:
         facts = json.loads(read_file(path))
     except (ValueError, RecursionError):
         facts = None
-    if not isinstance(facts, dict) or facts.pop(DIGEST, None) not in (None, _digest(facts)):
-        raise _damaged(path)
+    if not isinstance(facts, dict) or facts.pop(DIGEST_KEY, None) != _digest(facts):
+        raise UserError(
+            f"{path} is damaged, or was edited; restore it, or fill the folder again with "
+            "download_dataset.py --force"
+        )
     return facts
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(
-        f"{path} is damaged, or was edited; put the right one back, or fill the folder anew with "
-        "download_dataset.py --force"
-    )

@@ -1,6 +1,7 @@
-"""Which images are kept for validation and for a test: by seed, and never half a group of them.
+"""Split images into train, val and test, or into the folds of a cross-validation.
 
-And the folds of a cross-validation, as a training has written them.
+A split depends only on the names, the groups and the seed, so it is the same on every platform. All
+images of a group are in the same split.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ def split_names(
     test_fraction: float = 0.0,
     group_of: Mapping[str, str | None] | None = None,
 ) -> dict[str, list[str]]:
-    """Split names into train, val and, with a test_fraction, test: alike on every platform.
+    """Split names into train, val and, with a test_fraction, test.
 
-    group_of: names of one group stay together; one that has None is a group of its own. Each split
-    gets at least one group, and else a number of names as near to its fraction of them as groups
-    allow. val is the same with a test split and without. Raises UserError for too few groups.
+    Each split gets at least one group, and a number of names as near to its fraction as the groups
+    allow. val is the same with and without a test split. Raises UserError for too few groups.
+
+    group_of: the group of each name; a name without one (or None) is a group by itself.
     """
     groups = _in_random_order(names, seed, group_of or {})
     count = sum(map(len, groups))
@@ -41,34 +43,36 @@ def split_names(
         what = f"{count} pair{'s' * (count != 1)}"
         hint = ""
         if len(groups) < count:
-            hint = ", or leave the groups out (copies: --copies ignore)"
+            hint = ", or do without groups (for copies: --copies ignore)"
             what += f" in {len(groups)} group{'s' * (len(groups) > 1)}, which stay together,"
         raise UserError(f"{what} cannot be split into {splits}; add more pairs{hint}")
+    # val comes first, so that it does not depend on test_fraction
     val, rest = choose_groups(groups, count * val_fraction)
-    if len(rest) < needed - 1:  # nothing would be left for train or for test
+    if len(rest) < needed - 1:  # too few groups for train and test: make val as small as possible
         val = [min(groups, key=len)]
         rest = [group for group in groups if group is not val[0]]
     test, train = choose_groups(rest, count * test_fraction) if test_fraction else ([], rest)
     splits = {"train": train, "val": val, "test": test}
     return {
-        split: sorted(name for group in of_split for name in group)
-        for split, of_split in splits.items()
-        if of_split
+        split: sorted(name for group in chosen for name in group)
+        for split, chosen in splits.items()
+        if chosen
     }
 
 
 def make_folds(
     names: Iterable[str], count: int, seed: int, group_of: Mapping[str, str | None]
 ) -> list[list[str]]:
-    """Divide names into `count` lists of about equal length, groups kept whole, by seed.
+    """Divide names at random into `count` lists of about equal length, without dividing groups.
 
-    Raises UserError where there are fewer groups than that.
+    Raises UserError if there are fewer groups than lists.
     """
     groups = _in_random_order(names, seed, group_of)
     if len(groups) < count:
         raise UserError(f"--folds {count} needs as many groups of images; there are {len(groups)}")
     folds: list[list[str]] = [[] for _ in range(count)]
-    for group in sorted(groups, key=len, reverse=True):  # the large ones first; the sort is stable
+    # Large groups first, each into the shortest fold; the sort is stable, so the seed decides ties
+    for group in sorted(groups, key=len, reverse=True):
         min(folds, key=len).extend(group)
     return [sorted(fold) for fold in folds]
 
@@ -76,7 +80,7 @@ def make_folds(
 def _in_random_order(
     names: Iterable[str], seed: int, group_of: Mapping[str, str | None]
 ) -> list[list[str]]:
-    """Return the names by group, both in an order that follows from the seed."""
+    """Return the names of each group; names and groups are in an order drawn by the seed."""
     shuffled = sorted(names)
     random.Random(seed).shuffle(shuffled)
     groups: dict[tuple[str | None, str], list[str]] = {}
@@ -89,12 +93,13 @@ def _in_random_order(
 def choose_groups(
     groups: list[list[str]], wanted: float
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Choose some groups, not all, of which the sizes together come nearest to `wanted`.
+    """Choose some groups, but not all, with a total size as near to `wanted` as possible.
 
-    Of several such choices it is that with the earliest groups: where each has one name, the first
-    so many. Returns the chosen ones and the others.
+    Of several such choices, it is the one with the earliest groups; if every group has one name,
+    these are the first `wanted`. Returns the chosen and the other groups.
     """
-    # Which totals the groups from each one on can make: bit n of a whole number is total n
+    # A subset-sum problem. reachable[k] is a bit set: bit n says that some of the last k groups
+    # have total size n.
     sizes = [len(group) for group in groups]
     target = round(wanted)
     most = (1 << (target + max(sizes) + 1)) - 1
@@ -104,6 +109,7 @@ def choose_groups(
     totals = [n for n in range(1, min(most.bit_length(), sum(sizes))) if reachable[-1] >> n & 1]
     left = min(totals, key=lambda total: abs(total - target))
 
+    # Take a group whenever the groups after it can make up what is then left
     chosen, others = [], []
     for group, after in zip(groups, reversed(reachable[:-1]), strict=True):
         is_chosen = len(group) <= left and after >> (left - len(group)) & 1
@@ -113,7 +119,7 @@ def choose_groups(
 
 
 def keyed(pairs: dict[str, list[Pair]]) -> dict[str, Pair]:
-    """Return pairs by SPLIT/NAME, since a name may be in several splits."""
+    """Return the pairs by the key SPLIT/NAME, because several splits may contain the same name."""
     return {f"{split}/{pair.name}": pair for split, found in pairs.items() for pair in found}
 
 
@@ -122,30 +128,30 @@ def fold_folder(output: Path, number: int) -> Path:
 
 
 def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pair]]:
-    """Return the pairs of each fold, by the model of its last epoch, which has not seen them.
+    """Map the model of each fold to the fold's pairs, which it has not seen in training.
 
-    Images are matched by their content: another split or name changes nothing. The best epoch is
-    none to take here: the fold itself chose it. Raises UserError where the folds are not there, are
-    not those of these pairs, or are not all trained.
+    It is the model of the last epoch. Not the best epoch: it was selected on this fold. Images are
+    matched by content, so a changed name or split does not matter. Raises UserError if there are no
+    folds, if they contain other images, or if a fold has no model yet.
     """
     file = output / FOLDS_FILE
     if not file.is_file():
         raise UserError(f"no {file}; run: python train_sam2_proper.py --folds 5")
     folds: dict[Path, list[Pair]] = {}
-    of_content: dict[str, dict[str, Pair]] = {}  # several by their keys, where some are the same
+    by_content: dict[str, dict[str, Pair]] = {}  # image hash -> key -> pair; several if identical
     by_key = keyed(pairs)
     hashes = hash_contents(pair.image for pair in by_key.values())
     for key, pair in by_key.items():
-        of_content.setdefault(hashes[pair.image], {})[key] = pair
+        by_content.setdefault(hashes[pair.image], {})[key] = pair
     for fold, key, sha256 in read_with_digest(file, FOLD_COLUMNS):
-        same = of_content.get(sha256)
+        same = by_content.get(sha256)
         if not same or not fold.isdecimal():
-            raise UserError(f"{file} has {quoted(key)}, which is not in this --data; train anew")
+            raise UserError(f"{file} has {quoted(key)}, which is not in this --data; train again")
         pair = same.pop(key if key in same else next(iter(same)))
         folds.setdefault(fold_folder(output, int(fold)) / FINAL_FILE, []).append(pair)
-    if left := sum(map(len, of_content.values())):
-        print(f"images that are in no fold, and so are not measured: {left}")
+    if left := sum(map(len, by_content.values())):
+        print(f"images in no fold, which are not measured: {left}")
     for model in folds:
         if not model.is_file():
-            raise UserError(f"{model} is missing; train with --folds to the end (--resume goes on)")
+            raise UserError(f"{model} is missing; finish training with --folds and --resume")
     return folds

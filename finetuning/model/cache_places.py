@@ -1,7 +1,12 @@
-"""Opening the feature cache for a run: on disk, in memory, or on a GPU."""
+"""Open the feature cache for a run, and choose where its features are held.
+
+Features are always cached on disk. While a run lasts, they can also be held in the memory of the
+computer or of a GPU, so that no step reads or copies them again (--cache-in).
+"""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -16,20 +21,20 @@ from finetuning.basics.files import remove_abandoned
 from finetuning.model.feature_cache import FeatureCache
 
 CACHE_PLACES = ("auto", "gpu", "memory", "disk")
-HELD_SHARE = 0.5  # of a GPU's free memory, at most, for features; training needs the rest
+HELD_SHARE = 0.5  # largest share of a GPU's free memory for features; training needs the rest
 
 
 def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:
-    """Say how much will be written to a folder; raise UserError if it has no room for it."""
+    """Print how much will be written to the folder; raise UserError if its disk is too small."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed, free = cache.bytes_of(len(cache.missing(images))), shutil.disk_usage(folder).free
+    needed, free = cache.size_in_bytes(len(cache.missing(images))), shutil.disk_usage(folder).free
     if needed:
         tell(f"features: {needed / 1e9:.2f} GB to write to {folder} ({free / 1e9:.1f} GB free)")
     if needed > 0.98 * free:
         raise UserError(
             f"{folder} has room for {free / 1e9:.2f} GB of features, not for "
             f"{needed / 1e9:.2f} GB; make room, name a folder on another disk with --cache, or "
-            "go on without them with --no-cache (slow)"
+            "run without a cache with --no-cache (slow)"
         )
 
 
@@ -40,29 +45,29 @@ def open_cache(
     images: dict[str, list[Path]],
     cache_in: str = "disk",
 ) -> FeatureCache:
-    """Return the cache in a folder, after encoding what is not yet there.
+    """Return the cache in a folder, after encoding the images that are missing.
 
-    images: by the names of their splits.
+    Incomplete files of killed runs are removed. Raises UserError, before anything slow, if the disk
+    has no room for the features.
 
-    What killed runs left half-written is removed. cache_in: where to read features from, as in
-    choose_place. Processes other than the first hold those of the train split only, since they do
-    not validate.
-
-    Raises UserError, before anything slow, where the disk has no room for what is to be encoded.
+    Arguments:
+      images: the image files of each split, by its name.
+      cache_in: where features are read from, as in choose_place.
     """
     cache = FeatureCache(folder, predictor, precision)
-    everyone = list(dict.fromkeys(image for of_split in images.values() for image in of_split))
-    read_here = everyone if distributed.rank() == 0 else images.get("train", [])
-    place = choose_place(cache_in, predictor.device, cache.bytes_of(len(read_here)))
+    all_images = list(dict.fromkeys(itertools.chain.from_iterable(images.values())))
+    # Only the first process validates; the others read the train split alone
+    read_here = all_images if distributed.rank() == 0 else images.get("train", [])
+    place = choose_place(cache_in, predictor.device, cache.size_in_bytes(len(read_here)))
     if distributed.rank() == 0:
         remove_abandoned(folder)
-    cache.look_up(everyone)
-    distributed.from_first(lambda: check_room(cache, everyone, folder))
+    cache.look_up(all_images)
+    distributed.from_first(lambda: check_room(cache, all_images, folder))
     try:
-        for split, of_split in images.items():
-            cache.fill(of_split, predictor, split)
+        for split, split_images in images.items():
+            cache.fill(split_images, predictor, split)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with the images that are left")
+        print("\nstopped; run the same command again to encode the remaining images")
         raise
     if place is not None:
         cache.hold(read_here, place)
@@ -70,14 +75,15 @@ def open_cache(
 
 
 def choose_place(cache_in: str, device: torch.device, needed: int) -> torch.device | None:
-    """Return the device whose memory holds features while a run lasts; None: they are read anew.
+    """Return the device whose memory holds the features during a run; None: read files each time.
 
-    cache_in: gpu, memory (the computer's), disk, or auto: a CUDA GPU that has room for them. There
-    they need not be copied in each step; a CPU reads files about as fast as its memory, where the
-    system keeps them. needed: their bytes. Raises UserError for a GPU that is not there.
+    cache_in: gpu, memory (the computer's), disk, or auto: the GPU, if it is a CUDA GPU with enough
+    free memory, else disk. needed: the size of the features in bytes. Raises UserError if there
+    is no GPU.
     """
     if cache_in == "gpu" and device.type == "cpu":
         raise UserError("--cache-in gpu: this run has no GPU; use --cache-in auto")
+    # A GPU saves a copy in each step. A CPU gains nothing: the system keeps the files in memory.
     if cache_in == "auto" and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return device if needed < HELD_SHARE * free else None

@@ -1,4 +1,4 @@
-"""Checkpoints: weights as this project and other programs save them, read without running code."""
+"""Checkpoints: read those of this project and of other programs without running code; save."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 
 from finetuning.basics.files import atomic_write, require_file
 
-A_SAM2_NAME = "image_encoder.trunk.patch_embed.proj.weight"  # every SAM 2 has it, once
-MODEL_CODE = ("torch.nn.modules.", "__torch__.")  # how names of a model's classes start
-MAX_OPCODES = 100_000  # to look for them in
+A_SAM2_NAME = "image_encoder.trunk.patch_embed.proj.weight"  # in every SAM 2 checkpoint, once
+MODEL_CODE = ("torch.nn.modules.", "__torch__.")  # prefixes of class names in a pickled model
+MAX_OPCODES = 100_000  # pickle opcodes to search for them
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as {"model": state_dict, ...}, running no code that it may contain.
+    """Read a checkpoint as {"model": state_dict, ...} without running code from the file.
 
-    In the file, the weights are under "model" or "state_dict", or they are all that it holds, as
-    in a .safetensors file. What comes before all of SAM 2's own names, as DDP's "module.", is
-    taken off. Raises UserError when the file is missing or is not a checkpoint with finite weights.
+    In the file, the weights are under "model" or "state_dict", or at the top level, as in
+    .safetensors files. A prefix before all names, like DDP's "module.", is removed. Raises
+    UserError if the file is missing or is not a checkpoint with finite weights.
     """
     require_file(path, what="checkpoint")
     checkpoint = _unwrap(_read(path))
@@ -41,9 +41,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def setting(facts: dict[str, Any], name: str, kind: type = str) -> Any:
-    """Return a setting of the run that made a checkpoint; None where there is none of that type.
+    """Return a setting of the run that wrote a checkpoint, or None if it has none of that type.
 
-    facts: what load_predictor returns beside the predictor. A file may hold anything.
+    facts: as load_predictor returns them. The type is checked because files of other programs may
+    hold anything under that name.
     """
     settings = facts.get("settings")
     value = settings.get(name) if isinstance(settings, dict) else None
@@ -51,7 +52,7 @@ def setting(facts: dict[str, Any], name: str, kind: type = str) -> Any:
 
 
 def _read(path: Path) -> Any:
-    """Return what a file of torch.save or safetensors holds, if that is tensors and plain values.
+    """Return the content of a torch.save or safetensors file: tensors and plain values.
 
     Raises UserError for any other file.
     """
@@ -60,7 +61,7 @@ def _read(path: Path) -> Any:
             return load_file(path)
         _check_sums(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about other kinds of pickles and archives
+            warnings.simplefilter("ignore")  # about old pickle formats and TorchScript archives
             return torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, PermissionError):
         raise
@@ -68,17 +69,17 @@ def _read(path: Path) -> Any:
         if _is_pickled_model(path):
             raise UserError(
                 f"{path} is a whole pickled model, which is not loaded because that would run code "
-                "in it; where it was made, save its weights: "
+                "from the file; save only the weights in the program that made it: "
                 'torch.save({"model": model.state_dict()}, FILE)'
             ) from error
         raise UserError(
-            f"{path} is not a readable checkpoint (damaged, cut off, or another kind of file); "
+            f"{path} is not a readable checkpoint (damaged, truncated, or another kind of file); "
             "download or train it again"
         ) from error
 
 
 def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where a byte of a file of torch.save has changed; torch does not look."""
+    """Raise BadZipFile if a torch.save file fails its checksums, which torch does not verify."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -87,14 +88,14 @@ def _check_sums(path: Path) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Say whether a file starts as safetensors do: the length of a JSON object, then the object."""
+    """Return whether a file starts as safetensors do: the length of a JSON object, then `{`."""
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
 
 
 def _is_pickled_model(path: Path) -> bool:
-    """Say whether a file of torch.save holds a model with its classes; nothing in it is run."""
+    """Return whether a torch.save file holds a pickled model object; runs nothing in it."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -103,19 +104,19 @@ def _is_pickled_model(path: Path) -> bool:
                     return _names_model_code(file)
         with path.open("rb") as file:
             return _names_model_code(file)
-    except Exception:  # damaged
+    except Exception:  # a damaged file may raise anything
         return False
 
 
 def _names_model_code(file: Any) -> bool:
-    # Before torch 1.6 a file of torch.save was several pickles in a row, the object the fourth.
+    # Before torch 1.6, a torch.save file was several pickles in a row; the fourth is the object.
     opcodes = itertools.chain.from_iterable(pickletools.genops(file) for _ in range(4))
     texts = (value for _, value, _ in itertools.islice(opcodes, MAX_OPCODES))
     return any(isinstance(text, str) and text.startswith(MODEL_CODE) for text in texts)
 
 
 def _unwrap(contents: Any) -> dict[str, Any] | None:
-    """Return {"model": state_dict, ...} of what a file holds, or None where it holds no weights."""
+    """Return a file's content as {"model": state_dict, ...}, or None if it holds no weights."""
     if not isinstance(contents, dict):
         return None
     for key in ("model", "state_dict"):
@@ -130,13 +131,13 @@ def _are_weights(value: Any) -> bool:
 
 
 def _is_weight(name: Any, value: Any) -> bool:
-    """Say whether an entry of a state_dict is one of a model that computes with real numbers."""
+    """Return whether a state_dict entry is a plain floating-point tensor (not quantized)."""
     is_real = torch.is_tensor(value) and value.is_floating_point() and value.ndim > 0
     return is_real and value.layout == torch.strided and isinstance(name, str)
 
 
 def _without_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights by SAM 2's own names, if all of them have the same before these."""
+    """Return the weights without the prefix that all their names share before SAM 2's names."""
     prefixes = [name.removesuffix(A_SAM2_NAME) for name in state_dict if A_SAM2_NAME in name]
     if len(prefixes) != 1 or not all(name.startswith(prefixes[0]) for name in state_dict):
         return state_dict
@@ -146,22 +147,21 @@ def _without_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 def save_checkpoint(
     path: Path, model: torch.nn.Module | dict[str, torch.Tensor], **plain_values: Any
 ) -> None:
-    """Save the weights so that SAM 2's own build_sam2(config, path) loads them.
+    """Save a model or state_dict so that SAM 2's own build_sam2(config, path) loads it.
 
-    The weights are a model's, or a state_dict. `plain_values` (numbers, strings, lists, dicts, and
-    tensors in them) are kept beside them. Tensors are saved as those of the CPU: any computer
-    can load them.
+    plain_values (numbers, strings, lists, dicts, and tensors in them) are saved beside the weights.
+    All tensors are saved from the CPU, so that computers without a GPU can load them.
     """
     weights = model if isinstance(model, dict) else model.state_dict()
     with atomic_write(path) as temporary:
         try:
             torch.save(_on_cpu({"model": weights, **plain_values}), temporary)
-        except RuntimeError as error:  # what torch makes of a disk that is full
+        except RuntimeError as error:  # torch raises no OSError when the disk is full
             raise OSError(errno.ENOSPC, "cannot be written (is the disk full?)") from error
 
 
 def _on_cpu(value: Any) -> Any:
-    """Return nested dicts and lists with their tensors on the CPU."""
+    """Return nested dicts and lists with all tensors moved to the CPU."""
     if isinstance(value, dict):
         return {key: _on_cpu(item) for key, item in value.items()}
     if isinstance(value, list):

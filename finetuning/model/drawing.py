@@ -1,4 +1,4 @@
-"""Masks and prompts, drawn on an image."""
+"""Draw masks and prompts on an image."""
 
 from __future__ import annotations
 
@@ -9,18 +9,6 @@ from finetuning.basics.pictures import COLORS, GREEN, RED, WHITE, YELLOW
 from finetuning.model.prompts import Prompt
 
 
-def draw_overlay(
-    image: np.ndarray,
-    mask: np.ndarray | None = None,
-    prompt: Prompt | None = None,
-    true_mask: np.ndarray | None = None,
-) -> np.ndarray:
-    """Draw one object on a copy of an HxWx3 uint8 RGB image, as draw_object does; return it."""
-    canvas = image.copy()
-    draw_object(canvas, mask, prompt, true_mask)
-    return canvas
-
-
 def draw_object(
     canvas: np.ndarray,
     mask: np.ndarray | None = None,
@@ -28,15 +16,14 @@ def draw_object(
     true_mask: np.ndarray | None = None,
     number: int = 0,
 ) -> None:
-    """Draw an object on an HxWx3 uint8 RGB canvas.
+    """Draw an object on an HxWx3 uint8 RGB canvas, in place.
 
-    The mask (HxW bool) is tinted in one of COLORS, by the object's number, with a white outline,
-    the true mask outlined in yellow; foreground points are green, background points red, a box
-    green.
+    The mask (HxW bool) is tinted in the color COLORS[number] with a white outline; the true mask
+    has a yellow outline. Foreground points and boxes are green, background points red.
     """
     line = max(1, round(max(canvas.shape[:2]) / 300))
     if mask is not None:
-        # By a table of all 256 values, which is 50 times as fast as to compute with each pixel
+        # A lookup table of all 256 values is 50 times as fast as arithmetic on each pixel
         values, color = np.arange(256)[:, None], np.array(COLORS[number % len(COLORS)])
         tinted = cv2.LUT(canvas, ((values + color) // 2).astype(np.uint8)[None])
         cv2.copyTo(tinted, mask.astype(np.uint8), canvas)

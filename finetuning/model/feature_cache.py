@@ -1,9 +1,15 @@
-"""What the frozen image encoder says of each image: computed once, kept on disk.
+"""Image-encoder features, computed once per image and cached on disk.
 
-A folder holds one safetensors file an image, named by a hash of all that it was computed from: the
-encoder's weights, the image file's content, the precision. An image that is moved, renamed or in
-several splits is encoded once, runs may share a folder, and what is stale is never asked for.
-Files are written whole, and each holds a digest of itself, by which damaged ones are found.
+    cache = FeatureCache(folder, predictor, torch.bfloat16)
+    cache.fill(images, predictor, "train")  # encodes the images that are missing
+    features = cache.read(images[:4])       # float16
+
+A frozen encoder always returns the same features for an image, and computing them takes over 90% of
+a training step. So they are computed once. The folder holds one safetensors file per image, named
+by a hash of everything that the features depend on: the encoder's weights, the image file's
+content, the input size, the precision, the device type and the PyTorch version. An image that is
+moved, renamed or in several splits is encoded once, several runs can share a folder, and stale
+features are never read. Files are written atomically, and each contains a digest to detect damage.
 """
 
 from __future__ import annotations
@@ -31,16 +37,16 @@ from finetuning.basics.image_files import read_image
 from finetuning.basics.threads import in_threads
 from finetuning.model.segmentation import Features, encode_images, feature_shapes
 
-FORMAT = 2  # of the files; another one is not read
-ENCODED_AT_ONCE = {"cuda": 8}  # images; one elsewhere
-FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
+FORMAT_VERSION = 2  # part of each file's name, so that files of another version are never read
+ENCODED_AT_ONCE = {"cuda": 8}  # images per batch; 1 on other devices
+MAP_NAMES = ("image_embed", "high_res_feats_0", "high_res_feats_1")  # the tensors of a file
 
 
 def hash_encoder(model: SAM2Base) -> str:
-    """Return a SHA-256 of the weights that features depend on.
+    """Return a SHA-256 of the weights that the features depend on.
 
-    set_image uses the image encoder, the mask decoder's two convolutions on high-resolution
-    features, and no_mem_embed.
+    These are the weights that SAM2ImagePredictor.set_image uses: the image encoder, the mask
+    decoder's two convolutions on high-resolution features, and no_mem_embed.
     """
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
@@ -51,40 +57,39 @@ def hash_encoder(model: SAM2Base) -> str:
 
 
 class FeatureCache:
-    """The features of images, as one model computes them in one precision, in a folder.
+    """A folder of image features, for one model and one precision.
 
-    An image's content, and whether its features are there and undamaged, is looked up once a run.
+    Each image file is hashed, and each feature file verified, only once per run.
     """
 
     def __init__(self, folder: Path, predictor: SAM2ImagePredictor, precision: torch.dtype) -> None:
-        """Nothing is read or written yet; the folder need not be there."""
+        """Prepare the cache without reading or writing; the folder need not exist."""
         model, device = predictor.model, predictor.device.type
         self.folder, self.precision = folder, precision
-        self._shapes = dict(zip(FEATURES, feature_shapes(model), strict=True))
-        self._source = [
-            FORMAT, torch.__version__, device, precision, model.image_size, hash_encoder(model),
-        ]  # fmt: skip
+        self._shapes = dict(zip(MAP_NAMES, feature_shapes(model), strict=True))
+        versions = FORMAT_VERSION, torch.__version__
+        self._source = [*versions, device, precision, model.image_size, hash_encoder(model)]
         self.held_on: torch.device | None = None
-        self._held: dict[Path, dict[str, torch.Tensor]] = {}  # on that device, by the file's path
-        self._paths: dict[Path, Path] = {}  # of the features, by the image's
-        self._sizes: dict[Path, tuple[int, int] | None] = {}  # by those; None: not there
+        self._held: dict[Path, dict[str, torch.Tensor]] = {}  # feature file -> maps, on held_on
+        self._paths: dict[Path, Path] = {}  # image -> feature file
+        self._sizes: dict[Path, tuple[int, int] | None] = {}  # feature file -> (H,W); None: missing
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a loading process gets, which reads nothing that is held."""
+        """Pickle for a data-loading process, which does not need the features held in memory."""
         return {**self.__dict__, "_held": {}}
 
     def __contains__(self, image: Path) -> bool:
         return self.size(image) is not None
 
     def size(self, image: Path) -> tuple[int, int] | None:
-        """Return the (H,W) of an image whose features are there, or None where they are not."""
+        """Return the (H,W) of an image whose features are cached, else None."""
         path = self._path(image)
         if path not in self._sizes:
             self._sizes[path] = self._size_in(path)
         return self._sizes[path]
 
     def look_up(self, images: list[Path]) -> None:
-        """Look up which images have features: the first process, in threads, for all of them."""
+        """Look up, in threads, which images have features; only the first process reads files."""
 
         def find() -> tuple[dict[Path, Path], dict[Path, tuple[int, int] | None]]:
             hash_contents(image for image in images if image not in self._paths)
@@ -98,24 +103,23 @@ class FeatureCache:
         self._sizes.update(sizes)
 
     def missing(self, images: list[Path]) -> list[Path]:
-        """Return the images that are to be encoded, one of each content."""
-        by_path = {self._path(image): image for image in images if image not in self}
-        return list(by_path.values())
+        """Return the images to encode; of several images with the same content, only one."""
+        return list({self._path(image): image for image in images if image not in self}.values())
 
-    def bytes_of(self, count: int) -> int:
-        """Return how much the features of so many images are."""
+    def size_in_bytes(self, count: int) -> int:
+        """Return the size of the features of `count` images."""
         values = sum(height * width * depth for height, width, depth in self._shapes.values())
         return count * values * torch.float16.itemsize
 
     def hold(self, images: list[Path], device: torch.device) -> None:
-        """Keep the features of images in a device's memory, from where read returns them.
+        """Load the features of images into the memory of a device; read then takes them from there.
 
-        Raises UserError where they are too many for it.
+        Raises UserError if the memory is too small.
         """
         self.held_on = device
         try:
             for image in tqdm(images, desc=f"Features to {device}", unit="image", leave=False):
-                maps, _ = _map(self._path(image))
+                maps, _ = _open_file(self._path(image))
                 self._held[self._path(image)] = {
                     name: values.to(device, copy=True) for name, values in maps.items()
                 }
@@ -127,28 +131,29 @@ class FeatureCache:
             ) from error
 
     def read(self, images: list[Path]) -> Features:
-        """Return float16 features of B images, in the order asked for, on the CPU or where held.
+        """Return the float16 features of B images, on the CPU or on the device that holds them.
 
-        Files are mapped for a moment only, so that memory does not grow with what was read.
-        Raises UserError where features are not there, or no longer.
+        Files are memory-mapped only during the call, so memory does not grow with the number read.
+        Raises UserError if features are missing or damaged.
         """
         paths = [self._path(image) for image in images]
         try:
-            files = [self._held.get(path) or _map(path)[0] for path in paths]
+            files = [self._held.get(path) or _open_file(path)[0] for path in paths]
         except (FileNotFoundError, SafetensorError) as error:
             raise UserError(
                 f"features are missing from {self.folder}, or were damaged since the run began; "
-                "start it again to encode those images anew"
+                "start it again to encode what is missing"
             ) from error
-        maps = [torch.stack([file[name] for file in files]) for name in FEATURES]
+        maps = [torch.stack([file[name] for file in files]) for name in MAP_NAMES]
+        # A view: in memory the channels stay last, which decides the last digits in bfloat16
         image_embed, *high_res_feats = (values.permute(0, 3, 1, 2) for values in maps)
         return Features(image_embed, high_res_feats)
 
     def fill(self, images: list[Path], predictor: SAM2ImagePredictor, description: str) -> None:
-        """Encode the images that are missing, each process its share; `description`: of what.
+        """Encode the images that are missing; each process encodes its share.
 
-        Raises UserError for an image that is unreadable, NotFiniteError rather than keep features
-        that are NaN or beyond half precision.
+        description: the name of the images in the progress bar. Raises UserError for an unreadable
+        image, and NotFiniteError for features that are NaN or exceed half precision.
         """
         self.look_up(images)
         missing = self.missing(images)
@@ -158,7 +163,7 @@ class FeatureCache:
             for image in missing:
                 del self._sizes[self._path(image)]
             self.look_up(missing)
-        # The first process has looked; another may be on a machine with other files
+        # Only the first process has looked; another may run on a machine that sees other files
         is_first = distributed.rank() == 0
         if self.missing(missing) or not (is_first or self._are_files(images)):
             raise UserError(
@@ -166,13 +171,13 @@ class FeatureCache:
             )
 
     def _path(self, image: Path) -> Path:
-        """Return where an image's features are, or will be."""
+        """Return the path of an image's feature file, whether or not it exists."""
         if image not in self._paths:
             self._paths[image] = self._path_for(content_sha256(image))
         return self._paths[image]
 
     def _path_for(self, content: str) -> Path:
-        """Return the same for an image whose file has this SHA-256."""
+        """Return the path of the feature file of an image whose content has this SHA-256."""
         key = hashlib.sha256(repr([*self._source, content]).encode()).hexdigest()
         return self.folder / f"{key}.safetensors"
 
@@ -181,12 +186,12 @@ class FeatureCache:
         return all(in_threads(Path.is_file, paths, "Looking for features", "image"))
 
     def _size_in(self, path: Path) -> tuple[int, int] | None:
-        """Return the (H,W) of the image whose features a file holds; None if it is damaged."""
+        """Return the (H,W) of the image of a feature file; None if it is missing or damaged."""
         if not path.is_file():
             return None
         try:
-            maps, metadata = _map(path)
-        except SafetensorError:  # cut off, or something else
+            maps, metadata = _open_file(path)
+        except SafetensorError:  # truncated, or not a safetensors file
             return None
         size = metadata.get("size", "")
         kinds = {name: (values.dtype, tuple(values.shape)) for name, values in maps.items()}
@@ -194,13 +199,12 @@ class FeatureCache:
             return None
         if metadata.get("digest") != _digest(path, size, maps):
             return None
-        height, width = map(int, size.split("x"))
-        return height, width
+        return tuple(map(int, size.split("x")))
 
     def _encode(self, images: list[Path], predictor: SAM2ImagePredictor, description: str) -> None:
-        """Encode images and write each one's features; what is written stays if it is stopped.
+        """Encode images and write a file for each; if interrupted, the files written so far stay.
 
-        While some are computed, those before them are written, and the next ones are read.
+        While a batch is computed, threads write the previous batch and read the next images.
         """
         batch_size = ENCODED_AT_ONCE.get(predictor.device.type, 1)
         reading: list[tuple[Path, Future[np.ndarray]]] = []
@@ -209,6 +213,7 @@ class FeatureCache:
         with progress, ThreadPoolExecutor(2) as threads:
             to_read = iter(images)
             while True:
+                # Read one batch ahead: the disk then keeps up, and few decoded images are in memory
                 ahead = itertools.islice(to_read, max(0, 2 * batch_size - len(reading)))
                 reading += [(image, threads.submit(read_image, image)) for image in ahead]
                 batch = [(image, pixels.result()) for image, pixels in reading[:batch_size]]
@@ -218,12 +223,12 @@ class FeatureCache:
                     maps = self._compute([pixels for _, pixels in batch], predictor)
                 except RuntimeError as error:
                     batch_size = _smaller_batch(batch_size, error)
-                    continue
+                    continue  # the images are still in `reading`
                 reading = reading[len(batch) :]
                 _wait_for(writing)
                 writing = [
-                    threads.submit(self._write, image, pixels.shape, of_image)
-                    for (image, pixels), of_image in zip(batch, maps, strict=True)
+                    threads.submit(self._write, image, pixels.shape, image_maps)
+                    for (image, pixels), image_maps in zip(batch, maps, strict=True)
                 ]
                 progress.update(len(batch))
             _wait_for(writing)
@@ -238,51 +243,52 @@ class FeatureCache:
             feature_map.permute(0, 2, 3, 1).half().cpu().contiguous()
             for feature_map in (features.image_embed, *features.high_res_feats)
         ]
-        return [dict(zip(FEATURES, of_image, strict=True)) for of_image in zip(*maps, strict=True)]
+        by_image = zip(*maps, strict=True)
+        return [dict(zip(MAP_NAMES, image_maps, strict=True)) for image_maps in by_image]
 
     def _write(self, image: Path, shape: tuple[int, ...], maps: dict[str, torch.Tensor]) -> None:
-        """Write the HxWxC float16 maps of an image of a shape (H,W,3)."""
+        """Write the HxWxC float16 maps of an image of shape (H,W,3)."""
         if not all(values.isfinite().all() for values in maps.values()):
             raise NotFiniteError(
                 f"the features of {image} are not finite (NaN) in "
                 f"{str(self.precision).removeprefix('torch.')}; use --precision float32, "
                 "or another --checkpoint"
             )
-        # By what this process has read: on another machine than the first it may be something else
+        # Hash the file that this process has read: on another machine its content may differ
         path, size = self._path_for(content_sha256(image)), f"{shape[0]}x{shape[1]}"
         with atomic_write(path) as temporary:
             metadata = {"size": size, "digest": _digest(path, size, maps)}
-            # save_file would raise no OSError on a full disk
+            # Not save_file: it raises no OSError when the disk is full
             temporary.write_bytes(save(maps, metadata))
 
 
-def _map(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return a file's HxWxC maps, left on the disk until they are used, and its metadata.
+def _open_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return a file's memory-mapped HxWxC maps and its metadata.
 
-    Raises SafetensorError where it is cut off, or something else.
+    Raises SafetensorError if the file is truncated or not a safetensors file.
     """
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in FEATURES}, file.metadata() or {}
+        return {name: file.get_tensor(name) for name in MAP_NAMES}, file.metadata() or {}
 
 
 def _digest(path: Path, size: str, maps: dict[str, torch.Tensor]) -> str:
-    """Return a SHA-256 of what a file holds, under the name that it has."""
+    """Return a SHA-256 of a file's name and content."""
     digest = hashlib.sha256(f"{path.stem} {size}".encode())
-    for name in FEATURES:
+    for name in MAP_NAMES:
         digest.update(maps[name].view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def _wait_for(futures: list[Future]) -> None:
-    """Wait for all; raises what the first that failed has raised."""
+    """Wait for all futures; raise the first one's error, if any."""
     for future in futures:
         future.result()
 
 
 def _smaller_batch(batch_size: int, error: RuntimeError) -> int:
-    """Return half a batch size where memory ran out; any other error is raised again.
+    """Return half the batch size after an out-of-memory error; raise any other error again.
 
-    Raises UserError where even one image was too many.
+    Raises UserError if the batch was a single image.
     """
     if not is_memory_error(error):
         raise error

@@ -1,4 +1,9 @@
-"""Loading models for a script: the fine-tuned one, the original beside it, a device that works."""
+"""Load models for a script: the fine-tuned ones, the original, and a device that works.
+
+load_models      the original and one or several fine-tuned models, to compare them
+load_segmenters  one model, and the original if it is at hand, to segment new images
+trusted_device   check that Apple's MPS computes SAM 2 correctly; fall back to the CPU if not
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,8 @@ from finetuning.model.models import (
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import encode_images, predict_masks
 
-TOLERANCE = 0.02  # relative; float32 differs by less than 0.001 between devices that are right
+# Largest relative difference from the CPU; in float32, correct devices differ by less than 0.001
+MPS_TOLERANCE = 0.02
 
 
 class Files(NamedTuple):
@@ -36,11 +42,11 @@ class Files(NamedTuple):
 
     model_name: str
     original: Path
-    finetuned: list[Path]  # several: of folds
-    facts: list[dict[str, Any]]  # what each of these holds beside its weights
-    image_size: int  # what both resize images to, in pixels a side
-    is_published: bool | None = None  # the original, by its SHA-256; None: no such model is
-    is_start: bool | None = None  # whether training started from the original; None: not known
+    finetuned: list[Path]  # several for the folds of a cross-validation
+    facts: list[dict[str, Any]]  # the values beside the weights in each fine-tuned file
+    image_size: int  # input size of all models, in pixels per side
+    is_published: bool | None = None  # original is Meta's file (by SHA-256); None: none published
+    is_start: bool | None = None  # whether training started from the original; None: unknown
 
     @property
     def finetuned_name(self) -> str:
@@ -57,12 +63,14 @@ def load_models(
     precision_name: str,
     cache_folder: Path | None,
 ) -> tuple[list[Model], Files]:
-    """Load the original and the fine-tuned models, which must be of the same size.
+    """Load the original and the fine-tuned models, which must have the same size.
 
-    All resize images as the (first) fine-tuned file says. Where the files are not given, the
-    original is what training started from, the precision (auto) and the folder of the features are
-    those of the training. Where MPS computes wrongly, unless insisted on, all are on the CPU.
-    Raises UserError where training started from another file than is there.
+    The first fine-tuned file decides the input size of all. It also supplies what is not given: the
+    original (the file that training started from), the precision ("auto") and the cache folder.
+    All models are on one device: the CPU if MPS computes wrongly, unless insists_on_mps.
+
+    Returns the original followed by the fine-tuned models, and their files. Raises UserError if the
+    original is missing or has changed since training.
     """
     first, facts = load_predictor(model_name, finetuned_files[0], device)
     device = trusted_device(first, device, insists_on_mps)
@@ -75,18 +83,20 @@ def load_models(
     cached = own._replace(cache=FeatureCache(Path(folder), original, precision)) if folder else own
     frozen, models, all_facts = hash_encoder(original.model), [], []
     for file in finetuned_files:
-        predictor, of_file = first, facts
+        predictor, file_facts = first, facts
         if file != finetuned_files[0]:
-            predictor, of_file = load_predictor(name, file, device, size)
-        all_facts.append(of_file)
+            predictor, file_facts = load_predictor(name, file, device, size)
+        all_facts.append(file_facts)
         source = FeatureSource(predictor, precision)
+        # An encoder that was not trained is the original's: keep one in memory, encode images once
         if hash_encoder(predictor.model) == frozen:
-            predictor.model.image_encoder = original.model.image_encoder  # in memory once
+            predictor.model.image_encoder = original.model.image_encoder
             source = cached
         models.append(Model(predictor, source))
+    # Treat all models alike: if no fine-tuned one uses the cache, the original does not either
     is_shared = any(model.source is cached for model in models)
     models.insert(0, Model(original, cached if is_shared else own))
-    starts = {setting(of_file, "checkpoint_sha256") for of_file in all_facts}
+    starts = {setting(file_facts, "checkpoint_sha256") for file_facts in all_facts}
     return models, Files(
         *(name, checkpoint, finetuned_files, all_facts, size, is_published(checkpoint, name)),
         is_start=None if None in starts else starts == {content_sha256(checkpoint)},
@@ -94,15 +104,15 @@ def load_models(
 
 
 def choose_precision(name: str, trained_in: str | None, device: torch.device) -> torch.dtype:
-    """Return the precision asked for, else that of the training, else the device's own."""
+    """Return the requested precision; for "auto", that of training, else the device's default."""
     if name == "auto":
-        with contextlib.suppress(UserError):  # trained on a device with other abilities
+        with contextlib.suppress(UserError):  # this device lacks the precision of training
             return select_precision(trained_in or "auto", device)
     return select_precision(name, device)
 
 
 def value_range_of(facts: dict[str, Any]) -> tuple[float, float] | None:
-    """Return the range of values that a model was trained on, if its file says one."""
+    """Return the --value-range that a model was trained with, or None."""
     limits = setting(facts, "value_range", list) or []
     are_numbers = all(isinstance(limit, int | float) for limit in limits)
     return tuple(limits) if len(limits) == 2 and are_numbers and limits[0] < limits[1] else None
@@ -116,10 +126,10 @@ def load_segmenters(
     precision_name: str,
     with_original: bool,
 ) -> tuple[dict[str, Segmenter], dict[str, Any]]:
-    """Load a model and, if asked for and at hand, the original; return them by name.
+    """Load a model and, with_original, the file that its training started from, if it is at hand.
 
-    Returns as well what the checkpoint says. Where MPS computes wrongly, unless insisted on, the
-    models are on the CPU.
+    Returns the segmenters by name ("original", "fine-tuned") and the values beside the weights in
+    the checkpoint. All are on the CPU if MPS computes wrongly, unless insists_on_mps.
     """
     predictor, facts = load_predictor(model_name, checkpoint, device)
     device = trusted_device(predictor, device, insists_on_mps)
@@ -127,7 +137,7 @@ def load_segmenters(
     is_original = original is not None and original.samefile(checkpoint)
     segmenters = {"original" if is_original else "fine-tuned": Segmenter(predictor, precision)}
     if with_original and original and not is_original:
-        with contextlib.suppress(UserError):  # it may be another model by now
+        with contextlib.suppress(UserError):  # that path may hold another model by now
             predictor, _ = load_predictor(
                 facts["model_name"], original, device, predictor.model.image_size
             )
@@ -138,35 +148,35 @@ def load_segmenters(
 def trusted_device(
     predictor: SAM2ImagePredictor, device: torch.device, insists: bool
 ) -> torch.device:
-    """Return the predictor's device; or, where MPS computes wrongly, move it to the CPU.
+    """Return the predictor's device; if MPS computes wrongly, move the predictor to the CPU.
 
-    It says so, and how to mend it. Who insists on MPS keeps it, with a warning.
+    Prints a warning; with insists, the device stays MPS.
     """
     if device.type != "mps":
         return device
     wrong = [
-        f"{name} by {difference:.0%}"
+        f"{name} {difference:.0%}"
         for name, difference in differences_from_cpu(predictor).items()
-        if not difference <= TOLERANCE  # nor NaN
+        if not difference <= MPS_TOLERANCE  # also true for NaN
     ]
     if not wrong:
         return device
     print(
-        f"warning: MPS computes SAM 2 wrongly on this system ({', '.join(wrong)} off what the CPU "
-        "gives); a newer macOS or PyTorch may be right"
+        f"warning: MPS computes SAM 2 wrongly on this system (differences from the CPU: "
+        f"{', '.join(wrong)}); a newer macOS or PyTorch may fix it"
     )
     if insists:
-        print("warning: going on with MPS all the same, as --device mps asks")
+        print("warning: using MPS anyway, because of --device mps")
         return device
-    print("going on with the CPU, only slower")
+    print("using the CPU instead, which is slower")
     predictor.model.to("cpu")
     return torch.device("cpu")
 
 
 def differences_from_cpu(predictor: SAM2ImagePredictor) -> dict[str, float]:
-    """Return |here - CPU| / |CPU| of an image's features, its mask logits, and their gradients.
+    """Return |device - CPU| / |CPU| for the features, mask logits and gradients of one image.
 
-    The model stays as it is.
+    The model is not changed.
     """
     on_cpu = make_predictor(copy.deepcopy(predictor.model).to("cpu"))
     here, expected = _compute(predictor), _compute(on_cpu)
@@ -177,7 +187,7 @@ def differences_from_cpu(predictor: SAM2ImagePredictor) -> dict[str, float]:
 
 
 def _compute(predictor: SAM2ImagePredictor) -> dict[str, torch.Tensor]:
-    """Return the features, mask logits and gradients of a drawn disk, each a vector on the CPU."""
+    """Return the features, mask logits and gradients for a drawn disk, as vectors on the CPU."""
     size = 256
     y, x = np.mgrid[:size, :size]
     disk = (x - 140) ** 2 + (y - 110) ** 2 < 50**2

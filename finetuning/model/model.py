@@ -1,4 +1,12 @@
-"""A model with its image features: encode an image once, then segment it with any prompts."""
+"""A model together with the source of its image features.
+
+Encoding an image is slow; segmenting it with a prompt is fast. So every caller encodes an image
+once and then segments it with any number of prompts:
+
+FeatureSource  returns an image's features, from the cache or from the encoder
+Model          a predictor and its FeatureSource, as training, validation and comparison measure it
+Segmenter      one image in memory and its features, as inference uses it
+"""
 
 from __future__ import annotations
 
@@ -24,16 +32,17 @@ from finetuning.model.segmentation import (
 
 
 class FeatureSource(NamedTuple):
-    """Where an image's features come from: a cache, as far as it has them, or the encoder."""
+    """Return image features from the cache if they are there, else compute them."""
 
     predictor: SAM2ImagePredictor
     precision: torch.dtype
     cache: FeatureCache | None = None
 
     def features(self, image: Path, mask_size: tuple[int, int] | None = None) -> Features:
-        """Return float32 features of one image on the predictor's device.
+        """Return the float32 features of an image file, on the predictor's device.
 
-        mask_size: (H,W) of the image's mask, if it has one; raises UserError for another size.
+        mask_size: the (H,W) of the image's mask, if it has one. Raises UserError if the image has
+        another size.
         """
         device, is_cached = self.predictor.device, self.cache is not None and image in self.cache
         pixels = None if is_cached else read_image(image)
@@ -43,31 +52,31 @@ class FeatureSource(NamedTuple):
             return self.cache.read([image]).to(device, torch.float32)
         with autocast(device, self.precision):
             features = encode_images(self.predictor, [pixels])
-        if self.cache is not None:  # round them as the cache does, so that the same numbers follow
+        if self.cache is not None:  # round to float16 as the cache does, so both ways agree
             features = features.to(device, torch.float16)
         return features.to(device, torch.float32).channels_last()
 
 
 class Model(NamedTuple):
-    """A model to measure, and where it has the features of images from."""
+    """A model and the source of its image features."""
 
     predictor: SAM2ImagePredictor
-    source: FeatureSource  # models with one encoder share it
+    source: FeatureSource  # shared by models with the same encoder
 
 
 def features_for(
     models: Sequence[Model], images: Sequence[tuple[Path, tuple[int, int]]]
 ) -> list[Features]:
-    """Return the features of B images for each model; models with one source share them.
+    """Return each model's features of B images; models with the same source share them.
 
-    images: each one's file, and the (H,W) of its mask. Raises UserError where the image has
+    images: the file of each image and the (H,W) of its mask. Raises UserError if the image has
     another size.
     """
-    sources = {model.source for model in models}
-    of_source = {
+    sources = {model.source for model in models}  # models that share a source encode once
+    features = {
         source: Features.join([source.features(*image) for image in images]) for source in sources
     }
-    return [of_source[model.source] for model in models]
+    return [features[model.source] for model in models]
 
 
 def segment_with_all(
@@ -77,20 +86,26 @@ def segment_with_all(
     image_sizes: list[tuple[int, int]],
     mask_kind: str = "best",
 ) -> list[list[np.ndarray]]:
-    """Return each model's HxW bool masks for B prompts of as many points each.
+    """Return each model's B masks, HxW bool, for B images with one prompt each.
 
-    features: of each model, for B images of these (H,W).
+    Arguments:
+      features: each model's features of the B images.
+      prompts: one per image, all with the same number of points.
+      image_sizes: (H,W) of each image.
+      mask_kind: as in choose_masks.
     """
     masks = []
-    for model, of_model in zip(models, features, strict=True):
-        with autocast(model.predictor.device, model.source.precision):
-            predicted = segment_together(model.predictor, of_model, prompts, image_sizes, mask_kind)
-        masks.append(predicted)
+    for model, model_features in zip(models, features, strict=True):
+        predictor = model.predictor
+        with autocast(predictor.device, model.source.precision):
+            masks.append(
+                segment_together(predictor, model_features, prompts, image_sizes, mask_kind)
+            )
     return masks
 
 
 class Segmenter:
-    """Segments one image at a time, which is encoded once."""
+    """Encode an image once, then segment it with any number of prompts."""
 
     def __init__(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> None:
         self.predictor, self.precision = predictor, precision
@@ -98,7 +113,7 @@ class Segmenter:
         self.size = (0, 0)  # (H,W) of the image
 
     def encode(self, image: np.ndarray) -> None:
-        """Encode an HxWx3 uint8 RGB image: the slow part."""
+        """Encode an HxWx3 uint8 RGB image, the slow part, and keep its features."""
         with autocast(self.predictor.device, self.precision):
             self.features = encode_images(self.predictor, [image])
         self.size = image.shape[:2]
@@ -106,6 +121,10 @@ class Segmenter:
     def segment(
         self, prompt: Prompt, mask_input: torch.Tensor | None = None
     ) -> tuple[np.ndarray, float, torch.Tensor]:
-        """Return the HxW bool mask, its score, and its logits: the mask_input of the next call."""
+        """Segment the encoded image with a prompt.
+
+        Returns the HxW bool mask, its score, and its logits, which can be the mask_input of the
+        next call to correct this mask.
+        """
         with autocast(self.predictor.device, self.precision):
             return segment_with_logits(self.predictor, self.features, prompt, self.size, mask_input)

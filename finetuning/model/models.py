@@ -1,4 +1,4 @@
-"""The SAM 2.1 models: where they come from, and how they are built with their weights."""
+"""The SAM 2.1 models: where they are downloaded, how they are built and loaded."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from finetuning.basics.files import content_sha256, download_file
 from finetuning.model.checkpoints import load_checkpoint, setting
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
-SIZE_STEP = 64  # pixels: the encoder halves an image five times
-TRAIN_STATE_KEYS = {"optimizer", "scaler", "log", "settings"}  # of a run's train_state.pt
+SIZE_STEP = 64  # pixels; image sizes are multiples, as the encoder halves an image five times
+TRAIN_STATE_KEYS = {"optimizer", "scaler", "log", "settings"}  # keys of a run's train_state.pt
 
 
 class ModelSpec(NamedTuple):
-    """Where a SAM 2.1 model comes from, and how its weights are recognised."""
+    """A SAM 2.1 model: its config and file, and the numbers that identify its weights."""
 
     config: str  # the full path inside the sam2 package, as Hydra needs it
     filename: str
-    sha256: str | None  # None: not for download
+    sha256: str | None  # None: not available for download
     embed_dim: int  # channels of the image encoder's first stage
-    blocks: int  # blocks of the image encoder
-    overrides: tuple[str, ...] = ()
+    blocks: int  # number of blocks of the image encoder
+    overrides: tuple[str, ...] = ()  # Hydra overrides of the config
 
     @property
     def url(self) -> str:
@@ -39,7 +39,7 @@ class ModelSpec(NamedTuple):
 
 
 MINI_SIZE = 256
-# SAM 2.1 at small size: the same classes, for tests, demos and machines without a network.
+# A small SAM 2.1 of the same classes, for tests, demos and machines without a network
 MINI_OVERRIDES = (
     f"model.image_size={MINI_SIZE}",
     "model.image_encoder.trunk.embed_dim=32",
@@ -101,29 +101,31 @@ MODELS = {
 
 
 def ensure_checkpoint(model_name: str, folder: Path = Path("checkpoints")) -> Path:
-    """Return the path of the original checkpoint of `model_name`, downloading it if missing."""
+    """Return the path of a model's original checkpoint; download it if it is missing."""
     spec = MODELS[model_name]
     path = folder / spec.filename
     if path.is_file():
         return path
     if spec.sha256 is None:
-        raise UserError(f"{path} is missing; it comes with this project: run from its folder")
+        raise UserError(
+            f"{path} is missing; it is part of this project: run the script from its folder"
+        )
     download_file(spec.url, path, spec.sha256, by_hand=f"put that file at {path} by hand")
     return path
 
 
 def is_published(checkpoint: Path, model_name: str) -> bool | None:
-    """Say whether a file is SAM 2.1's own of that size; None where there is none to download."""
+    """Return whether a file is Meta's checkpoint of that model; None if Meta published none."""
     sha256 = MODELS[model_name].sha256
     return None if sha256 is None else content_sha256(checkpoint) == sha256
 
 
 def locate_original(facts: dict[str, Any]) -> Path | None:
-    """Return the file that the training of a model started from, if it is there.
+    """Return the checkpoint that the training of a model started from, or None if it is missing.
 
-    facts: what load_predictor returns beside the predictor. The file is recognised by its SHA-256;
-    where the facts have none, as those of other programs, it is the one at the path that they
-    name, or SAM 2.1's own.
+    facts: as load_predictor returns them. The file is identified by the SHA-256 in the facts. If
+    they have none, as in files of other programs, it is the file at the path that they name, or
+    Meta's checkpoint.
     """
     sha256 = setting(facts, "checkpoint_sha256")
     started_from = Path(setting(facts, "checkpoint") or "")
@@ -133,9 +135,9 @@ def locate_original(facts: dict[str, Any]) -> Path | None:
 
 
 def find_original(facts: dict[str, Any]) -> Path:
-    """Return the file that locate_original finds; download it where it is SAM 2.1's own.
+    """Return the file that locate_original finds; download it if it is Meta's and missing.
 
-    Raises UserError where it is missing, or another file is in its place.
+    Raises UserError if it is missing or has changed.
     """
     if found := locate_original(facts):
         return found
@@ -145,14 +147,14 @@ def find_original(facts: dict[str, Any]) -> Path:
     started_from = Path(setting(facts, "checkpoint") or "")
     problem = "has changed since training started from it"
     if not started_from.is_file():
-        problem = "is missing, which training started from"
+        problem = "is missing, but training started from it"
     raise UserError(
         f"{started_from} {problem}; put that file back, or name the original with --original FILE"
     )
 
 
 def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:
-    """Return the name of the model that these weights seem to belong to, or None."""
+    """Return the name of the model whose encoder has these weights' dimensions, or None."""
     patch_embed = state_dict.get("image_encoder.trunk.patch_embed.proj.weight")
     prefix = "image_encoder.trunk.blocks."
     blocks = {key.split(".")[3] for key in state_dict if key.startswith(prefix)}
@@ -166,7 +168,7 @@ def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:
 
 
 def parse_image_size(text: str) -> int:
-    """Parse --image-size, as an argparse type: what the model resizes each image to, in pixels."""
+    """Parse --image-size (argparse type): the size in pixels that images are resized to."""
     size = number(int, at_least=SIZE_STEP)(text)
     if not is_image_size(size):
         raise argparse.ArgumentTypeError(f"must be a multiple of 64 up to 2048, not {text}")
@@ -174,12 +176,12 @@ def parse_image_size(text: str) -> int:
 
 
 def own_image_size(model_name: str) -> int:
-    """Return what a model resizes images to as it is published, in pixels a side."""
+    """Return a model's default input size, in pixels per side."""
     return MINI_SIZE if model_name == "mini" else 1024
 
 
 def is_image_size(size: Any) -> bool:
-    """Say whether SAM 2's encoder takes images of so many pixels a side."""
+    """Return whether SAM 2's encoder accepts square images of this size in pixels."""
     return isinstance(size, int) and size in range(SIZE_STEP, 2048 + 1, SIZE_STEP)
 
 
@@ -189,19 +191,21 @@ def load_predictor(
     device: torch.device,
     image_size: int | None = None,
 ) -> tuple[SAM2ImagePredictor, dict[str, Any]]:
-    """Build SAM 2.1 `model_name` with the weights of a checkpoint file, in eval mode on `device`.
+    """Build a model with the weights of a checkpoint file, in eval mode on `device`.
 
-    Without a name, the weights tell which model it is; without an image_size, it is that of the
-    training, else the model's own. Returns the predictor, and the model_name with whatever else
-    save_checkpoint kept beside the weights.
-    Raises UserError when the file is not a checkpoint of that model.
+    Arguments:
+      model_name: a key of MODELS; None: identify the model by its weights.
+      image_size: input size in pixels per side; None: that of training, else the model's default.
+
+    Returns the predictor and the facts: the values that save_checkpoint stored beside the weights,
+    and the "model_name". Raises UserError if the file is not a checkpoint of that model.
     """
     facts = load_checkpoint(checkpoint)
     state_dict = facts.pop("model")
     found = identify_model(state_dict)
     if found is None and facts.keys() >= TRAIN_STATE_KEYS:
         best = checkpoint.with_name("sam2_best.pt")
-        raise UserError(f"{checkpoint} is the state of a training, for --resume; use {best}")
+        raise UserError(f"{checkpoint} is the training state for --resume; use {best}")
     if found is None:
         raise UserError(f"{checkpoint} is not a SAM 2.1 checkpoint; use one of {', '.join(MODELS)}")
     if model_name not in (None, found):
@@ -218,7 +222,7 @@ def load_predictor(
         missing, unknown = len(expected - state_dict.keys()), len(state_dict.keys() - expected)
         raise UserError(
             f"{checkpoint} does not fit SAM 2.1 {found} ({missing} weights missing, {unknown} "
-            "unknown, or of another shape); use a SAM 2.1 checkpoint, not one of SAM 2.0"
+            "unknown, or some of another shape); use a SAM 2.1 checkpoint, not a SAM 2.0 one"
         ) from error
     return predictor, {**facts, "model_name": found}
 
@@ -226,20 +230,21 @@ def load_predictor(
 def build_predictor(
     model_name: str, device: torch.device, image_size: int | None = None
 ) -> SAM2ImagePredictor:
-    """Build SAM 2.1 `model_name` with random weights, in eval mode on `device`.
+    """Build a model with random weights, in eval mode on `device`.
 
-    image_size: what it resizes images to, in pixels a side; None: its own.
+    image_size: input size in pixels per side; None: the model's default.
     """
     spec = MODELS[model_name]
     overrides = [*spec.overrides, *([f"model.image_size={image_size}"] if image_size else [])]
-    # Where SAM 2 sees CUDA it puts position encodings on the first GPU, whatever `device` is.
+    # If SAM 2 sees CUDA, it puts position encodings on the first GPU, whatever `device` is
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
         model = build_sam2(spec.config, None, device=device, hydra_overrides_extra=overrides)
     return make_predictor(model)
 
 
 def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
-    """Make a predictor for a model of any image_size; SAM 2 hard-codes the sizes of 1024 pixels."""
+    """Make a predictor for a model of any image_size."""
     predictor = SAM2ImagePredictor(model)
+    # SAM 2 hard-codes the feature sizes of 1024 pixels
     predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
     return predictor

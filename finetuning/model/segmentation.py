@@ -1,4 +1,17 @@
-"""From an image and a prompt to masks and scores: the one path that all scripts take."""
+"""From an image and a prompt to masks and scores: the one path that all scripts share.
+
+    features = encode_images(predictor, [image])                         # slow, once per image
+    prediction = predict_masks(predictor, features, [prompt], [(H, W)])  # fast, for each prompt
+    logits, score = choose_masks(predictor, prediction)                  # the best of three masks
+    mask = upscale_masks(predictor, logits, (H, W))[0, 0] > 0            # HxW bool
+
+Training calls predict_masks, which lets gradients flow. Validation, comparison and inference call
+segment_together or segment_with_logits, which do all steps after the first without gradients. So
+all scripts agree on every number.
+
+In the shapes below, B is the number of images, S the model's input size (1024 by default, 256 for
+mini), C the number of channels, and (H,W) the size of an image.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +30,10 @@ from finetuning.model.prompts import Prompt
 
 
 class Features(NamedTuple):
-    """What SAM2ImagePredictor.set_image computes, for B images of a model of input size S.
+    """The features of B images, as SAM2ImagePredictor.set_image computes them.
 
-    image_embed: BxCx(S/16)x(S/16); high_res_feats: Bx(C/8)x(S/4)x(S/4), Bx(C/4)x(S/8)x(S/8).
+    image_embed: BxCx(S/16)x(S/16).
+    high_res_feats: Bx(C/8)x(S/4)x(S/4) and Bx(C/4)x(S/8)x(S/8).
     """
 
     image_embed: torch.Tensor
@@ -27,7 +41,7 @@ class Features(NamedTuple):
 
     @classmethod
     def join(cls, parts: list[Features]) -> Features:
-        """Return the features of all images as those of one batch."""
+        """Concatenate the features of several batches into one batch."""
         if len(parts) == 1:
             return parts[0]
         image_embed, *high_res_feats = (
@@ -39,22 +53,22 @@ class Features(NamedTuple):
         return cls(image_embed, high_res_feats)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Features:
-        """Move to a device, and convert there: half precision is half as much to copy."""
+        """Move to a device, then convert to a dtype there: float16 halves the copied bytes."""
         maps = (self.image_embed, *self.high_res_feats)
         moved = [copy_to(device, feature_map).to(dtype) for feature_map in maps]
         return Features(moved[0], moved[1:])
 
     def channels_last(self) -> Features:
-        """Return the same values in the order in memory that cached features have.
+        """Return the same values in channels-last memory order, which cached features have.
 
-        In bfloat16 another order has other last digits.
+        In bfloat16, another memory order changes the last digits of results.
         """
         maps = (self.image_embed, *self.high_res_feats)
         ordered = [values.clone(memory_format=torch.channels_last) for values in maps]
         return Features(ordered[0], ordered[1:])
 
     def of(self, indices: list[int]) -> Features:
-        """Return the features of some of the B images, in this order, as often as they come."""
+        """Return the features of the images with these indices, which may repeat."""
         if indices == list(range(len(self.image_embed))):
             return self
         image_embed, *high_res_feats = (
@@ -64,12 +78,12 @@ class Features(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What the mask decoder answers to B prompts.
+    """The mask decoder's output for B prompts.
 
-    mask_logits: Bx4x(S/4)x(S/4) float32, for upscale_masks: the single mask, then the three that
-      are for prompts of several meanings.
-    iou_scores: Bx4 float32, the model's own estimate of each mask's IoU.
-    object_logits: Bx1 float32, whether there is an object at all.
+    mask_logits: Bx4x(S/4)x(S/4) float32, above 0 inside. Mask 0 is SAM 2's single mask; masks 1 to
+      3 are alternatives for ambiguous prompts (a part, or the whole).
+    iou_scores: Bx4 float32, the IoU that the model predicts for each mask.
+    object_logits: Bx1 float32, above 0 if the model sees an object.
     """
 
     mask_logits: torch.Tensor
@@ -78,14 +92,17 @@ class Prediction(NamedTuple):
 
 
 def feature_shapes(model: SAM2Base) -> list[tuple[int, int, int]]:
-    """Return HxWxC of an image's maps in Features: image_embed, then high_res_feats."""
+    """Return (H,W,C) of each map of an image in Features: image_embed, then high_res_feats."""
     size, channels = model.image_size, model.sam_prompt_embed_dim
     levels = ((16, channels), (4, channels // 8), (8, channels // 4))
     return [(size // stride, size // stride, depth) for stride, depth in levels]
 
 
 class PromptedDecoder(torch.nn.Module):
-    """The parts of SAM 2 that learn: the prompt encoder and the mask decoder."""
+    """The parts of SAM 2 that are fine-tuned: the prompt encoder and the mask decoder.
+
+    One module for both, so that torch.compile and DistributedDataParallel can wrap it.
+    """
 
     def __init__(self, model: SAM2Base) -> None:
         super().__init__()
@@ -99,7 +116,14 @@ class PromptedDecoder(torch.nn.Module):
         point_labels: torch.Tensor,
         mask_inputs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Do what predict_masks does, with BxNx2 points in pixels of the input and BxN labels."""
+        """Return the fields of a Prediction.
+
+        Arguments:
+          features: of B images.
+          point_coords: BxNx2 float (X,Y) in pixels of the model's square input.
+          point_labels: BxN int, as in Prompt.
+          mask_inputs: as in predict_masks.
+        """
         prompt_embeddings = self.embed_prompts(point_coords, point_labels, mask_inputs)
         return self.decode_masks(features, *prompt_embeddings)
 
@@ -109,11 +133,11 @@ class PromptedDecoder(torch.nn.Module):
         point_labels: torch.Tensor,
         mask_inputs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sparse embeddings, BxTxC of T tokens, and the dense ones, BxCxhxw.
+        """Return the sparse embeddings, BxTxC for T tokens, and the dense ones, BxCxhxw.
 
-        N may be 0, for no prompt at all; then T is 0, too, as in SAM2ImagePredictor.predict().
+        N = 0 means no prompt; then T is 0, as in SAM2ImagePredictor.predict().
         """
-        if not point_coords.shape[1]:  # as points, SAM 2 would add one that is no point
+        if not point_coords.shape[1]:  # given empty points, SAM 2 would add a padding point
             sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=mask_inputs)
             count = len(point_coords)
             return sparse.expand(count, -1, -1), dense.expand(count, -1, -1, -1)
@@ -124,11 +148,11 @@ class PromptedDecoder(torch.nn.Module):
     def decode_masks(
         self, features: Features, sparse_embeddings: torch.Tensor, dense_embeddings: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what a Prediction holds, of embedded prompts."""
-        # On a CPU, plain attention between few tokens and many is faster than the flash kernel.
+        """Return the fields of a Prediction for embedded prompts."""
+        # On a CPU, plain attention is faster than the flash kernel here: the tokens are few.
         on_cpu = features.image_embed.device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
-            # What the decoder's forward chooses from: three masks, or the single one
+            # Not the decoder's forward, which returns either the single mask or the three
             mask_logits, iou_scores, _, object_logits = self.mask_decoder.predict_masks(
                 image_embeddings=features.image_embed,
                 image_pe=self.prompt_encoder.get_dense_pe(),
@@ -141,7 +165,7 @@ class PromptedDecoder(torch.nn.Module):
 
 
 def encode_images(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
-    """Run the frozen image encoder, without gradients, on HxWx3 uint8 RGB images of any sizes."""
+    """Run the image encoder without gradients on HxWx3 uint8 RGB images of any sizes."""
     predictor.set_image_batch(images)
     return Features(**predictor._features)
 
@@ -154,18 +178,18 @@ def predict_masks(
     decoder: torch.nn.Module | None = None,
     mask_inputs: torch.Tensor | None = None,
 ) -> Prediction:
-    """Turn features and prompts into masks and scores; gradients flow, unlike in predict().
+    """Predict masks and scores from features and prompts, with gradients.
 
     Arguments:
       features: of B images.
-      prompts: one an image, all with the same number N of points.
-      image_sizes: (H,W) of the original images, in whose pixels the prompts are given.
-      decoder: the predictor's PromptedDecoder, where it is wrapped to be faster or distributed.
-      mask_inputs: Bx1x(S/4)x(S/4) logits of the masks that the prompts are to correct, if any.
+      prompts: one per image, in pixels of that image; all with the same number N of points.
+      image_sizes: (H,W) of each image.
+      decoder: the predictor's PromptedDecoder if it is compiled or distributed; None: make one.
+      mask_inputs: Bx1x(S/4)x(S/4) logits of earlier masks for the prompts to correct, or None.
     """
     model, transforms = predictor.model, predictor._transforms
 
-    # The prompts, from pixels of each image to pixels of the model's square input
+    # Convert the points from pixels of each image to pixels of the model's square input
     coords = [
         transforms.transform_coords(torch.from_numpy(prompt.point_coords), True, size)
         for prompt, size in zip(prompts, image_sizes, strict=True)
@@ -180,10 +204,10 @@ def predict_masks(
 def choose_masks(
     predictor: SAM2ImagePredictor, prediction: Prediction, kind: str = "best"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose one mask an image; return Bx1x(S/4)x(S/4) logits and Bx1 scores.
+    """Choose one mask per image; return its Bx1x(S/4)x(S/4) logits and Bx1 scores.
 
-    kind: best (of the three, the one with the highest score) or single (what other tools take: the
-    single mask, or the best of three where it is not stable, as SAM 2 decides it).
+    kind: "best" takes the one of masks 1 to 3 with the highest predicted score. "single" does what
+    other tools do: it takes mask 0, or the best of the three if SAM 2 finds mask 0 unstable.
     """
     if kind == "single":
         return predictor.model.sam_mask_decoder._dynamic_multimask_via_stability(
@@ -197,12 +221,12 @@ def choose_masks(
 def upscale_masks(
     predictor: SAM2ImagePredictor, mask_logits: torch.Tensor, image_size: tuple[int, int]
 ) -> torch.Tensor:
-    """Upscale BxCxhxw mask logits to BxCxHxW, the (H,W) of the original image."""
+    """Upscale BxCxhxw mask logits to BxCxHxW, where (H,W) is the size of the original image."""
     return predictor._transforms.postprocess_masks(mask_logits, image_size)
 
 
 def require_finite(prediction: Prediction) -> None:
-    """Raise NotFiniteError where scores are not finite."""
+    """Raise NotFiniteError if scores are not finite."""
     if not torch.isfinite(prediction.iou_scores).all():
         raise NotFiniteError("the model's scores are not finite (NaN); lower --lr, or use float32")
 
@@ -215,9 +239,10 @@ def segment_together(
     image_sizes: list[tuple[int, int]],
     kind: str = "best",
 ) -> list[np.ndarray]:
-    """Segment B images at once, whose prompts have as many points each; return HxW bool masks.
+    """Segment B images in one batch; return their HxW bool masks.
 
-    kind: as in choose_masks. Raises NotFiniteError where the scores are not finite.
+    The prompts all have the same number of points. kind: as in choose_masks. Raises NotFiniteError
+    if scores are not finite.
     """
     prediction = predict_masks(predictor, features, prompts, image_sizes)
     require_finite(prediction)
@@ -237,27 +262,14 @@ def segment_with_logits(
     mask_input: torch.Tensor | None = None,
     kind: str = "best",
 ) -> tuple[np.ndarray, float, torch.Tensor]:
-    """Do what segment does, after `mask_input`, the logits that an earlier prompt led to.
+    """Segment one image; also return the logits, for a next prompt to correct the mask.
 
-    Returns the HxW bool mask, its score, and its logits for the next call, 1x1x(S/4)x(S/4) and
-    clamped as SAM2ImagePredictor does.
+    mask_input: the logits that an earlier call returned, or None. Returns the HxW bool mask, its
+    score, and its 1x1x(S/4)x(S/4) logits, clamped as SAM2ImagePredictor clamps them.
+    kind: as in choose_masks. Raises NotFiniteError if the scores are not finite.
     """
     prediction = predict_masks(predictor, features, [prompt], [image_size], mask_inputs=mask_input)
     require_finite(prediction)
     mask_logits, scores = choose_masks(predictor, prediction, kind)
     mask = upscale_masks(predictor, mask_logits, image_size)[0, 0] > 0
     return mask.cpu().numpy(), float(scores), mask_logits.clamp(-32, 32)
-
-
-def segment(
-    predictor: SAM2ImagePredictor,
-    features: Features,
-    prompt: Prompt,
-    image_size: tuple[int, int],
-    kind: str = "best",
-) -> tuple[np.ndarray, float]:
-    """Segment one image; `kind` says which mask, as in choose_masks.
-
-    Returns the HxW bool mask and its score. Raises NotFiniteError where the scores are not finite.
-    """
-    return segment_with_logits(predictor, features, prompt, image_size, kind=kind)[:2]

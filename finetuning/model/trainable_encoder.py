@@ -1,4 +1,13 @@
-"""Training of SAM 2's image encoder: low-rank adapters in its attention, or all of its weights."""
+"""Train SAM 2's image encoder: low-rank adapters in its attention, or all of its weights.
+
+The encoder is frozen by default, which allows caching its features. With --train-encoder its
+features change in every step, so each step encodes its images, with gradients:
+
+let_encoder_learn      add adapters (lora) or unfreeze the encoder (full); returns its parameters
+encode_with_gradients  what encode_images does, with gradients
+merged_state_dict      weights with the adapters merged in: a plain SAM 2 checkpoint
+checkpoint_blocks      gradient checkpointing: less memory, more computation
+"""
 
 from __future__ import annotations
 
@@ -19,25 +28,29 @@ DEFAULT_RANK = 8
 
 
 def encode_with_gradients(predictor: SAM2ImagePredictor, images: list[np.ndarray]) -> Features:
-    """Do what segmentation.encode_images does, but let gradients reach the image encoder.
+    """Encode HxWx3 uint8 RGB images of any sizes, with gradients.
 
-    They reach the decoder's two convolutions on high-resolution features too. Under autocast,
-    weights and their gradients stay float32, and the features are of autocast's dtype or float32.
+    Gradients reach the image encoder and the decoder's two convolutions on high-resolution
+    features. Under autocast, weights and gradients stay float32; the features have autocast's dtype
+    or float32.
     """
-    # The very function that encode_images calls, without the no_grad that decorates it
+    # The function that encode_images calls, without its no_grad decorator
     SAM2ImagePredictor.set_image_batch.__wrapped__(predictor, images)
     features = Features(**predictor._features)
-    predictor.reset_predictor()  # or it would keep the graph alive
+    predictor.reset_predictor()  # otherwise it keeps the autograd graph alive
     return features
 
 
 def let_encoder_learn(
     model: SAM2Base, how: str, rank: int | None, checkpointing: bool | None = None
 ) -> list[torch.nn.Parameter]:
-    """Let the encoder of a frozen model learn; return what learns of it.
+    """Make the image encoder of a frozen model trainable; return its trainable parameters.
 
-    how: none, lora or full. rank: of lora's adapters.
-    checkpointing: keep less in memory and compute it twice; None: where the model is full-size.
+    Arguments:
+      how: none, lora or full.
+      rank: of the LoRA adapters.
+      checkpointing: whether to save memory by computing activations twice; None: if the input size
+        is at least 1024.
     """
     if how == "none":
         return []
@@ -53,25 +66,25 @@ def let_encoder_learn(
 def add_adapters(model: SAM2Base, rank: int) -> None:
     """Add LoRA adapters to the attention of the encoder's last two stages (Hu et al., 2021).
 
-    These have most of its blocks (13 of 16 in small) and make image_embed. The stages before them
-    see edges and textures on maps up to 16 times as large; without adapters there, no gradient
-    has to be computed for them, nor anything kept in memory.
+    These stages contain most of the blocks (13 of 16 in small) and compute image_embed. The first
+    two see edges and textures on maps up to 16 times as large; without adapters, they need no
+    gradients and no activations in memory.
     """
     peft = import_peft()
     trunk = model.image_encoder.trunk
     blocks = "|".join(map(str, range(trunk.stage_ends[1] + 1, len(trunk.blocks))))
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=2 * rank,  # so that the rank does not change how fast they learn
+        lora_alpha=2 * rank,  # a fixed alpha / rank: the rank does not change the learning speed
         target_modules=rf"trunk\.blocks\.({blocks})\.attn\.(qkv|proj)",
     )
-    # In place, without a wrapper around the model; what was frozen stays frozen
+    # In place, without a wrapper around the model; frozen weights stay frozen
     peft.inject_adapter_in_model(config, model.image_encoder)
     model.eval()
 
 
 def import_peft() -> ModuleType:
-    """Return the peft library; raises UserError where it is not installed."""
+    """Return the peft library; raise UserError if it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -81,23 +94,26 @@ def import_peft() -> ModuleType:
 
 @torch.no_grad()
 def merged_state_dict(model: SAM2Base) -> dict[str, torch.Tensor]:
-    """Return the weights under SAM 2's own names, adapters merged in; the model stays as it is."""
+    """Return the weights under SAM 2's own names with adapters merged in; the model is unchanged.
+
+    A LoRA layer computes (W + BA) x, so W + BA is the weight of the plain layer.
+    """
     weights = {}
     for name, weight in model.state_dict().items():
         if name.endswith(".base_layer.weight"):
             layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
-        if ".lora_" not in name:
+        if ".lora_" not in name:  # the adapters' own A and B
             weights[name.replace(".base_layer.", ".")] = weight
     return weights
 
 
 def checkpoint_blocks(model: SAM2Base) -> None:
-    """Let the trunk's blocks that learn keep their input only, and compute the rest again."""
+    """Make trainable blocks of the trunk keep only their input and recompute activations."""
     learns = False
     for block in model.image_encoder.trunk.blocks:
         learns = learns or any(weight.requires_grad for weight in block.parameters())
-        if learns:  # or comes after one that does
+        if learns:  # this block or an earlier one is trainable, so gradients pass through it
             block.forward = functools.partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )

@@ -15,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 
 from finetuning.basics.command_line import tell
-from finetuning.basics.files import atomic_write, write_csv
+from finetuning.basics.files import write_csv
+from finetuning.basics.pictures import save_figure
 from finetuning.basics.run_outputs import LOG_FILES
 
 READ_EVERY = 20  # steps, on a GPU: each reading waits for all that it was given to do
@@ -127,5 +128,4 @@ def draw_learning_curve(path: Path, log: list[dict[str, float]]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(path, figure)
