@@ -23,8 +23,8 @@ from finetuning.model.models import load_predictor
 from finetuning.training import batches, log
 from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.training.learner import make_learner
-from finetuning.training.log import READ_EVERY, RECENT, EpochReport
 from finetuning.training.recipe import DEFAULT
+from finetuning.training.training_log import READ_EVERY, RECENT, EpochReport
 from train_sam2_proper import train_one_epoch
 
 ROOT = Path(__file__).parents[1]
