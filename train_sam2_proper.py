@@ -136,6 +136,23 @@ def fit(
         run_files.finish(output, model.predictor, log, settings)
 
 
+def open_data(
+    predictor: SAM2ImagePredictor, training: repeats.Training, machine: options.Machine
+) -> tuple[Model, batches.TrainingSet, measuring.Validation]:
+    """Encode the images, once each as the encoder is frozen; return the model and its data."""
+    _, recipe, pairs, _ = training
+    source = batches.open_features(
+        predictor, machine.precision, machine.cache, machine.cache_in, pairs
+    )
+    size = predictor.model.image_size
+    training_set = batches.TrainingSet(
+        pairs["train"], source.cache, size, recipe.seed, recipe.prompt_mix
+    )
+    without_prompt = recipe.none_share > 0
+    validation = measuring.Validation(pairs["val"], without_prompt, most=measuring.MOST_OBJECTS)
+    return Model(predictor, source), training_set, validation
+
+
 def train(
     predictor: SAM2ImagePredictor,
     training: repeats.Training,
@@ -149,23 +166,12 @@ def train(
     settings: as run_files.run_settings returns them; they are saved with the models. aside: the
     output folder whose earlier run is moved aside before this one writes its first file.
     """
-    _, recipe, pairs, output = training
+    recipe, output = training.recipe, training.output
     torch.manual_seed(recipe.seed)
     state = run_files.load_state(output, settings) if resume else None
 
-    # The data, with features of the frozen encoder, which are computed once per image
-    source = batches.open_features(
-        predictor, machine.precision, machine.cache, machine.cache_in, pairs
-    )
-    model = Model(predictor, source)
-    size = predictor.model.image_size
-    training_set = batches.TrainingSet(
-        pairs["train"], source.cache, size, recipe.seed, recipe.prompt_mix
-    )
-    objects = training_set.prepare()  # their number, by the image's index
-    validation = measuring.Validation(
-        pairs["val"], recipe.none_share > 0, most=measuring.MOST_OBJECTS
-    )
+    model, training_set, validation = open_data(predictor, training, machine)
+    objects = training_set.prepare()  # their number, by the index of their image
 
     # Epoch 0 is the original model
     log = state["log"] if state else [{"epoch": 0}]
@@ -233,14 +239,14 @@ def main(argv: list[str] | None = None) -> None:
                 logs.append(train(predictor, training, machine, settings, resume, aside))
                 if args.choose_thresholds:
                     repeats.choose_thresholds(training, device, precision)
-                command_line.tell(run_files.describe_results(training.output))
+                command_line.tell(repeats.describe_results(training.output))
             if distributed.rank() == 0 and len(logs) > 1:
                 print(repeats.conclude_repeats(args.output, trainings, logs, args.folds))
             if args.cache:
                 command_line.tell(
                     f"the features in {args.cache} may be deleted; another run will recompute them"
                 )
-            command_line.tell(f"next: {run_files.next_command(args.output, args.data, args.folds)}")
+            command_line.tell(f"next: {repeats.next_command(args.output, args.data, args.folds)}")
 
 
 if __name__ == "__main__":

@@ -97,10 +97,10 @@ def open_features(
 
     folder: None: no cache, so the images are encoded whenever they are needed.
     """
-    if folder is None:
-        return FeatureSource(predictor, precision)
-    images = {split: [pair.image for pair in split_pairs] for split, split_pairs in pairs.items()}
-    cache = open_cache(predictor, folder, precision, images, cache_in)
+    cache = None
+    if folder:
+        images = {split: [pair.image for pair in found] for split, found in pairs.items()}
+        cache = open_cache(predictor, folder, precision, images, cache_in)
     return FeatureSource(predictor, precision, cache)
 
 
@@ -126,17 +126,15 @@ class TrainingSet(Dataset):
     def prepare(self) -> dict[int, int]:
         """Read the masks; return the number of objects of each image that has any, by its index.
 
-        The first process reads each file once, in threads, and sends the packed masks to all: about
-        a kB per object, and per image for ALL_OBJECTS and BACKGROUND if the mix shows them. That is
-        20 to 60 MB for 20,000 images with one object. Of an image with more than MAX_PREPARED
-        objects, only the number is kept. Raises UserError for a mask that is unreadable or not of
-        its image's size, and if all masks are empty.
+        The first process reads each file once and sends the packed masks to all: about a kB each,
+        20 to 60 MB for 20,000 images with one object. Raises UserError for a mask that is
+        unreadable or not of its image's size, and if all masks are empty.
         """
-        everyone = range(len(self.pairs))
-        found = distributed.from_first(
-            lambda: in_threads(self._prepare, everyone, "Reading masks", "mask")
+        indices = range(len(self.pairs))
+        masks = distributed.from_first(
+            lambda: in_threads(self._prepare, indices, "Reading masks", "mask")
         )
-        self._masks = dict(enumerate(found))
+        self._masks = dict(enumerate(masks))
         counts = {index: masks.count for index, masks in self._masks.items() if masks.count}
         if not counts:
             raise UserError("every training mask is empty; check that objects are white (255)")
@@ -149,12 +147,11 @@ class TrainingSet(Dataset):
         objects = read_objects(pair)
         size = self.cache.size(pair.image) if self.cache else None
         require_equal_sizes(pair.image, size or objects.size, pair.mask, objects.size)
-        numbers: list[int] = []
-        if 0 < len(objects) <= MAX_PREPARED:
-            numbers += range(len(objects))
-            numbers += [ALL_OBJECTS] * (self.mix.none_share > 0)
-            numbers += [BACKGROUND] * (self.mix.background_share > 0)
-        return pack_masks(objects, numbers)
+        if not 0 < len(objects) <= MAX_PREPARED:
+            return pack_masks(objects, [])
+        combined = [ALL_OBJECTS] * (self.mix.none_share > 0)
+        combined += [BACKGROUND] * (self.mix.background_share > 0)
+        return pack_masks(objects, [*range(len(objects)), *combined])
 
     def __getitem__(self, step: Step) -> Batch | Exception:
         """Return the batch of a step, or the error that prevents it, which BatchLoader raises."""
@@ -169,12 +166,11 @@ class TrainingSet(Dataset):
         # No image has the index len(self.pairs), so this stream differs from those of the objects
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
         plan = plan_prompts(self.mix, rng)
-        # Without a prompt, the answer is all objects together: one mask per image, so this
-        # process's fraction of the step is that of its images
+        # Without a prompt, the answer is one mask per image, of all its objects together
         if plan.kind == "none":
             objects, fraction = [(ALL_OBJECTS,)] * len(indices), image_fraction
-        # Each image gets one more point, on background. The whole step has mine / fraction objects
-        # and images / image_fraction images; with the new points, this process has this fraction
+        # Background adds a point per image. The whole step has mine / fraction objects in
+        # images / image_fraction images, from which the new fraction follows
         if plan.background and fraction:
             mine, images = sum(map(len, objects)), len(indices)
             fraction = (mine + images) / (mine / fraction + images / image_fraction)
@@ -204,10 +200,7 @@ class TrainingSet(Dataset):
     def _masks_of(
         self, index: int, chosen: tuple[int, ...], size: tuple[int, int]
     ) -> list[np.ndarray]:
-        """Return the masks of an image's chosen objects on the loss grid; read those not prepared.
-
-        size: the image's (H,W). Raises UserError if the mask has another size.
-        """
+        """Return the masks of chosen objects of an image of (H,W) on the loss grid."""
         pair, masks = self.pairs[index], self._masks.get(index)
         new = [k for k in chosen if masks is None or k not in masks.packed]
         if new:

@@ -28,8 +28,7 @@ def image_losses(
     and no object, whatever the masks; train_iou is 1 if the score is below 0.5.
 
     Arguments:
-      prediction: ...x4xHxW mask logits, at the true mask's resolution; ...x4 scores; ...x1 object
-        logits.
+      prediction: ...x4xHxW mask logits, at the true mask's resolution; ...x4 scores; ...x1 objects.
       true_mask: ...xHxW float in [0, 1]: the covered part of each cell.
       has_background: whether the step has points on background, in this part of it or another.
     """

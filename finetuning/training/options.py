@@ -24,7 +24,7 @@ from finetuning.evaluation.object_matching import MOST_TUNED
 from finetuning.model.cache_places import CACHE_PLACES
 from finetuning.model.models import MODELS, own_image_size, parse_image_size
 from finetuning.model.trainable_encoder import DEFAULT_RANK, import_peft
-from finetuning.training.recipe import DEFAULT, DEMO, DEMO_LR, GUIDE, MINI_LR, RECIPES, Recipe
+from finetuning.training.recipe import DEMO, DEMO_LR, MINI_LR, RECIPES, Recipe, encoder_defaults
 
 ENCODER_OPTIONS = ("encoder_lr", "lora_rank", "gradient_checkpointing")
 
@@ -162,7 +162,7 @@ def add_recipe_options(parser: ArgumentParser) -> None:
         "--recipe", choices=RECIPES, default="default", help="the defaults of the options below"
     )
     for name, text, arguments in OPTIONS:
-        default, guide = getattr(DEFAULT, name), getattr(GUIDE, name)
+        default, guide = (getattr(RECIPES[key], name) for key in ("default", "guide"))
         difference = "" if default == guide else f" (guide: {guide})"
         recipe.add_argument(
             f"--{name.replace('_', '-')}", default=default, help=text + difference, **arguments
@@ -284,17 +284,6 @@ def contradiction(
     if train_encoder == "lora":
         import_peft()  # fail now if it is missing, not after the data has been read
     return None
-
-
-def encoder_defaults(
-    train_encoder: str, lr: float | str, encoder_lr: float | None, lora_rank: int | None
-) -> tuple[float | None, int | None]:
-    """Return the encoder's learning rate and the rank of its adapters, None where not used."""
-    if train_encoder == "none":
-        return None, None
-    if train_encoder == "lora":
-        return encoder_lr or lr, lora_rank or DEFAULT_RANK
-    return encoder_lr or lr * 0.1, None
 
 
 def add_machine_options(parser: ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
+from finetuning.model.trainable_encoder import DEFAULT_RANK
 from finetuning.training.prompt_sampling import PromptMix
 
 
@@ -72,3 +73,14 @@ DEMO = {  # the other defaults of --demo
     "epochs": 8,
     "precision": "float32",  # for the same results on every CPU
 }
+
+
+def encoder_defaults(
+    train_encoder: str, lr: float | str, encoder_lr: float | None, lora_rank: int | None
+) -> tuple[float | None, int | None]:
+    """Return the encoder's learning rate and the rank of its adapters, None where not used."""
+    if train_encoder == "none":
+        return None, None
+    if train_encoder == "lora":
+        return encoder_lr or lr, lora_rank or DEFAULT_RANK
+    return encoder_lr or lr * 0.1, None

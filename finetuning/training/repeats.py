@@ -15,11 +15,12 @@ import torch
 
 from finetuning.basics import distributed
 from finetuning.basics.csv_files import write_with_digest
-from finetuning.basics.files import content_sha256, only_run_in
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256, only_run_in
 from finetuning.basics.run_outputs import (
     BEST_FILE,
     FOLDS_FILE,
     MODEL_FILES,
+    RESULT_FILES,
     RUN_COLUMNS,
     RUNS_FILE,
     STATE_FILE,
@@ -134,6 +135,19 @@ def choose_thresholds(training: Training, device: torch.device, precision: torch
     if distributed.rank() == 0:
         best, images = training.output / BEST_FILE, training.pairs["train"]
         object_matching.keep_rule(best, device, precision, images, training.recipe.seed)
+
+
+def describe_results(output: Path) -> str:
+    return f"wrote {', '.join(RESULT_FILES)} to {output}"
+
+
+def next_command(output: Path, data: Path, folds: int | None = None) -> str:
+    """Return the command that compares the trained models with the original."""
+    if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds:
+        return "python compare_models.py --demo"
+    model = f"--folds {output}" if folds else f"--finetuned {output / BEST_FILE}"
+    command = f"python compare_models.py {model}"
+    return command + (f" --data {data}" if data != Path("data") else "")
 
 
 def conclude_repeats(

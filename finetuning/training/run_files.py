@@ -13,8 +13,8 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics import distributed
-from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256
-from finetuning.basics.run_outputs import BEST_FILE, FINAL_FILE, RESULT_FILES, STATE_FILE
+from finetuning.basics.files import content_sha256
+from finetuning.basics.run_outputs import BEST_FILE, FINAL_FILE, STATE_FILE
 from finetuning.dataset.data_folder import draw_demo, is_filled
 from finetuning.dataset.pairs import Pair, read_facts, split_pairs
 from finetuning.evaluation.seen_images import SEEN, Contents, hash_files, record_seen, seen_before
@@ -162,19 +162,6 @@ def tell_jump(recipe: Recipe, epochs_before: Any, done: int) -> None:
             f"the learning rate jumps from {last:.0%} to {following:.0%} of its highest: its "
             f"schedule now spans {recipe.epochs} epochs, not {epochs_before}"
         )
-
-
-def describe_results(output: Path) -> str:
-    return f"wrote {', '.join(RESULT_FILES)} to {output}"
-
-
-def next_command(output: Path, data: Path, folds: int | None = None) -> str:
-    """Return the command that compares the trained models with the original."""
-    if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds:
-        return "python compare_models.py --demo"
-    model = f"--folds {output}" if folds else f"--finetuned {output / BEST_FILE}"
-    command = f"python compare_models.py {model}"
-    return command + (f" --data {data}" if data != Path("data") else "")
 
 
 def save_epoch(
