@@ -203,7 +203,7 @@ def add_file_options(parser: ArgumentParser) -> None:
         "--folds",
         type=number(int, at_least=2),
         metavar="K",
-        help="K-fold cross-validation over train and val; then compare with --folds",
+        help="K-fold cross-validation over train and val; see compare_models.py --folds",
     )
     files.add_argument(
         "--choose-thresholds",
