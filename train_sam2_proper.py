@@ -219,8 +219,14 @@ def main(argv: list[str] | None = None) -> None:
         repeats.check_outputs(args.output, trainings, checkpoint)
         predictor, facts = load_predictor(args.model, checkpoint, device, args.image_size)
         start = run_files.make_start(
-            *(facts, args.model, checkpoint, args.image_size, args.data, args.limit),
-            *(args.cache, precision),
+            facts,
+            model=args.model,
+            checkpoint=checkpoint,
+            image_size=args.image_size,
+            data=args.data,
+            limit=args.limit,
+            cache=args.cache,
+            precision=precision,
         )
         device = trusted_device(predictor, device, insists=args.device == "mps")
 
