@@ -25,6 +25,7 @@ import train_sam2_proper
 from finetuning.basics.command_line import run
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.models import build_predictor
+from finetuning.training import options
 from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.training.learner import make_learner
 
@@ -32,7 +33,7 @@ STEPS = 2  # from the second on, the optimizer's state is in memory
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = train_sam2_proper.parse_args(argv)
+    args = options.parse_args(argv, __doc__)
     recipe, device = args.recipe, torch.device("cpu")
     torch.manual_seed(recipe.seed)
     predictor = build_predictor(args.model, device)

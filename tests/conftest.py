@@ -33,7 +33,7 @@ from finetuning.comparison import figures
 from finetuning.model import checkpoints, models
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import MODELS, build_predictor
-from finetuning.training import log as log_module
+from finetuning.training import training_log
 
 CPU = torch.device("cpu")
 
@@ -106,7 +106,7 @@ def quick() -> Iterator[None]:
         mock.patch.object(
             checkpoints, "_read", lambda path: copy.deepcopy(read_once(path, content_sha256(path)))
         ),
-        mock.patch.object(log_module, "draw_learning_curve", lambda path, log: path.touch()),
+        mock.patch.object(training_log, "draw_learning_curve", lambda path, log: path.touch()),
         mock.patch.object(figures, "draw_scatter", lambda path, *_: write_blank(path)),
         mock.patch.object(os, "fsync"),
     ):

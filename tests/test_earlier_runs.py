@@ -11,7 +11,7 @@ from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, only_run_in
 from finetuning.training.earlier_runs import set_aside
 from train_sam2_proper import main
 
-SETTINGS = {"data": "data", "cache": None}
+FOLDERS = (Path("data"), None)  # of the data and of the cache
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_an_earlier_run_is_moved_aside_whole_and_can_go_on_there(train):
     outcome = train("--seed", 1)
     assert outcome.status == 0, outcome.err
     assert (
-        "the earlier run in output is now in output/earlier_1; to go on with it, add "
+        "the earlier run in output is now in output/earlier_1; to continue it, add "
         "--resume --output output/earlier_1 --cache output/cache\n"
     ) in outcome.out.replace("\\", "/")
     moved = snapshot(Path("output/earlier_1"))
@@ -62,15 +62,15 @@ def test_an_earlier_run_is_moved_aside_whole_and_can_go_on_there(train):
 def test_each_earlier_run_gets_the_next_free_number_with_all_its_runs_and_folds(tmp_path, capsys):
     write_files(tmp_path, "earlier_7/sam2_best.pt", "earlier_x/a", "fold_12/a", "fold_a/a")
     write_files(tmp_path, "sam2_final.pt", "runs.csv", "folds.csv", "run_2/sam2_best.pt")
-    set_aside(tmp_path, SETTINGS)
+    set_aside(tmp_path, *FOLDERS)
     assert set(snapshot(tmp_path / "earlier_8")) == {
         "sam2_final.pt", "runs.csv", "folds.csv", "run_2/.lock", "run_2/sam2_best.pt",
         "fold_12/.lock", "fold_12/a",
     }  # fmt: skip
     assert capsys.readouterr().out.endswith(f"add --resume --output {tmp_path / 'earlier_8'}\n")
     before = snapshot(tmp_path)
-    set_aside(tmp_path, SETTINGS)
-    set_aside(tmp_path / "not there", SETTINGS)
+    set_aside(tmp_path, *FOLDERS)
+    set_aside(tmp_path / "not there", *FOLDERS)
     assert snapshot(tmp_path) == before and capsys.readouterr().out == ""
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_is_still_writing_is_not_moved(tmp_path):
     with only_run_in(tmp_path / "run_2"):
         before = snapshot(tmp_path)
         with pytest.raises(UserError, match="another run is writing to"):
-            set_aside(tmp_path, SETTINGS)
+            set_aside(tmp_path, *FOLDERS)
         assert snapshot(tmp_path) == before
 
 
@@ -96,10 +96,10 @@ def test_the_demo_replaces_its_own_run_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = "sam2_best.pt", "run_2/sam2_best.pt", "cache/a", "my_results/a.png"
     write_files(DEMO_OUTPUT, *names)
-    set_aside(DEMO_OUTPUT, SETTINGS)  # another data set's
+    set_aside(DEMO_OUTPUT, *FOLDERS)  # another data set's
     assert "earlier_1/sam2_best.pt" in snapshot(DEMO_OUTPUT)
     write_files(DEMO_OUTPUT, *names)
-    set_aside(DEMO_OUTPUT, {**SETTINGS, "data": str(DEMO_DATA)})
+    set_aside(DEMO_OUTPUT, DEMO_DATA, None)
     assert set(snapshot(DEMO_OUTPUT)) == {
         "cache/a", "my_results/a.png", "earlier_1/sam2_best.pt", "earlier_1/run_2/sam2_best.pt",
         "earlier_1/run_2/.lock",

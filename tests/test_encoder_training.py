@@ -2,10 +2,9 @@
 
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from sam2_utils import UserError, autocast
+from sam2_utils import autocast
 
 import pytest
 import torch
@@ -24,8 +23,7 @@ from finetuning.model.trainable_encoder import (
     let_encoder_learn,
     merged_state_dict,
 )
-from finetuning.training import run_files
-from finetuning.training.recipe import GUIDE, Recipe
+from finetuning.training.recipe import Recipe
 from train_sam2_proper import main
 
 KINDS = ("lora", "full")
@@ -183,16 +181,18 @@ def test_resuming_with_another_way_to_train_the_encoder_is_refused(whole, run_sc
         assert outcome.status == 2 and message in outcome.err, outcome.err
 
 
-def test_a_run_from_before_there_was_a_choice_can_be_resumed(tmp_path):
-    hashes = dict.fromkeys(("checkpoint", "checkpoint_sha256", "data", "data_hash"))
-    settings = {**asdict(GUIDE), **hashes, "model": "mini"}
-    older = {"model": "mini"}  # and nothing of the recipe or the encoder
-    log = [{"epoch": 0, "val_iou": 0.5}]
-    state = {"model": {"weight": torch.zeros(1)}, "settings": older, "log": log}
-    torch.save(state, tmp_path / run_outputs.STATE_FILE)
-    run_files.load_state(tmp_path, settings)
-    with pytest.raises(UserError, match="had --train-encoder none, not lora"):
-        run_files.load_state(tmp_path, {**settings, "train_encoder": "lora"})
+def test_a_run_of_another_version_is_refused_in_one_line(whole, run_script, options):
+    path = whole / run_outputs.STATE_FILE
+    state = torch.load(path, weights_only=True)
+    try:
+        for name in ("train_encoder", "data_hash", "image_size"):
+            settings = {key: value for key, value in state["settings"].items() if key != name}
+            torch.save({**state, "settings": settings}, path)
+            outcome = run_script(main, *options, "--output", whole, "--resume")
+            assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome.err
+            assert f"does not say its {name}" in outcome.err
+    finally:
+        torch.save(state, path)
 
 
 def gradients(predictor) -> dict[str, torch.Tensor]:
@@ -266,7 +266,7 @@ def test_without_peft_one_line_says_how_to_get_it(run_script, monkeypatch):
 
 def test_options_that_contradict_each_other_end_with_one_clear_line(run_script, monkeypatch):
     for options, message in (
-        (("full", "--cache", "there"), "--cache is of no use with --train-encoder"),
+        (("full", "--cache", "there"), "--cache does not work with --train-encoder"),
         (("full", "--compile", "on"), "--compile on is not for --train-encoder"),
         (("full", "--lora-rank", 4), "--lora-rank is for --train-encoder lora"),
         (("none", "--lora-rank", 4), "--lora-rank needs --train-encoder"),

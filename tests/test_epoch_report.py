@@ -20,11 +20,11 @@ from finetuning.basics.distributed import mean_over_all
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.models import load_predictor
-from finetuning.training import batches, log
+from finetuning.training import batches, training_log
 from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.training.learner import make_learner
-from finetuning.training.log import READ_EVERY, RECENT, EpochReport
 from finetuning.training.recipe import DEFAULT
+from finetuning.training.training_log import READ_EVERY, RECENT, EpochReport
 from train_sam2_proper import train_one_epoch
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_values_stay_on_a_gpu_until_it_is_time_to_show_them():
                 shown[step] = recent
         values = report.read()
         assert report.read() == values
-        assert readings.files == ["finetuning/training/log.py"] * 3
+        assert readings.files == ["finetuning/training/training_log.py"] * 3
     steps = [step for step in range(1, 2 * READ_EVERY + 6) for _ in range(2)]
     assert values == {"loss": steps, "clipped": [1.0] * len(steps)}
     assert list(shown) == [READ_EVERY, 2 * READ_EVERY]
@@ -202,7 +202,7 @@ def test_a_step_of_training_reads_nothing_from_the_device(
     tmp_path, random_mini, monkeypatch, is_held
 ):
     """Neither do the parts of SAM 2 that it uses; what the optimizer of torch does is not noted."""
-    monkeypatch.setattr(log, "READ_EVERY", 3)
+    monkeypatch.setattr(training_log, "READ_EVERY", 3)
     monkeypatch.setattr(batches, "count_workers", lambda *_: 0)
     pairs = split_pairs(write_data(tmp_path / "data", train=8, val=0), "train")
     recipe = dataclasses.replace(DEFAULT, prompts="inner", none_share=0.3, epochs=1, batch_size=1)
@@ -222,7 +222,7 @@ def test_a_step_of_training_reads_nothing_from_the_device(
         with Readings() as readings:
             report = train_one_epoch(predictor, loader, learner, recipe, 1)
         # After steps 3 and 6, and in the end
-        assert Counter(readings.files) == {"finetuning/training/log.py": 3}
+        assert Counter(readings.files) == {"finetuning/training/training_log.py": 3}
         after = [weight.detach() for weight in learner.weights.parameters()]
         assert not all(map(torch.equal, before, after))
         assert {device_of(weight).type for weight in after} == {"cuda"}

@@ -676,7 +676,7 @@ def test_training_without_a_cache_ends_where_training_with_one_does(
 ):
     write_data(tmp_path / "data")
     # Corrective clicks jump where two places are wrong alike: rounding would not stay small.
-    options = ("--epochs", 2, "--batch-size", 2, "--lr", 1e-4, "--prompts", "point")
+    options = ("--epochs", 2, "--batch-size", 2, "--lr", 1e-4, "--prompts", "random")
     assert run_training(run_script, random_mini, *options, "--output", "with").status == 0
     outcome = run_training(run_script, random_mini, *options, "--output", "without", "--no-cache")
     assert outcome.status == 0, outcome.err
@@ -895,16 +895,16 @@ def test_objects_are_compiled_one_by_one_and_a_missing_compiler_is_no_obstacle(
         monkeypatch.setattr(torch, "compile", compiler)
         outcomes[name] = run_training(
             run_script, random_mini, "--lr", 1e-3, "--batch-size", 3, "--compile", option,
-            "--cache", "cache", "--output", name, "--prompts", "point",
+            "--cache", "cache", "--output", name, "--prompts", "random",
         )  # fmt: skip
         assert outcomes[name].status == 0, outcomes[name].err
         weights, expected = (weights_of(Path(run) / "sam2_final.pt") for run in (name, "off"))
         limit = 1e-4 if name == "recording" else 0  # gradients are summed in another order
         for key, weight in weights.items():
             assert torch.allclose(weight, expected[key], rtol=0, atol=limit), key
-    assert "(no compiler); going on without it" in outcomes["failing"].out
+    assert "(no compiler); continuing without it" in outcomes["failing"].out
     assert "compil" not in outcomes["off"].out
-    assert "going on without" not in outcomes["recording"].out
+    assert "continuing without" not in outcomes["recording"].out
     assert compiled_sizes == [1] * 5  # to try it, and of the epoch's batches of 3 and 1
 
 

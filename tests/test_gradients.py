@@ -18,15 +18,16 @@ from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.training.batches import EpochSampler, Step, TrainingSet, make_loader
 from finetuning.training.learner import (
     Learner,
+    learning_rate_factor,
     make_learner,
     objects_at_once,
     set_learning_rate,
     take_step,
 )
 from finetuning.training.losses import batch_loss
+from finetuning.training.options import parse_args
 from finetuning.training.prompt_sampling import PromptPlan, add_clicks
 from finetuning.training.recipe import DEFAULT
-from train_sam2_proper import parse_args
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -120,8 +121,9 @@ def test_each_group_of_weights_follows_the_schedule_from_its_own_highest_rate():
         for weight, rate in zip(weights, (0.4, 0.1), strict=True)
     ]
     learner = Learner(None, torch.optim.SGD(groups, lr=1.0), None, torch.float32, None)
-    for factor in (0.5, 0.25, 1.0):
-        set_learning_rate(learner, factor)
+    for step in (0, 50, 99):
+        set_learning_rate(learner, step, 100, "cosine")
+        factor = learning_rate_factor(step, 100, "cosine")
         rates = [group["lr"] for group in learner.optimizer.param_groups]
         assert rates == pytest.approx([0.4 * factor, 0.1 * factor])
 

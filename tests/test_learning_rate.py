@@ -19,9 +19,10 @@ from finetuning.evaluation.measuring import Validation
 from finetuning.model.model import Model
 from finetuning.training import learning_rate_trial, run_files
 from finetuning.training.learning_rate_trial import RATES, choose_rate, split_for_trials
-from finetuning.training.log import best_of
+from finetuning.training.options import parse_args
 from finetuning.training.recipe import GUIDE, Recipe
-from train_sam2_proper import main, parse_args
+from finetuning.training.training_log import best_of
+from train_sam2_proper import main
 
 
 @pytest.fixture
@@ -126,21 +127,6 @@ def test_the_best_model_is_replaced_by_a_better_one_only(tmp_path, monkeypatch):
         ("sam2_best.pt", 5),
     ]
     assert to_go_on_from == [1, 2, 3, 4, 5]
-
-
-def test_a_run_of_an_earlier_version_goes_on_and_does_not_keep_a_worse_best(
-    train, random_mini, monkeypatch
-):
-    measure(monkeypatch, 0.6, 0.2, 0.3)
-    assert train("--epochs", 1).status == 0
-    state = load("output/train_state.pt")
-    original_iou = state["log"].pop(0)["val_iou"]  # there was no epoch 0
-    torch.save({**state, "original_iou": original_iou}, "output/train_state.pt")
-    torch.save({"model": state["model"]}, "output/sam2_best.pt")
-    outcome = train("--epochs", 2, "--resume")
-    assert outcome.status == 0 and "going on after epoch 1" in outcome.out, outcome.err
-    assert [row["epoch"] for row in read_log()] == ["0", "1", "2"]
-    assert equal(load("output/sam2_best.pt")["model"], load(random_mini)["model"])
 
 
 # --lr auto

@@ -20,7 +20,7 @@ from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.training.batches import EpochSampler, Step, TrainingSet
 from finetuning.training.prompt_sampling import PromptMix, plan_prompts
-from finetuning.training.training_masks import ALL, LOSS_GRID, mask_on_grid
+from finetuning.training.training_masks import ALL_OBJECTS, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 
 
@@ -68,7 +68,7 @@ def test_such_a_step_asks_for_all_objects_of_each_image(pairs):
         whole = np.logical_or.reduce(list(read_objects(pair)))
         grid = mask_on_grid(whole, LOSS_GRID)
         assert grid.any() and np.array_equal(mask, grid)
-    assert ALL > 65535  # of a label map's values
+    assert ALL_OBJECTS > 65535  # of a label map's values
 
 
 def test_images_of_a_batch_are_answered_as_each_by_itself(predictor):

@@ -21,7 +21,7 @@ from finetuning.model.prompts import (
 from finetuning.model.segmentation import Features, PromptedDecoder, encode_images
 from finetuning.training.batches import Batch, Step, TrainingSet
 from finetuning.training.prompt_sampling import (
-    MAX_CLICKS,
+    MAX_TRAINING_CLICKS,
     PromptMix,
     PromptPlan,
     add_click,
@@ -66,7 +66,7 @@ def test_the_guides_plan_is_one_random_point_and_mixed_plans_have_everything():
         assert plan == PromptPlan(points, 0, gives_mask=False, background=False)
     plans = [plan_prompts(PromptMix("mixed"), np.random.default_rng(seed)) for seed in range(400)]
     assert {plan.kind for plan in plans} == {"inner", "box"}
-    assert {plan.clicks for plan in plans} == set(range(MAX_CLICKS + 1))
+    assert {plan.clicks for plan in plans} == set(range(MAX_TRAINING_CLICKS + 1))
     for kind in ("inner", "box"):
         of_kind = [plan for plan in plans if plan.kind == kind and plan.clicks]
         assert {plan.gives_mask for plan in of_kind} == {True, False}

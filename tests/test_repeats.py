@@ -14,6 +14,7 @@ import train_sam2_proper
 from finetuning.basics.csv_files import read_with_digest, write_with_digest
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.checkpoints import load_checkpoint
+from finetuning.training import repeats
 from finetuning.training.recipe import Recipe
 from finetuning.training.repeats import plan_trainings
 from train_sam2_proper import main
@@ -130,7 +131,7 @@ def test_folds_are_written_once_all_are_trained(train, monkeypatch):
 def test_thresholds_of_each_training_are_chosen_on_its_own_images_and_seed(train, monkeypatch):
     chosen = []
     monkeypatch.setattr(
-        train_sam2_proper.object_matching,
+        repeats.object_matching,
         "keep_rule",
         lambda best, _device, _precision, pairs, seed: chosen.append((best, pairs, seed)),
     )

@@ -317,7 +317,7 @@ def test_steps_show_the_prepared_masks_and_read_no_file(pairs, tmp_path, be_proc
 def test_of_an_image_with_many_objects_the_masks_are_read_when_they_are_shown(
     pairs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(batches, "FEW", 2)
+    monkeypatch.setattr(batches, "MAX_PREPARED", 2)
     masks = [np.zeros((96, 128), bool) for _ in range(3)]
     for k, mask in enumerate(masks):
         mask[:, 40 * k : 40 * k + 30] = True

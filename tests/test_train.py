@@ -21,15 +21,15 @@ from finetuning.evaluation.measuring import Validation
 from finetuning.model.models import MODELS, load_predictor
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import Features, Prediction
-from finetuning.training import log as log_module
+from finetuning.training import training_log
 from finetuning.training.batches import Batch, EpochSampler, TrainingSet, make_loader
-from finetuning.training.learner import Learner, make_learner
-from finetuning.training.learning_rate_trial import learning_rate_factor
-from finetuning.training.log import draw_learning_curve
+from finetuning.training.learner import Learner, learning_rate_factor, make_learner
 from finetuning.training.losses import batch_loss, image_losses
+from finetuning.training.options import parse_args
 from finetuning.training.prompt_sampling import PromptMix, PromptPlan
 from finetuning.training.recipe import GUIDE, Recipe
-from train_sam2_proper import main, parse_args, train_one_epoch
+from finetuning.training.training_log import draw_learning_curve
+from train_sam2_proper import main, train_one_epoch
 
 # Points in objects and on background reach all of the prompt encoder and mask decoder but these:
 # other kinds of prompt, the convolutions that set_image applies without gradients, and what makes
@@ -496,7 +496,7 @@ def test_a_log_that_is_open_elsewhere_does_not_stop_the_training(
     def locked(path, *_):  # as Excel does on Windows
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(log_module, "write_csv", locked)
+    monkeypatch.setattr(training_log, "write_csv", locked)
     outcome = run_training(run_script, random_mini, "--epochs", 1)
     assert outcome.status == 0 and "train_log.csv cannot be written" in outcome.out
     assert Path("output/sam2_final.pt").is_file()

@@ -22,7 +22,8 @@ from finetuning.model.model import Model
 from finetuning.model.prompts import prompt_from_mask
 from finetuning.model.segmentation import Features
 from finetuning.training import run_files
-from finetuning.training.learner import Learner, Machine, make_learner, take_step
+from finetuning.training.learner import Learner, make_learner, take_step
+from finetuning.training.options import Machine
 from finetuning.training.recipe import DEFAULT, Recipe
 from finetuning.training.repeats import Training
 from finetuning.training.run_files import Start, restore, run_settings
@@ -155,12 +156,12 @@ def test_steps_show_what_the_recipe_says(tmp_path, monkeypatch):
 
     for name in ("make_learner", "speed_up"):
         monkeypatch.setattr(train_sam2_proper, name, lambda *_: None)
-    monkeypatch.setattr(run_files, "start", lambda *_: None)
+    monkeypatch.setattr(run_files, "start_or_resume", lambda *_: None)
     monkeypatch.setattr(Validation, "measure", lambda *_: {"val_iou": 0.5})
     monkeypatch.setattr(train_sam2_proper, "fit", note_what_is_shown)
     predictor = Namespace(model=Namespace(image_size=64), device=CPU)
     training = Training("", recipe, pairs, tmp_path)
-    train_sam2_proper.train(predictor, training, Machine(torch.float32), {"cache": None}, False)
+    train_sam2_proper.train(predictor, training, Machine(torch.float32), {}, False)
     ((batches, measured_on),) = found
     assert measured_on.pairs == pairs["val"] and measured_on.kinds == ("center",)
     # Of each image two objects, and the background
@@ -194,7 +195,6 @@ def test_a_restored_learner_takes_the_steps_that_the_saved_one_would_have_taken(
     run_files.save_state(tmp_path, first, [{"epoch": 1}], {})
     path = tmp_path / STATE_FILE
     state = load_checkpoint(path)
-    state["optimizer"]["param_groups"][0].pop("initial_lr")  # as in files of earlier versions
     restore(second, state, path)
     for factor in (-1.0, 0.5):
         step(first, factor)
@@ -210,7 +210,7 @@ def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monke
     monkeypatch.setattr(run_files, "save_model", lambda path, _, row, __: saved.append(row))
     monkeypatch.setattr(run_files, "save_state", lambda *_: saved.append("state"))
     learner, recipe, original = small_learner(0, 1e-3), Recipe(), {"epoch": 0, "val_iou": 0.5}
-    run_files.start(tmp_path, None, learner, recipe, None, [original], {})
+    run_files.start_or_resume(tmp_path, None, learner, recipe, None, [original], {})
     assert saved == ["state", original]
     state = {
         "model": learner.weights.state_dict(),
@@ -221,7 +221,7 @@ def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monke
     for iou, kept in ((0.6, []), (0.4, [original])):
         saved.clear()
         log = [original, {"epoch": 1, "val_iou": iou}]
-        run_files.start(tmp_path, None, learner, recipe, state, log, {})
+        run_files.start_or_resume(tmp_path, None, learner, recipe, state, log, {})
         assert saved == kept
 
 
@@ -250,7 +250,7 @@ def test_a_learning_rate_that_jumps_as_a_run_goes_on_is_said_to(
     log = [{"epoch": epoch, "val_iou": float(epoch)} for epoch in range(done + 1)]
     state = {"settings": {"epochs": before}}
     monkeypatch.setattr(run_files, "save_model", lambda *_: None)
-    run_files.start(tmp_path, None, small_learner(0, 1e-3), recipe, state, log, {})
+    run_files.start_or_resume(tmp_path, None, small_learner(0, 1e-3), recipe, state, log, {})
     lines = [line for line in capsys.readouterr().out.splitlines() if "learning rate" in line]
     assert len(lines) == bool(says)
     assert not says or (says in lines[0] and f"{now} epochs, not {before}" in lines[0])

@@ -1,15 +1,15 @@
-"""Fine-tuning: the recipe, the steps, and what a run writes.
+"""Fine-tuning: the recipe, the parts of a training step, and the files of a run.
 
-batches: the training images in random order, as batches
-earlier_runs: an earlier run in the output folder, moved aside
-learner: what learns: weights, optimizer, compiled decoder
-learning_rate_trial: the learning rate: its schedule, and --lr auto
-log: what steps report, train_log.csv, the learning curve
-losses: the loss of a step
-options: the options of a training
-prompt_sampling: the prompts that training shows
-recipe: the recipe: all values that say how a model is fine-tuned
-repeats: the same training by other seeds, or on other folds
+batches: the training data: images in random order with random prompts, as batches
+earlier_runs: moves an earlier run in the output folder aside
+learner: what learns: weights, optimizer, learning rate, compiled decoder
+learning_rate_trial: --lr auto
+losses: the loss of a training step
+options: the command line, and how it resolves to a Recipe and a Machine
+prompt_sampling: random prompts, and clicks that correct the model's answers
+recipe: all values that say how a model is fine-tuned
+repeats: several trainings by one command: --runs and --folds
 run_files: what a run saves, and how it is resumed
+training_log: training statistics, train_log.csv, the learning curve
 training_masks: the true masks of training, on the grid of the loss
 """

@@ -1,7 +1,7 @@
-"""The training images in random order, each with a random prompt, as batches for the decoder.
+"""Training data: images in random order with random prompts, as batches for the decoder.
 
-A step is prompted as SAM 2 is used: with a point, or with a box as roughly as people draw them,
-and often with some corrective clicks after it, which depend on what the model has answered.
+Steps are prompted as users prompt SAM 2: with a point or a roughly drawn box, often followed by
+clicks that correct the model's answer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sam2_utils import UserError
 
 import numpy as np
 import torch
+from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetuning.basics import distributed
@@ -24,7 +25,9 @@ from finetuning.basics.image_files import read_image, require_equal_sizes
 from finetuning.basics.threads import in_threads
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
+from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.model import FeatureSource
 from finetuning.model.prompts import Prompt
 from finetuning.model.segmentation import Features
 from finetuning.training.prompt_sampling import (
@@ -35,36 +38,43 @@ from finetuning.training.prompt_sampling import (
     plan_prompts,
     scale_prompt,
 )
-from finetuning.training.training_masks import ALL, BACKGROUND, FEW, HALF, ImageMasks, pack_masks
+from finetuning.training.training_masks import (
+    ALL_OBJECTS,
+    BACKGROUND,
+    HALF,
+    MAX_PREPARED,
+    ImageMasks,
+    pack_masks,
+)
 
-PREFETCH = 2  # batches that each loading process has ready
+PREFETCH = 2  # batches that each worker process loads ahead
 
 
 class Step(NamedTuple):
-    """One process's share of a training step: which objects of which images, in which epoch."""
+    """One process's share of a training step: some objects of some images."""
 
     epoch: int
-    indices: list[int]  # of this process's images
-    fraction: float  # of the whole step's objects; 0 for a stand-in where there is none to do
-    number: int = 0  # of the step in its epoch, alike in all processes
-    objects: list[tuple[int, ...]] | None = None  # of each image; None: its first
-    image_fraction: float = 1.0  # like fraction, of the whole step's images
+    indices: list[int]  # of this process's images among the pairs
+    fraction: float  # this share of the step's objects; 0 if it only repeats one to keep pace
+    number: int = 0  # of the step in its epoch; the same in all processes
+    objects: list[tuple[int, ...]] | None = None  # numbers, per image; None: the first of each
+    image_fraction: float = 1.0  # this share of the step's images
 
 
 class Batch(NamedTuple):
-    """What one process has of a step: P objects of B images, each with a prompt and a true mask."""
+    """One process's part of a step: P objects of B images, each with a prompt and a true mask."""
 
-    features: Features | None  # of the cache, float16; None where the images are to be encoded
-    images: list[np.ndarray]  # HxWx3 uint8 RGB, where there is no cache
-    image_of: list[int]  # of each object, which of the B images it is in
-    prompts: list[Prompt]  # what the step starts with, in pixels of the model's SxS input
+    features: Features | None  # cached, float16; None: encode the images
+    images: list[np.ndarray]  # HxWx3 uint8 RGB; empty if there is a cache
+    image_of: list[int]  # the index of each object's image, 0 to B-1
+    prompts: list[Prompt]  # before any clicks, in pixels of the model's SxS input
     plan: PromptPlan
-    true_masks: torch.Tensor  # PxLOSS_GRIDxLOSS_GRID uint8: how much of each cell is covered
-    fraction: float  # of the step, as in Step
+    true_masks: torch.Tensor  # PxLOSS_GRIDxLOSS_GRID uint8; 255: the mask covers all of a cell
+    fraction: float  # this part of the step, as in Step
     paths: Sequence[Path] = ()  # of the B images
 
     def parts(self, at_once: int) -> Iterator[Batch]:
-        """Return the batch in parts of at most so many objects, each with its share of the step."""
+        """Yield parts of at most `at_once` objects, each with its fraction of the step."""
         for first in range(0, len(self.prompts), at_once):
             rows = slice(first, first + at_once)
             prompts = self.prompts[rows]
@@ -76,11 +86,29 @@ class Batch(NamedTuple):
             )
 
 
-class TrainingSet(Dataset):
-    """Batches by Step.
+def open_features(
+    predictor: SAM2ImagePredictor,
+    precision: torch.dtype,
+    folder: Path | None,
+    cache_in: str,
+    pairs: dict[str, list[Pair]],
+) -> FeatureSource:
+    """Encode the images that the cache folder lacks; return where to get all features.
 
-    Prompts follow from the seed, the epoch, the step's number and the images alone: neither
-    workers nor the cache change them.
+    folder: None: no cache, so the images are encoded whenever they are needed.
+    """
+    cache = None
+    if folder:
+        images = {split: [pair.image for pair in found] for split, found in pairs.items()}
+        cache = open_cache(predictor, folder, precision, images, cache_in)
+    return FeatureSource(predictor, precision, cache)
+
+
+class TrainingSet(Dataset):
+    """Loads the batch of a Step.
+
+    Prompts depend only on the seed, the epoch, the step's number and the images, so neither worker
+    processes nor the cache change them.
     """
 
     def __init__(
@@ -93,22 +121,20 @@ class TrainingSet(Dataset):
     ) -> None:
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
         self.mix = mix
-        self._masks: dict[int, ImageMasks] = {}  # so far, by image
+        self._masks: dict[int, ImageMasks] = {}  # by image; filled by prepare and when needed
 
     def prepare(self) -> dict[int, int]:
-        """Prepare the masks before training; return how many objects each image has that has any.
+        """Read the masks; return the number of objects of each image that has any, by its index.
 
-        The first process reads the files, each once, in threads, and every process keeps the
-        masks: a kB or so for each object, and for an image's ALL and BACKGROUND, where the mix
-        shows them: 20 to 60 MB for 20,000 images of one object. Images with more than a FEW objects
-        are counted only. Raises UserError for a mask that is unreadable, or not of its image's
-        size, and where all are empty.
+        The first process reads each file once and sends the packed masks to all: about a kB each,
+        20 to 60 MB for 20,000 images with one object. Raises UserError for a mask that is
+        unreadable or not of its image's size, and if all masks are empty.
         """
-        everyone = range(len(self.pairs))
-        found = distributed.from_first(
-            lambda: in_threads(self._prepare, everyone, "Reading masks", "mask")
+        indices = range(len(self.pairs))
+        masks = distributed.from_first(
+            lambda: in_threads(self._prepare, indices, "Reading masks", "mask")
         )
-        self._masks = dict(enumerate(found))
+        self._masks = dict(enumerate(masks))
         counts = {index: masks.count for index, masks in self._masks.items() if masks.count}
         if not counts:
             raise UserError("every training mask is empty; check that objects are white (255)")
@@ -121,15 +147,14 @@ class TrainingSet(Dataset):
         objects = read_objects(pair)
         size = self.cache.size(pair.image) if self.cache else None
         require_equal_sizes(pair.image, size or objects.size, pair.mask, objects.size)
-        numbers: list[int] = []
-        if 0 < len(objects) <= FEW:
-            numbers += range(len(objects))
-            numbers += [ALL] * (self.mix.none_share > 0)
-            numbers += [BACKGROUND] * (self.mix.background_share > 0)
-        return pack_masks(objects, numbers)
+        if not 0 < len(objects) <= MAX_PREPARED:
+            return pack_masks(objects, [])
+        combined = [ALL_OBJECTS] * (self.mix.none_share > 0)
+        combined += [BACKGROUND] * (self.mix.background_share > 0)
+        return pack_masks(objects, [*range(len(objects)), *combined])
 
     def __getitem__(self, step: Step) -> Batch | Exception:
-        """Return the batch of a step, or why there is none, for BatchLoader to raise."""
+        """Return the batch of a step, or the error that prevents it, which BatchLoader raises."""
         try:
             return self._load(step)
         except (UserError, OSError) as error:
@@ -138,10 +163,14 @@ class TrainingSet(Dataset):
     def _load(self, step: Step) -> Batch:
         epoch, indices, fraction, number, objects, image_fraction = step
         objects = objects or [(0,)] * len(indices)
+        # No image has the index len(self.pairs), so this stream differs from those of the objects
         rng = np.random.default_rng([self.seed, epoch, len(self.pairs), number])
         plan = plan_prompts(self.mix, rng)
-        if plan.kind == "none":  # nothing says which object is meant: it is all of them
-            objects, fraction = [(ALL,)] * len(indices), image_fraction
+        # Without a prompt, the answer is one mask per image, of all its objects together
+        if plan.kind == "none":
+            objects, fraction = [(ALL_OBJECTS,)] * len(indices), image_fraction
+        # Background adds a point per image. The whole step has mine / fraction objects in
+        # images / image_fraction images, from which the new fraction follows
         if plan.background and fraction:
             mine, images = sum(map(len, objects)), len(indices)
             fraction = (mine + images) / (mine / fraction + images / image_fraction)
@@ -150,30 +179,28 @@ class TrainingSet(Dataset):
         features, images = None, []
         if self.cache is None:
             images = [read_image(path) for path in paths]
-        elif self.cache.held_on is None:  # else BatchLoader adds them
+        elif self.cache.held_on is None:  # features held in memory are added by BatchLoader
             features = self.cache.read(paths)
         image_of, prompts, true_masks = [], [], []
         for i, (index, chosen) in enumerate(zip(indices, objects, strict=True)):
             size = images[i].shape[:2] if images else self.cache.size(paths[i])
             for k, mask in zip(chosen, self._masks_of(index, chosen, size), strict=True):
                 grid = mask >= HALF
-                if not grid.any():  # the background of an image that is full of objects
+                if not grid.any():  # objects cover the whole image: it has no background
                     continue
+                # A stream per object: its prompt does not depend on which others the step shows
                 rng = np.random.default_rng([self.seed, epoch, index, k])
                 prompt = draw_prompt(grid, plan.kind, rng)
                 image_of.append(i)
                 prompts.append(scale_prompt(prompt, grid.shape, self.image_size))
-                true_masks.append(mask * np.uint8(k != BACKGROUND))
+                true_masks.append(mask * np.uint8(k != BACKGROUND))  # background: no object
         true_masks = torch.from_numpy(np.stack(true_masks))
         return Batch(features, images, image_of, prompts, plan, true_masks, fraction, paths)
 
     def _masks_of(
         self, index: int, chosen: tuple[int, ...], size: tuple[int, int]
     ) -> list[np.ndarray]:
-        """Return masks of objects of an image of (H,W) on the grid of the loss.
-
-        The mask file is read where one of them is not prepared yet.
-        """
+        """Return the masks of chosen objects of an image of (H,W) on the loss grid."""
         pair, masks = self.pairs[index], self._masks.get(index)
         new = [k for k in chosen if masks is None or k not in masks.packed]
         if new:
@@ -185,15 +212,15 @@ class TrainingSet(Dataset):
 
 
 class EpochSampler(Sampler):
-    """The images of each epoch in random order, in batches, of which each process takes a share.
+    """Yields the steps of an epoch: the images in random order, in batches shared by processes.
 
-    Of an image's objects an epoch has at most so many, others in the next, in an order by seed.
+    An epoch shows at most objects_per_image objects of an image; the next epoch shows others.
     """
 
     def __init__(
         self, objects: dict[int, int], batch_size: int, seed: int, objects_per_image: int = 1
     ) -> None:
-        """objects: how many each image has, by its index; batch_size: in images."""
+        """objects: the number of objects of each image, by its index. batch_size: in images."""
         self.objects, self.batch_size, self.seed = objects, batch_size, seed
         self.objects_per_image = objects_per_image
         self.epoch = 1
@@ -209,17 +236,20 @@ class EpochSampler(Sampler):
                 (index, self._draw(index))
                 for index in order[number * self.batch_size :][: self.batch_size]
             ]
+            # All processes must take every step together. With fewer images than processes, one
+            # without an image repeats the first, with fraction 0: it adds nothing
             mine = distributed.share(batch)
-            fraction = _count(mine) / _count(batch)
+            fraction, image_fraction = _count(mine) / _count(batch), len(mine) / len(batch)
             indices, objects = zip(*(mine or batch[:1]), strict=True)
-            of_images = len(mine) / len(batch)
-            yield Step(self.epoch, list(indices), fraction, number, list(objects), of_images)
+            yield Step(self.epoch, list(indices), fraction, number, list(objects), image_fraction)
 
     def _draw(self, index: int) -> tuple[int, ...]:
-        """Return which of an image's objects this epoch has; in the end, all have had a turn."""
+        """Return the numbers of the objects of an image that this epoch shows."""
         count, most = self.objects[index], self.objects_per_image
         if count <= most:
             return tuple(range(count))
+        # The order is the same in all epochs, and each continues where the last one stopped, so
+        # that every object gets its turn. Epochs count from 1: no prompt uses the stream of 0
         order = np.random.default_rng([self.seed, 0, index, 0, 1]).permutation(count)
         turns = (np.arange(most) + (self.epoch - 1) * most) % count
         return tuple(sorted(order[turns].tolist()))
@@ -230,9 +260,9 @@ def _count(batch: list[tuple[int, tuple[int, ...]]]) -> int:
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that adds features held in memory, and raises errors of its worker processes.
+    """A DataLoader that adds features held in memory and raises its workers' errors unchanged.
 
-    DataLoader itself would raise them with the worker's traceback as their message.
+    A plain DataLoader replaces their message with the worker's traceback.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -247,19 +277,19 @@ class BatchLoader(DataLoader):
 def make_loader(
     training_set: TrainingSet, sampler: EpochSampler, device: torch.device
 ) -> BatchLoader:
-    """Load batches ahead in other processes where the device would wait for them: Linux with CUDA.
+    """Return a loader of the training set's batches, with worker processes on Linux with CUDA.
 
-    Elsewhere a process costs more to start, or takes a core from the decoder.
+    Elsewhere workers take longer to start, or take a core from the decoder.
     """
     workers = 0
     if device.type == "cuda" and sys.platform == "linux":
         step = next(iter(sampler))
-        workers = count_workers(_bytes_of(training_set[step]))
+        workers = count_workers(_batch_bytes(training_set[step]))
     return BatchLoader(
         training_set,
         sampler=sampler,
         batch_size=None,  # the sampler's steps are batches
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
@@ -268,23 +298,23 @@ def make_loader(
 
 
 def count_workers(batch_bytes: int, shared_memory: Path = Path("/dev/shm")) -> int:
-    """Return how many processes to load with: up to 4, one a core, and as shared memory allows.
+    """Return the number of worker processes: up to 4, one per core, if shared memory allows.
 
-    Their batches wait there: PREFETCH of each process, and two on their way to the GPU. Docker
-    gives a container 64 MB of it.
+    It holds PREFETCH batches of each worker and two more on their way to the GPU. Docker gives a
+    container only 64 MB of shared memory.
     """
     free = shutil.disk_usage(shared_memory).free if shared_memory.is_dir() else 0
     batches = free // (max(1, batch_bytes) * distributed.world_size())
     return int(np.clip((batches - 2) // PREFETCH, 0, min(4, os.cpu_count() or 1)))
 
 
-def _bytes_of(batch: Batch | Exception) -> int:
-    """Return the size of a batch's tensors and images."""
+def _batch_bytes(batch: Batch | Exception) -> int:
+    """Return the bytes of a batch's tensors and images; raise the error if it is one."""
     if isinstance(batch, Exception):
         raise batch
     maps = [batch.features.image_embed, *batch.features.high_res_feats] if batch.features else []
     return sum(array.nbytes for array in (*maps, *batch.images, batch.true_masks))
 
 
-def _as_it_is(batch: Batch | Exception) -> Batch | Exception:
+def _unchanged(batch: Batch | Exception) -> Batch | Exception:
     return batch

@@ -1,4 +1,4 @@
-"""Which learning rate: over the steps (its schedule), and at its highest (--lr auto)."""
+"""--lr auto: short trials on part of the training images choose the learning rate."""
 
 from __future__ import annotations
 
@@ -18,35 +18,20 @@ from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.training.learner import make_learner
 from finetuning.training.recipe import Recipe
 
-WARMUP_SHARE = 0.05  # of the steps, where --schedule is cosine
-# --lr auto: what is tried, each on this many images shown, and measured on others
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-TRIAL_IMAGES = 400
-HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 100
-ALIKE = 0.005  # of two rates whose mean IoU differs by less, the lower one is the safer
+TRIAL_IMAGES = 400  # shown in each trial
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 100  # training images that the trials are measured on
+TIE = 0.005  # if mean IoUs differ by less, the lower rate wins: it is the safer one
 FEWEST_IMAGES = 8
 
 
-def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
-    """Return what the learning rate of step 0, 1, ... of all `steps` is of its highest value.
-
-    cosine: a linear warm-up, then along a cosine to zero (Loshchilov and Hutter, SGDR, 2017).
-    """
-    if schedule == "constant":
-        return 1.0
-    warmup = WARMUP_SHARE * steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
 def split_for_trials(
-    indices: list[int], seed: int, group_of: Mapping[int, str | None] | None = None
+    indices: list[int], seed: int, groups: Mapping[int, str | None] | None = None
 ) -> tuple[list[int], list[int], int]:
-    """Split training images: those that trials learn from, those they are measured on, epochs.
+    """Return the images that trials learn from, the held-out ones, and the epochs of a trial.
 
-    Those of one group, if any, are on one side, unless all are. The epochs are how often a trial
-    goes through its images to be shown TRIAL_IMAGES or so.
+    Images of one group stay on one side, unless there is only one group. The epochs make a trial
+    show about TRIAL_IMAGES images. Raises UserError if there are fewer than FEWEST_IMAGES.
     """
     if len(indices) < FEWEST_IMAGES:
         raise UserError(
@@ -55,9 +40,10 @@ def split_for_trials(
         )
     order = np.random.default_rng(seed).permutation(indices).tolist()
     held_out = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * len(order)))
-    keys = {index: (group_of or {}).get(index) or index for index in order}
+    keys = {index: (groups or {}).get(index) or index for index in order}
     turns = {key: turn for turn, key in enumerate(dict.fromkeys(keys[index] for index in order))}
-    order.sort(key=lambda index: turns[keys[index]])  # members of a group after its first one
+    order.sort(key=lambda index: turns[keys[index]])  # bring each group together
+    # Hold out whole groups: move the border to the end of the group that it cuts
     whole = held_out
     while whole < len(order) and keys[order[whole]] == keys[order[whole - 1]]:
         whole += 1
@@ -73,12 +59,13 @@ def try_learning_rates(
     recipe: Recipe,
     train_one_epoch: Callable[..., dict[str, float]],
 ) -> float:
-    """Find a learning rate on a part of the training images; the model stays as it is.
+    """Return the learning rate that is best on part of the training images; restore the model.
 
-    objects: how many each training image has, by its index. train_one_epoch: that of the training.
+    objects: the number of objects of each training image, by its index. train_one_epoch: the
+    training script's function, which this room cannot import.
     """
-    group_of = {index: training_set.pairs[index].group for index in objects}
-    learn_from, held_out, epochs = split_for_trials(list(objects), recipe.seed, group_of)
+    groups = {index: training_set.pairs[index].group for index in objects}
+    learn_from, held_out, epochs = split_for_trials(list(objects), recipe.seed, groups)
     validation = Validation([training_set.pairs[index] for index in held_out])
     predictor, precision = model.predictor, model.source.precision
     sampler = EpochSampler(
@@ -91,7 +78,7 @@ def try_learning_rates(
     original = copy.deepcopy(predictor.model.state_dict())
 
     def try_rate(rate: float) -> float:
-        trial = dataclasses.replace(recipe, lr=rate, epochs=epochs)
+        trial = dataclasses.replace(recipe, lr=rate, epochs=epochs)  # the whole schedule, shortened
         learner = make_learner(predictor, trial, precision)
         try:
             for epoch in range(1, epochs + 1):
@@ -106,27 +93,25 @@ def try_learning_rates(
 
 
 def find_learning_rate(try_rate: Callable[[float], float], before: float) -> float:
-    """Return the best of RATES, after printing what each reaches.
+    """Try each of RATES, print its mean IoU on the held-out images, and return the best.
 
-    Arguments:
-      try_rate: trains for a short while at a rate, and returns the mean IoU on images held out;
-        NaN where training broke down.
-      before: their mean IoU before training.
+    try_rate: trains briefly at a rate and returns the mean IoU; NaN if the training diverged.
+    before: the mean IoU before training.
     """
     start = time.perf_counter()
-    print(f"trying learning rates on a part of the training images (before: IoU {before:.4f})")
+    print(f"trying learning rates on part of the training images (before: IoU {before:.4f})")
     ious = {}
     for rate in RATES:
         ious[rate] = try_rate(rate)
         print(f"  --lr {rate:<6g}  IoU {ious[rate]:.4f}")
     best = choose_rate(ious)
-    helps = np.nanmax([*ious.values(), 0.0]) > before + ALIKE
-    doubt = "" if helps else "; in so short a time no rate was clearly better than no training"
+    helps = np.nanmax([*ious.values(), 0.0]) > before + TIE
+    doubt = "" if helps else "; in these short trials no rate was clearly better than no training"
     print(f"chose --lr {best:g} in {time.perf_counter() - start:.0f} s{doubt}")
     return best
 
 
 def choose_rate(ious: dict[float, float]) -> float:
-    """Return the lowest rate whose IoU is as good as the best, or differs by less than ALIKE."""
-    highest = np.nanmax([*ious.values(), 0.0])
-    return min((rate for rate, iou in ious.items() if iou >= highest - ALIKE), default=min(ious))
+    """Return the lowest rate whose IoU is within TIE of the best."""
+    highest = np.nanmax([*ious.values(), 0.0])  # 0: all may be NaN
+    return min((rate for rate, iou in ious.items() if iou >= highest - TIE), default=min(ious))

@@ -1,4 +1,4 @@
-"""The loss of a step."""
+"""The loss of a training step."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from finetuning.training.recipe import Recipe
 def image_losses(
     prediction: Prediction, true_mask: torch.Tensor, recipe: Recipe, has_background: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss of each image, and what to report of each.
+    """Return the loss of each object, and the values to report of each.
 
     seg_loss: the mask_losses of the first, the best or all of the three masks (recipe.mask_loss).
-    score_loss: mean |predicted score - actual IoU of the thresholded mask|, over all three, so
-    that choosing by score stays honest. The guide's loss is that of the first mask without dice.
-    With recipe.single_weight the single mask, which other tools take, learns as much: its mask and
-    its score. In steps with points on background, so does the object score: whether there is an
-    object (cross-entropy, weighted like a score). Other steps would teach that there always is one.
+    score_loss: the mean of |predicted score - actual IoU of the thresholded mask| over all three,
+    so that choosing by score works. The guide's loss is that of the first mask without dice.
+    With recipe.single_weight, the mask and score of the single mask, which other tools use, learn
+    the same way. In steps with points on background, the object score learns too: whether there is
+    an object (cross-entropy, weighted like a score). Other steps would teach it to always say yes.
 
-    Where the true mask is empty, the prompt is on background: scores of 0, and no object, are what
-    is right, whatever the masks; its train_iou is 1 where the score is below a half.
+    An empty true mask means that the prompt is on background. Then the right answer is scores of 0
+    and no object, whatever the masks; train_iou is 1 if the score is below 0.5.
 
     Arguments:
-      prediction: ...x4xHxW mask logits, at the true mask's resolution; ...x4 scores; ...x1.
-      true_mask: ...xHxW float in [0, 1]; where cells are larger than pixels, the part covered.
-      has_background: whether the step has points on background, here or in another part of it.
+      prediction: ...x4xHxW mask logits, at the true mask's resolution; ...x4 scores; ...x1 objects.
+      true_mask: ...xHxW float in [0, 1]: the covered part of each cell.
+      has_background: whether the step has points on background, in this part of it or another.
     """
     mask_logits, iou_scores, object_logits = prediction
-    exists = (true_mask.amax((-2, -1)) > 0).float()  # of each image
+    exists = (true_mask.amax((-2, -1)) > 0).float()  # of each object
     actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5) * exists[..., None]
     score_losses = (iou_scores - actual_iou).abs()
 
@@ -48,10 +48,10 @@ def image_losses(
     if recipe.single_weight:
         single_loss = mask_losses(mask_logits[..., :1, :, :], true_mask, recipe.dice_weight)[..., 0]
         object_loss = F.softplus((1 - 2 * exists) * object_logits[..., 0])
-        # Times 0, not left out: AdamW goes on with what rare steps have taught the object score
+        # Times 0, not left out: AdamW keeps moving by what rare steps taught the object score
         scores_loss = score_losses[..., 0] + has_background * object_loss
-        of_single = exists * single_loss + recipe.score_weight * scores_loss
-        loss = loss + recipe.single_weight * of_single
+        single = exists * single_loss + recipe.score_weight * scores_loss
+        loss = loss + recipe.single_weight * single
 
     score, chosen = iou_scores[..., 1:].max(-1, keepdim=True)
     train_iou = actual_iou[..., 1:].gather(-1, chosen) + (1 - exists[..., None]) * (score < 0.5)
@@ -67,9 +67,9 @@ def image_losses(
 def mask_losses(
     mask_logits: torch.Tensor, true_mask: torch.Tensor, dice_weight: float
 ) -> torch.Tensor:
-    """Return the loss of each mask, ...xC: cross-entropy, and dice_weight times the dice loss.
+    """Return the loss of each mask, ...xC: cross-entropy plus dice_weight times the dice loss.
 
-    Cross-entropy is that between sigmoid(logits) and the true mask, mean over pixels. Takes
+    Cross-entropy is that of sigmoid(logits) against the true mask, mean over pixels. Takes
     ...xCxHxW logits and the ...xHxW true mask, as in image_losses.
     """
     targets = true_mask.unsqueeze(-3).expand_as(mask_logits)
@@ -83,8 +83,8 @@ def mask_losses(
 def dice_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """Return 1 - (2 sum(predicted true) + 1) / (sum(predicted) + sum(true) + 1), of ...xHxW.
 
-    Unlike cross-entropy it weighs an object by its outline's share of itself, not of the image:
-    of a small object, an empty mask is as wrong as of a large one (Milletari et al., V-Net, 2016).
+    Unlike cross-entropy, it measures errors relative to the object, not to the image: missing a
+    small object costs as much as missing a large one (Milletari et al., V-Net, 2016).
     """
     overlap = (predicted * true).sum((-2, -1))
     return 1 - (2 * overlap + 1) / (predicted.sum((-2, -1)) + true.sum((-2, -1)) + 1)
@@ -97,9 +97,9 @@ def batch_loss(
     recipe: Recipe,
     has_background: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the mean of P objects' losses, and what to report of each, on the device.
+    """Return the mean loss of P objects, and the values to report of each, on the device.
 
-    true_masks: PxHxW uint8, 255 where all of a cell is covered, on any device. has_background: as
+    true_masks: PxHxW uint8 on any device; 255: the mask covers all of a cell. has_background: as
     in image_losses.
     """
     logits, size = prediction.mask_logits, true_masks.shape[-2:]

@@ -1,14 +1,15 @@
-"""The options of a training, and what follows from them."""
+"""The options of train_sam2_proper.py, and how they resolve to a Recipe and a Machine."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sam2_utils import UserError
+
+import torch
 
 from finetuning.basics import distributed
 from finetuning.basics.command_line import (
@@ -18,95 +19,158 @@ from finetuning.basics.command_line import (
     number,
     seed,
 )
+from finetuning.dataset.pairs import keep_out
 from finetuning.evaluation.object_matching import MOST_TUNED
 from finetuning.model.cache_places import CACHE_PLACES
-from finetuning.model.models import MODELS as MODEL_SIZES
-from finetuning.model.models import parse_image_size
+from finetuning.model.models import MODELS, own_image_size, parse_image_size
 from finetuning.model.trainable_encoder import DEFAULT_RANK, import_peft
-from finetuning.training.recipe import DEFAULT, DEMO, DEMO_LR, GUIDE, MINI_LR, RECIPES
+from finetuning.training.recipe import DEMO, DEMO_LR, MINI_LR, RECIPES, Recipe, encoder_defaults
 
 ENCODER_OPTIONS = ("encoder_lr", "lora_rank", "gradient_checkpointing")
 
 
+class Machine(NamedTuple):
+    """How a run computes on its machine; none of it changes what is learned."""
+
+    precision: torch.dtype
+    cache: Path | None = None  # the folder of the feature cache; None: no cache
+    cache_in: str = "auto"  # as in cache_places.choose_place
+    checkpointing: bool | None = None  # of a learning encoder, as in let_encoder_learn
+    compiling: str = "auto"  # on, off or auto, as in learner.speed_up
+
+
+def parse_args(argv: list[str] | None, docstring: str = "") -> Namespace:
+    """Return the options with their final values: as typed, else from --demo, else from --recipe.
+
+    docstring: the description in --help. args.recipe becomes a Recipe; args.cache, the folder of
+    the feature cache, or None.
+    """
+    parser = make_parser(docstring)
+    args = parser.parse_typed(argv, {*DEMO, *RECIPE_OPTIONS}, choose_defaults)
+    encoder_options = {name: getattr(args, name) for name in ENCODER_OPTIONS}
+    problem = contradiction(args.train_encoder, encoder_options, args.lr, args.cache, args.compile)
+    if problem:
+        parser.error(problem)
+    if args.lr == "auto" and distributed.world_size() > 1:
+        raise UserError("--lr auto runs in one process; find the rate without torchrun first")
+    learns = args.train_encoder != "none"
+    if learns:
+        args.compile = "off"
+    args.gradient_checkpointing = {"on": True, "off": False}.get(args.gradient_checkpointing)
+    # Features of an encoder that learns change in each step, so they cannot be cached
+    args.cache = None if args.no_cache or learns else args.cache or args.output / "cache"
+    args.image_size = args.image_size or own_image_size(args.model)
+    encoder_lr, lora_rank = encoder_defaults(
+        args.train_encoder, args.lr, args.encoder_lr, args.lora_rank
+    )
+    args.recipe = Recipe(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        objects_per_image=args.objects_per_image,
+        lr=args.lr,
+        schedule=args.schedule,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
+        prompts=args.prompts,
+        none_share=args.none_share,
+        background_share=args.background_share,
+        mask_loss=args.mask_loss,
+        single_weight=args.single_weight,
+        dice_weight=args.dice_weight,
+        score_weight=args.score_weight,
+        train_encoder=args.train_encoder,
+        encoder_lr=encoder_lr,
+        lora_rank=lora_rank,
+    )
+    keep_out(args.data, args.output, args.cache)
+    return args
+
+
+def make_parser(docstring: str) -> ArgumentParser:
+    parser = ArgumentParser(docstring)
+    add_file_options(parser)
+    add_model_options(parser)
+    add_recipe_options(parser)
+    add_encoder_options(parser)
+    add_machine_options(parser)
+    return parser
+
+
 def parse_rate(text: str) -> float | str:
-    """Parse --lr, as an argparse type: "auto", or a number above 0."""
+    """Parse --lr as an argparse type: "auto" or a number above 0."""
     return text if text == "auto" else number(float, above=0)(text)
 
 
-def parse_prompts(name: str) -> str:
-    """Parse --prompts, as an argparse type."""
-    return "random" if name == "point" else name  # as it was once called
-
-
 AT_LEAST_0, AT_LEAST_1 = number(float, at_least=0), number(int, at_least=1)
-# The options of the recipe one by one: what each is, and what it takes
+# The options of the recipe: name, help text, further arguments of add_argument
 OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("epochs", "passes over the data", {"type": AT_LEAST_1}),
-    ("batch_size", "images a step", {"type": AT_LEAST_1}),
-    ("objects_per_image", "of an image's objects, so many an epoch, by seed", {"type": AT_LEAST_1}),
+    ("batch_size", "images per step", {"type": AT_LEAST_1}),
+    ("objects_per_image", "objects of an image shown per epoch, at most", {"type": AT_LEAST_1}),
     (
         "lr",
-        "learning rate, at its highest; auto: the best of some that are tried before training, "
-        f"on a part of the training images; mini's default is {MINI_LR:g}",
+        "highest learning rate; auto: the best of several that are tried on part of the training "
+        f"images first; mini's default is {MINI_LR:g}",
         {"type": parse_rate},
     ),
     (
         "schedule",
-        "whether the learning rate warms up and falls to zero over the epochs, or stays",
+        "cosine: the learning rate warms up, then falls to zero over the epochs",
         {"choices": ("cosine", "constant")},
     ),
-    ("weight_decay", "of AdamW", {"type": AT_LEAST_0}),
-    ("max_grad_norm", "longer gradients are scaled down to it (0: none)", {"type": AT_LEAST_0}),
+    ("weight_decay", "AdamW's weight decay", {"type": AT_LEAST_0}),
+    ("max_grad_norm", "gradient clipping: the largest norm (0: off)", {"type": AT_LEAST_0}),
     (
         "mask_loss",
-        "which of the three masks are corrected",
+        "which of the three masks the loss trains",
         {"choices": ("first", "best", "all")},
     ),
     (
         "single_weight",
-        "of the loss of the single mask, which other tools take, beside the three (0: none)",
+        "weight of the loss of the single mask, which other tools use (0: off)",
         {"type": AT_LEAST_0},
     ),
-    ("dice_weight", "of the dice loss beside cross-entropy", {"type": AT_LEAST_0}),
-    ("score_weight", "of the score loss beside the mask loss", {"type": AT_LEAST_0}),
+    ("dice_weight", "weight of the dice loss, relative to cross-entropy", {"type": AT_LEAST_0}),
+    ("score_weight", "weight of the score loss, relative to the mask loss", {"type": AT_LEAST_0}),
     (
         "prompts",
-        "a random point in the mask (random); one that is likelier the deeper it lies (inner); "
-        "or such points, rough boxes and corrective clicks (mixed)",
-        {"type": parse_prompts, "choices": ("mixed", "inner", "random")},
+        "random: a random point in the mask; inner: a point, more likely deep inside the mask; "
+        "mixed: inner points, rough boxes and corrective clicks",
+        {"choices": ("mixed", "inner", "random")},
     ),
     (
         "none_share",
-        "of the steps show no prompt: the model learns to find all objects by itself",
+        "share of steps without a prompt, which teach the model to find all objects",
         {"type": number(float, at_least=0, below=1)},
     ),
     (
         "background_share",
-        "of the steps with a point have another where no object is: there the model learns to "
-        "answer that there is none, and to score its masks 0 (0: it forgets to)",
+        "share of point steps that add a point on background, which teach the model to answer "
+        "that no object is there (0: it forgets this)",
         {"type": number(float, at_least=0, below=1)},
     ),
-    ("seed", "of the order and the prompts", {"type": seed}),
+    ("seed", "seed of the image order and the prompts", {"type": seed}),
 )
 RECIPE_OPTIONS = tuple(name for name, *_ in OPTIONS)
 
 
 def add_recipe_options(parser: ArgumentParser) -> None:
-    """Add --recipe, and an option for each of RECIPE_OPTIONS, whose default is the recipe's."""
+    """Add --recipe and the options that change single values of it."""
     recipe = parser.add_argument_group("the recipe")
     recipe.add_argument(
-        "--recipe", choices=RECIPES, default="default", help="what sets the defaults below"
+        "--recipe", choices=RECIPES, default="default", help="the defaults of the options below"
     )
-    for name, what, takes in OPTIONS:
-        ours, guides = getattr(DEFAULT, name), getattr(GUIDE, name)
-        differs = "" if ours == guides else f" (guide: {guides})"
+    for name, text, arguments in OPTIONS:
+        default, guide = (getattr(RECIPES[key], name) for key in ("default", "guide"))
+        difference = "" if default == guide else f" (guide: {guide})"
         recipe.add_argument(
-            f"--{name.replace('_', '-')}", default=ours, help=what + differs, **takes
+            f"--{name.replace('_', '-')}", default=default, help=text + difference, **arguments
         )
 
 
 def choose_defaults(typed: Namespace) -> dict[str, Any]:
-    """Return what options are where they are not typed: of --demo, then of --recipe."""
+    """Return the defaults of options that are not typed: from --demo, else from --recipe."""
     defaults = dataclasses.asdict(RECIPES[typed.recipe])
     is_mini = typed.model == "mini" or (typed.model is None and typed.demo)
     if typed.recipe == "default" and is_mini:
@@ -114,76 +178,80 @@ def choose_defaults(typed: Namespace) -> dict[str, Any]:
     return {**defaults, **(DEMO if typed.demo else {})}
 
 
-def add_file_options(parser: ArgumentParser) -> argparse._ActionsContainer:
-    """Add what a run reads and writes, and the model that it starts from; return the former."""
+def add_file_options(parser: ArgumentParser) -> None:
+    """Add what a run reads and writes, and how often it trains."""
     files = parser.add_argument_group("what is read and written")
     files.add_argument("--data", type=Path, default=Path("data"), help="from download_dataset.py")
     files.add_argument(
         "--demo", action="store_true", help="train mini on drawn images, into output/demo"
     )
-    files.add_argument("--limit", type=number(int, at_least=1), help="use the first N images only")
+    files.add_argument("--limit", type=AT_LEAST_1, help="use only the first N images")
     files.add_argument("--output", type=Path, default=Path("output"), help="where results go")
-    files.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    files.add_argument("--resume", action="store_true", help="continue the run in --output")
     cache = files.add_mutually_exclusive_group()
     cache.add_argument(
-        "--cache", type=Path, help="where the images' features are kept (default: OUTPUT/cache)"
+        "--cache", type=Path, help="the folder of the feature cache (default: OUTPUT/cache)"
     )
     cache.add_argument(
-        "--no-cache", action="store_true", help="encode each image anew in each epoch (slow)"
+        "--no-cache", action="store_true", help="encode each image again in each epoch (slow)"
     )
-
-    model = parser.add_argument_group("the model to start from")
-    model.add_argument("--model", choices=MODEL_SIZES, default="small", help="its size")
-    model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
-    model.add_argument(
-        "--image-size",
-        type=parse_image_size,
-        metavar="S",
-        help="pixels a side that images are resized to; 512 is several times faster than the "
-        "default, 1024, and sees less (mini: 256)",
-    )
-    return files
-
-
-def add_repeat_options(files: argparse._ActionsContainer) -> None:
-    """Add --runs and --folds."""
     repeats = files.add_mutually_exclusive_group()
     repeats.add_argument(
-        "--runs", type=number(int, at_least=1), default=1, help="train so often, by further seeds"
+        "--runs", type=AT_LEAST_1, default=1, help="train this many times, with successive seeds"
     )
     repeats.add_argument(
         "--folds",
         type=number(int, at_least=2),
         metavar="K",
-        help="train K times, each without another part of train and val; compare with --folds",
+        help="K-fold cross-validation over train and val; see compare_models.py --folds",
+    )
+    files.add_argument(
+        "--choose-thresholds",
+        action="store_true",
+        help="after training, choose the score and area thresholds of test_my_image.py --auto "
+        f"objects on {MOST_TUNED} training images (slow)",
+    )
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """Add the model to start from: --model, --checkpoint and --image-size."""
+    model = parser.add_argument_group("the model to start from")
+    model.add_argument("--model", choices=MODELS, default="small", help="its size")
+    model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
+    model.add_argument(
+        "--image-size",
+        type=parse_image_size,
+        metavar="S",
+        help="images are resized to SxS pixels; 512 is several times faster than the default, "
+        "1024, but shows less detail (mini: 256)",
     )
 
 
 def add_encoder_options(parser: ArgumentParser) -> None:
-    """Add --train-encoder and what goes with it, for contradiction."""
+    """Add --train-encoder and ENCODER_OPTIONS, which only make sense with it."""
     encoder = parser.add_argument_group("the image encoder")
     encoder.add_argument(
         "--train-encoder",
         choices=("none", "lora", "full"),
         default="none",
-        help="let it learn too: through low-rank adapters (needs peft), or all of it; "
-        "many times slower, as each image is encoded anew in each epoch",
+        help="train the image encoder too: low-rank adapters (lora, needs peft) or all weights "
+        "(full); many times slower, as each image is encoded in each epoch",
     )
     encoder.add_argument(
         "--encoder-lr",
         type=number(float, above=0),
-        help="its learning rate (default: --lr for lora, whose adapters start from zero, and a "
-        "tenth of --lr for full, so that it forgets less of what it knows)",
+        help="its learning rate (default: --lr for lora, whose adapters start from zero; a tenth "
+        "of --lr for full, so that it forgets less)",
     )
     encoder.add_argument(
         "--lora-rank",
         type=number(int, at_least=1),
-        help=f"of the adapters: higher learns more (default: {DEFAULT_RANK})",
+        help=f"rank of the adapters: a higher one learns more (default: {DEFAULT_RANK})",
     )
     encoder.add_argument(
         "--gradient-checkpointing",
         choices=("on", "off"),
-        help="compute more to use less memory (default: on for full-size models, off for mini)",
+        help="recompute to save memory (default: on for full-size models, off for mini)",
     )
 
 
@@ -194,10 +262,10 @@ def contradiction(
     cache: Path | None,
     compiling: str,
 ) -> str | None:
-    """Return what is wrong with options about the image encoder, in one line, or None.
+    """Return what is wrong with the options about the image encoder, in one line, or None.
 
-    encoder_options: what was typed of ENCODER_OPTIONS, None where nothing was. Raises UserError
-    where peft is missing, or under torchrun.
+    encoder_options: the typed value of each of ENCODER_OPTIONS, else None. Raises UserError if
+    peft is missing, or under torchrun.
     """
     if train_encoder == "none":
         typed = [name for name in ENCODER_OPTIONS if encoder_options[name] is not None]
@@ -206,30 +274,16 @@ def contradiction(
     if train_encoder == "full" and encoder_options["lora_rank"] is not None:
         return "--lora-rank is for --train-encoder lora, not full"
     if lr == "auto":
-        return "--lr auto is not for --train-encoder, whose trials would take hours"
+        return "--lr auto is not for --train-encoder: its trials would take hours"
     if cache is not None:
-        return "--cache is of no use with --train-encoder: features change as it learns"
+        return "--cache does not work with --train-encoder: features change as the encoder learns"
     if compiling == "on":
-        return "--compile on is not for --train-encoder: the decoder is little of its time"
+        return "--compile on is not for --train-encoder: the decoder takes little of the time"
     if distributed.world_size() > 1:
         raise UserError("--train-encoder runs in one process; start it without torchrun")
     if train_encoder == "lora":
-        import_peft()  # now, rather than after the data has been read
+        import_peft()  # fail now if it is missing, not after the data has been read
     return None
-
-
-def encoder_settings(
-    train_encoder: str, lr: float | str, encoder_lr: float | None, lora_rank: int | None
-) -> dict[str, Any]:
-    """Return what a recipe has of the image encoder, with the defaults that follow from it."""
-    if train_encoder == "none":
-        return {"train_encoder": "none"}
-    is_lora = train_encoder == "lora"
-    return {
-        "train_encoder": train_encoder,
-        "encoder_lr": encoder_lr or lr * (1 if is_lora else 0.1),
-        "lora_rank": (lora_rank or DEFAULT_RANK) if is_lora else None,
-    }
 
 
 def add_machine_options(parser: ArgumentParser) -> None:
@@ -238,29 +292,19 @@ def add_machine_options(parser: ArgumentParser) -> None:
     add_device_option(machine)
     add_precision_option(
         machine,
-        "auto: bfloat16 on GPUs and CPUs that multiply it, else float16 on CUDA, float32 elsewhere",
+        "auto: bfloat16 if the hardware supports it, else float16 on CUDA, float32 elsewhere",
     )
     machine.add_argument(
         "--cache-in",
         choices=CACHE_PLACES,
         default="auto",
-        help="where features are read from in each step; auto: the memory of a CUDA GPU, if they "
-        "take less than half of what is free, else the disk",
+        help="where cached features are read from in each step; auto: the memory of a CUDA GPU if "
+        "they fit into half of what is free, else the disk",
     )
     machine.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile the decoder; auto: in bfloat16 on a CPU, where the run is long enough to win "
-        "the time back",
-    )
-
-
-def add_threshold_option(parser: argparse._ActionsContainer) -> None:
-    """Add --choose-thresholds, for keep_rule."""
-    parser.add_argument(
-        "--choose-thresholds",
-        action="store_true",
-        help="after training, choose the score and area thresholds of test_my_image.py --auto "
-        f"objects on {MOST_TUNED} training images (slow)",
+        help="compile the decoder; auto: in bfloat16 on a CPU if the run is long enough to gain "
+        "from it",
     )

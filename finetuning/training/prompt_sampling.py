@@ -1,4 +1,4 @@
-"""The prompts of training: drawn at random on a grid, with clicks that correct the answers."""
+"""Training prompts: random points and boxes, and clicks that correct the model's answers."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ from finetuning.model.prompts import (
 from finetuning.model.segmentation import Features, choose_masks, predict_masks, upscale_masks
 from finetuning.training.training_masks import HALF
 
-BOX_SHARE = 0.25  # of the steps; the others start with a point
-CLICK_SHARE = 0.35  # of the steps have 1 to MAX_CLICKS corrective clicks
-MAX_CLICKS = 3
-MASK_SHARE = 0.5  # of the steps with clicks get the mask to be corrected as a prompt, too
-BOX_JITTER = 0.1  # standard deviation of a box's edges, in its sides; at most twice of it
+BOX_SHARE = 0.25  # share of steps that start with a box; the others start with a point
+CLICK_SHARE = 0.35  # share of steps with 1 to MAX_TRAINING_CLICKS corrective clicks
+MAX_TRAINING_CLICKS = 3
+MASK_SHARE = 0.5  # share of steps with clicks that also prompt with the mask to correct
+BOX_JITTER = 0.1  # standard deviation of a box's edges / its side; cut off at twice that
 
 
 class PromptPlan(NamedTuple):
-    """What a step starts with, and how it goes on."""
+    """The prompts of a step: a first one, then clicks."""
 
     kind: str = "random"  # as in prompt_from_mask
-    clicks: int = 0  # corrective clicks before the masks that the loss is of
-    gives_mask: bool = False  # whether the mask to be corrected is a prompt, too
-    background: bool = False  # whether a point of each image is where no object is, too
+    clicks: int = 0  # corrective clicks; the loss is that of the masks after the last one
+    gives_mask: bool = False  # whether the mask to correct is a prompt, too
+    background: bool = False  # whether each image has another point, on background
 
 
 class PromptMix(NamedTuple):
-    """What the steps of a training show."""
+    """How often the steps of a training show which prompts."""
 
-    points: str = "random"  # or inner; or mixed: inner ones, boxes, and clicks
-    none_share: float = 0.0  # of the steps have no prompt
-    background_share: float = 0.0  # of the steps with a point have another on background
+    points: str = "random"  # or inner, or mixed: inner points, boxes and clicks
+    none_share: float = 0.0  # share of steps without a prompt
+    background_share: float = 0.0  # share of point steps with another point on background
 
 
 RANDOM_POINTS = PromptMix()
 
 
 def plan_prompts(mix: PromptMix, rng: np.random.Generator) -> PromptPlan:
-    """Draw what a step is prompted with."""
+    """Draw the prompts of a step."""
+    # Drawn first, so that none_share does not change the plans of the other steps
     plan = _plan_prompts(mix.points, rng)
     if rng.random() < mix.none_share:
         return PromptPlan("none")
+    # On background there is no object to draw a box around, or for clicks to correct
     is_point = plan.kind != "box" and not plan.clicks
     return plan._replace(background=is_point and bool(rng.random() < mix.background_share))
 
@@ -58,12 +60,12 @@ def _plan_prompts(points: str, rng: np.random.Generator) -> PromptPlan:
     if points != "mixed":
         return PromptPlan(points)
     kind = "box" if rng.random() < BOX_SHARE else "inner"
-    clicks = int(rng.integers(1, MAX_CLICKS + 1)) if rng.random() < CLICK_SHARE else 0
+    clicks = int(rng.integers(1, MAX_TRAINING_CLICKS + 1)) if rng.random() < CLICK_SHARE else 0
     return PromptPlan(kind, clicks, gives_mask=bool(rng.random() < MASK_SHARE))
 
 
 def draw_prompt(grid: np.ndarray, kind: str, rng: np.random.Generator) -> Prompt:
-    """Draw a prompt of a plan's kind from an SxS bool mask; the box is drawn roughly."""
+    """Draw a prompt of a plan's kind from an SxS bool mask; jitter a box as people draw it."""
     if kind != "box":
         return prompt_from_mask(grid, kind, rng)
     x1, y1, x2, y2 = mask_box(grid)
@@ -73,25 +75,26 @@ def draw_prompt(grid: np.ndarray, kind: str, rng: np.random.Generator) -> Prompt
 
 
 def add_click(prompt: Prompt, predicted: np.ndarray, true_mask: np.ndarray, size: int) -> Prompt:
-    """Add the click that corrects HxW masks to a prompt in pixels of an SxS input.
+    """Add the click that corrects a HxW mask to a prompt in pixels of an SxS input.
 
-    Where there is nothing to correct, the click confirms the mask at its deepest point.
+    If there is nothing to correct, the click confirms the true mask at its deepest point.
     """
     nowhere = np.zeros_like(true_mask)
     click = corrective_click(predicted, true_mask) or corrective_click(nowhere, true_mask)
-    *point, label = click or (0, 0, -1)  # -1: no point, to SAM 2
+    *point, label = click or (0, 0, -1)  # SAM 2 ignores points with label -1
     added = Prompt(np.array([point], np.float32), np.array([label], np.int32))
     added = scale_prompt(added, true_mask.shape, size)
     return Prompt(*(np.concatenate(both) for both in zip(prompt, added, strict=True)))
 
 
 def scale_prompt(prompt: Prompt, grid: tuple[int, int], size: int) -> Prompt:
-    """Move a prompt from cells of a grid of (H,W) to pixels of an SxS input.
+    """Scale a prompt from cells of a grid of (H,W) to pixels of an SxS input.
 
-    A point goes to the middle of its cell, a box's corners go to the outermost pixels of theirs.
+    A point moves to the center of its cell, a box's corners to the outermost pixels of their cells.
     """
     scale = size / np.array(grid[::-1], np.float32)
     labels = prompt.point_labels[:, None]
+    # Labels 2 and 3 are a box's first and last corner
     place = np.select([labels == 2, labels == 3], [np.float32(0), np.float32(1)], np.float32(0.5))
     return prompt._replace(point_coords=(prompt.point_coords + place) * scale - place)
 
@@ -105,10 +108,10 @@ def add_clicks(
     plan: PromptPlan,
     decoder: torch.nn.Module,
 ) -> tuple[list[Prompt], torch.Tensor | None]:
-    """Return a batch's prompts with the clicks of its plan, and what else goes in with them.
+    """Return a batch's prompts with the clicks of its plan, and its mask prompts, if any.
 
-    Each click corrects the mask that the model itself would choose. With plan.gives_mask
-    the logits of the last one are returned too, Bx1x(S/4)x(S/4).
+    Each click corrects the mask that the model would choose by score. With plan.gives_mask, the
+    logits of the last such masks are returned too, Bx1x(S/4)x(S/4).
     """
     mask_inputs, covered = None, true_masks.numpy() >= HALF
     size = predictor.model.image_size
@@ -123,5 +126,6 @@ def add_clicks(
             add_click(prompt, mask, true_mask, size)
             for prompt, mask, true_mask in zip(prompts, masks, covered, strict=True)
         ]
+        # SAM2ImagePredictor clamps the logits that users pass on as mask_input the same way
         mask_inputs = chosen.clamp(-32, 32) if plan.gives_mask else None
     return prompts, mask_inputs

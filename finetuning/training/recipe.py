@@ -1,48 +1,53 @@
-"""The recipe: how a model is fine-tuned, in values that are fixed before the first step."""
+"""The recipe: all values that say how a model is fine-tuned, fixed before the first step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
+from finetuning.model.trainable_encoder import DEFAULT_RANK
 from finetuning.training.prompt_sampling import PromptMix
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What --recipe sets, and the options of the recipe one by one; the default is as here."""
+    """The values of --recipe and of the options that change it; these are the default ones."""
 
     # The steps
     epochs: int = 20
     batch_size: int = 4  # in images
-    objects_per_image: int = 4  # at most, of an image in an epoch
-    lr: float | str = 1e-4  # the learning rate at its highest; "auto": to be found first
+    objects_per_image: int = 4  # shown per epoch, at most
+    lr: float | str = 1e-4  # the learning rate at its highest; "auto": found by trials first
     schedule: str = "cosine"  # or constant
     weight_decay: float = 4e-5
-    max_grad_norm: float = 1.0  # longer gradients are scaled down to it; 0: none are
+    max_grad_norm: float = 1.0  # gradient clipping; 0: off
     seed: int = 42
 
     # What each step shows: mixed (points, boxes and clicks), inner or random points
     prompts: str = "mixed"
-    none_share: float = 0.05  # of the steps show no prompt, and ask for all objects
-    # Of the steps with a point have another on background: a model that is only shown objects
-    # forgets to answer that there is none, by which SAM 2's video predictor blanks masks
+    none_share: float = 0.05  # share of steps without a prompt, which ask for all objects
+    # Share of point steps with another point on background. A model that only sees objects forgets
+    # to answer that there is none, and SAM 2's video predictor blanks masks by that answer
     background_share: float = 0.1
 
     # The loss
-    mask_loss: str = "first"  # which of the three masks learn; or best, or all
-    single_weight: float = 1.0  # of the single mask, which other tools take
-    dice_weight: float = 1.0  # beside cross-entropy
-    score_weight: float = 0.05  # beside the mask loss
+    mask_loss: str = "first"  # which of the three masks learn: first, best or all
+    single_weight: float = 1.0  # of the single mask, which other tools use
+    dice_weight: float = 1.0  # relative to cross-entropy
+    score_weight: float = 0.05  # relative to the mask loss
 
     # The image encoder
-    train_encoder: str = "none"  # or lora, or full
-    encoder_lr: float | None = None
-    lora_rank: int | None = None
+    train_encoder: str = "none"  # or lora or full
+    encoder_lr: float | None = None  # set unless train_encoder is none
+    lora_rank: int | None = None  # set if it is lora
+
+    def with_lr(self, lr: float) -> Recipe:
+        """Return the same recipe with another learning rate."""
+        return replace(self, lr=lr)
 
     @property
     def prompt_mix(self) -> PromptMix:
-        """What each step shows."""
+        """The part of the recipe that draws prompts."""
         return PromptMix(self.prompts, self.none_share, self.background_share)
 
 
@@ -59,12 +64,23 @@ GUIDE = Recipe(
     dice_weight=0.0,
 )
 RECIPES = {"default": DEFAULT, "guide": GUIDE}
-MINI_LR = 3e-4  # of the default recipe: mini was pretrained for an hour only, with less to forget
-DEMO_LR = 1e-3  # of the default recipe, for a run of a minute
-DEMO = {  # what --demo sets beside it
+MINI_LR = 3e-4  # default recipe: mini was pretrained for only an hour and has less to forget
+DEMO_LR = 1e-3  # default recipe, for a run of a minute
+DEMO = {  # the other defaults of --demo
     "data": DEMO_DATA,
     "output": DEMO_OUTPUT,
     "model": "mini",
     "epochs": 8,
-    "precision": "float32",  # the same figures on every CPU
+    "precision": "float32",  # for the same results on every CPU
 }
+
+
+def encoder_defaults(
+    train_encoder: str, lr: float | str, encoder_lr: float | None, lora_rank: int | None
+) -> tuple[float | None, int | None]:
+    """Return the encoder's learning rate and the rank of its adapters, None where not used."""
+    if train_encoder == "none":
+        return None, None
+    if train_encoder == "lora":
+        return encoder_lr or lr, lora_rank or DEFAULT_RANK
+    return encoder_lr or lr * 0.1, None

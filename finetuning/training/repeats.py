@@ -1,28 +1,43 @@
-"""The same training several times: with other seeds, or on other parts of the images."""
+"""Repeated trainings: with several seeds (--runs), or in cross-validation (--folds)."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sam2_utils import UserError
 
+import torch
+
+from finetuning.basics import distributed
 from finetuning.basics.csv_files import write_with_digest
-from finetuning.basics.files import content_sha256
-from finetuning.basics.run_outputs import FOLDS_FILE, MODELS, RUN_COLUMNS, RUNS_FILE, STATE_FILE
+from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256, only_run_in
+from finetuning.basics.run_outputs import (
+    BEST_FILE,
+    FOLDS_FILE,
+    MODEL_FILES,
+    RESULT_FILES,
+    RUN_COLUMNS,
+    RUNS_FILE,
+    STATE_FILE,
+)
 from finetuning.dataset.pairs import Pair
 from finetuning.dataset.splitting import FOLD_COLUMNS, fold_folder, keyed, make_folds
-from finetuning.training.log import Log, best_of
+from finetuning.evaluation import object_matching
+from finetuning.model.models import own_image_size
+from finetuning.training.earlier_runs import require_outside_run
 from finetuning.training.recipe import Recipe
+from finetuning.training.training_log import Log, best_of
 
 
 class Training(NamedTuple):
-    """One of them."""
+    """One training of a command."""
 
-    title: str  # what is printed before it, if anything
+    title: str  # printed before it; may be empty
     recipe: Recipe
     pairs: dict[str, list[Pair]]  # train and val
     output: Path
@@ -31,25 +46,25 @@ class Training(NamedTuple):
 def plan_trainings(
     recipe: Recipe, pairs: dict[str, list[Pair]], output: Path, runs: int, folds: int | None
 ) -> list[Training]:
-    """Return what is to be trained: once, in `output`; in several runs; or once a fold.
+    """Return the trainings of a command: one in `output`, one per run, or one per fold.
 
-    A further run has a further seed, and the folder run_N in `output`. A fold is what its training
-    has for val, the other folds for train; it has the folder fold_N.
+    Run N > 1 has the seed of the recipe plus N-1, and the folder run_N in `output`. Training N of K
+    folds validates on fold N, trains on the others, and has the folder fold_N.
     """
     if not folds:
-        of_runs = [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(runs)]
+        recipes = [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(runs)]
         return [
             Training(
-                f"run {number} of {runs}, seed {of_run.seed}" if runs > 1 else "",
-                of_run,
+                f"run {number} of {runs}, seed {run_recipe.seed}" if runs > 1 else "",
+                run_recipe,
                 pairs,
                 output / f"run_{number}" if number > 1 else output,
             )
-            for number, of_run in enumerate(of_runs, 1)
+            for number, run_recipe in enumerate(recipes, 1)
         ]
     by_key = keyed(pairs)
-    group_of = {key: pair.group for key, pair in by_key.items()}
-    of_folds = [set(fold) for fold in make_folds(by_key, folds, recipe.seed, group_of)]
+    groups = {key: pair.group for key, pair in by_key.items()}
+    fold_keys = [set(fold) for fold in make_folds(by_key, folds, recipe.seed, groups)]
     return [
         Training(
             f"fold {number} of {folds}",
@@ -60,25 +75,29 @@ def plan_trainings(
             },
             fold_folder(output, number),
         )
-        for number, fold in enumerate(of_folds, 1)
+        for number, fold in enumerate(fold_keys, 1)
     ]
 
 
-def check_outputs(trainings: Sequence[Training], checkpoint: Path) -> None:
-    """Raise UserError where the model to start from would be overwritten."""
-    models = [training.output / name for training in trainings for name in MODELS]
+def check_outputs(output: Path, trainings: Sequence[Training], checkpoint: Path) -> None:
+    """Raise UserError if the model to start from would be overwritten or moved aside."""
+    models = [training.output / name for training in trainings for name in MODEL_FILES]
     if checkpoint.resolve() in [model.resolve() for model in models]:
         raise UserError(f"{checkpoint} would be overwritten; use another --output")
+    require_outside_run(checkpoint, output)
 
 
 def which_resume(trainings: Sequence[Training], resume: bool) -> list[bool]:
-    """Say of each training whether it goes on with an earlier one; the first must, if any does."""
+    """Return for each training whether it resumes an earlier one.
+
+    If none was begun, all are to resume, so that the first one says what is missing.
+    """
     begun = [(training.output / STATE_FILE).is_file() for training in trainings]
     return [resume and (is_begun or not any(begun)) for is_begun in begun]
 
 
 def forget_conclusion(output: Path, folds: int | None) -> None:
-    """Remove what the repeats in this folder have concluded: going on makes it untrue."""
+    """Remove the table of the repeats in this folder: resuming makes it outdated."""
     (output / (FOLDS_FILE if folds else RUNS_FILE)).unlink(missing_ok=True)
 
 
@@ -88,10 +107,53 @@ def describe_training(training: Training, data: Path) -> str:
     return f"{title}{train_count} training and {val_count} validation images from {data}"
 
 
+def describe_model(
+    model_name: str, image_size: int, device: torch.device, precision: torch.dtype
+) -> str:
+    is_own_size = image_size == own_image_size(model_name)
+    size = "" if is_own_size else f" at {image_size}x{image_size} pixels"
+    precision_name = str(precision).removeprefix("torch.")
+    return f"SAM 2.1 {model_name}{size} on {device} in {precision_name}"
+
+
+@contextlib.contextmanager
+def only_run_of(output: Path, trainings: Sequence[Training], resume: bool) -> Iterator[None]:
+    """Lock the output folder and, to resume, those of the trainings, against other runs.
+
+    Raises UserError if another run is writing there.
+    """
+    folders = [output, *(training.output for training in trainings if resume)]
+    with contextlib.ExitStack() as locks:
+        if distributed.rank() == 0:
+            for folder in dict.fromkeys(folders):
+                locks.enter_context(only_run_in(folder))
+        yield
+
+
+def choose_thresholds(training: Training, device: torch.device, precision: torch.dtype) -> None:
+    """Choose the thresholds of --auto objects for the best model, and save them in its file."""
+    if distributed.rank() == 0:
+        best, images = training.output / BEST_FILE, training.pairs["train"]
+        object_matching.keep_rule(best, device, precision, images, training.recipe.seed)
+
+
+def describe_results(output: Path) -> str:
+    return f"wrote {', '.join(RESULT_FILES)} to {output}"
+
+
+def next_command(output: Path, data: Path, folds: int | None = None) -> str:
+    """Return the command that compares the trained models with the original."""
+    if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds:
+        return "python compare_models.py --demo"
+    model = f"--folds {output}" if folds else f"--finetuned {output / BEST_FILE}"
+    command = f"python compare_models.py {model}"
+    return command + (f" --data {data}" if data != Path("data") else "")
+
+
 def conclude_repeats(
     output: Path, trainings: Sequence[Training], logs: Sequence[Log], folds: int | None
 ) -> str:
-    """Write RUNS_FILE, a row a run, or FOLDS_FILE, a row an image; return what is to be said."""
+    """Write RUNS_FILE, a row per run, or FOLDS_FILE, a row per image; return a summary line."""
     best, last = (
         spread([row["val_iou"] for row in rows])
         for rows in (map(best_of, logs), [log[-1] for log in logs])
@@ -114,5 +176,5 @@ def conclude_repeats(
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return the mean of some values and their sample standard deviation, as text."""
+    """Return values as text: their mean ± their sample standard deviation."""
     return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"

@@ -1,4 +1,4 @@
-"""A run's files: what it saves after each epoch, and how an interrupted run is resumed."""
+"""A run's files: what is saved after each epoch, and how an interrupted run is resumed."""
 
 from __future__ import annotations
 
@@ -13,43 +13,48 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics import distributed
-from finetuning.basics.command_line import tell
-from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256
-from finetuning.basics.run_outputs import BEST_FILE, STATE_FILE
+from finetuning.basics.files import content_sha256
+from finetuning.basics.run_outputs import BEST_FILE, FINAL_FILE, STATE_FILE
 from finetuning.dataset.data_folder import draw_demo, is_filled
 from finetuning.dataset.pairs import Pair, read_facts, split_pairs
-from finetuning.evaluation.seen_images import SEEN, Contents, hash_files, record_seen
+from finetuning.evaluation.seen_images import SEEN, Contents, hash_files, record_seen, seen_before
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
-from finetuning.model.models import ensure_checkpoint, own_image_size
+from finetuning.model.models import ensure_checkpoint
 from finetuning.model.trainable_encoder import merged_state_dict
-from finetuning.training.learner import Learner
-from finetuning.training.learning_rate_trial import learning_rate_factor
-from finetuning.training.log import CURVE_EVERY, Log, best_of, write_log
-from finetuning.training.recipe import GUIDE, Recipe
+from finetuning.training.learner import Learner, learning_rate_factor
+from finetuning.training.recipe import Recipe
+from finetuning.training.training_log import CURVE_EVERY, Log, best_of, conclude, write_log
 
-# What a resumed run may have otherwise than the run that it goes on with.
+# Settings that may differ between a run and its resumption. Of these, load_state compares
+# checkpoint_sha256 and data_hash itself, with messages of their own.
 FREE_SETTINGS = (
     "epochs", "checkpoint", "checkpoint_sha256", "data", "data_hash", "cache", "value_range",
     "seen",
 )  # fmt: skip
 
-LARGEST = 1e300  # of a number in a log; whole ones may be beyond all floats
+MAX_LOGGED = 1e300  # larger values in a log are damage; integers may exceed every float
 
 
-def prepare(data: Path, model_name: str, checkpoint: Path | None, is_demo: bool) -> Path:
-    """Have the data and the checkpoint in place, for all processes; return the latter's path."""
+def prepare(
+    data: Path, model_name: str, checkpoint: Path | None, limit: int | None, is_demo: bool
+) -> tuple[Path, dict[str, list[Pair]]]:
+    """Make sure that the data and the checkpoint exist; return the checkpoint and the pairs.
+
+    The first process draws the demo's data and downloads the checkpoint; the others wait.
+    """
     if distributed.rank() == 0:
         if is_demo and not is_filled(data):
             draw_demo(data)
-        split_pairs(data, "train")  # without data, no download is needed
+        split_pairs(data, "train")  # if there is no data, fail before the download
         if checkpoint is None:
             ensure_checkpoint(model_name)
     distributed.wait_for_all()
-    return checkpoint or ensure_checkpoint(model_name)
+    checkpoint = checkpoint or ensure_checkpoint(model_name)
+    return checkpoint, {split: split_pairs(data, split, limit) for split in ("train", "val")}
 
 
 class Start(NamedTuple):
-    """What all trainings of one command begin with."""
+    """What all trainings of one command start from."""
 
     model: str
     checkpoint: Path
@@ -58,12 +63,27 @@ class Start(NamedTuple):
     cache: Path | None
     precision: torch.dtype
     image_size: int
-    seen_before: Contents | None  # what the model to start from was trained on
+    seen_before: Contents | None  # what the checkpoint's model was trained on
+
+
+def make_start(
+    facts: dict[str, Any],
+    model: str,
+    checkpoint: Path,
+    image_size: int,
+    data: Path,
+    limit: int | None,
+    cache: Path | None,
+    precision: torch.dtype,
+) -> Start:
+    """Return the Start of a command. facts: what load_predictor read from the checkpoint."""
+    seen = seen_before(facts, checkpoint)
+    return Start(model, checkpoint, data, limit, cache, precision, image_size, seen)
 
 
 def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> dict[str, Any]:
-    """Return what fixes the outcome of a run, as plain values; it is saved with the model."""
-    all_pairs = [pair for of_split in pairs.values() for pair in of_split]
+    """Return everything that determines a run's result, as plain values; saved with its models."""
+    all_pairs = [pair for split in pairs.values() for pair in split]
     hashes = distributed.from_first(lambda: hash_files(all_pairs))
     contents = [(path.parent.name, path.name, sha256) for path, sha256 in hashes.items()]
     return {
@@ -77,14 +97,14 @@ def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> 
         "checkpoint": str(start.checkpoint),
         "checkpoint_sha256": content_sha256(start.checkpoint),
         "data": str(start.data),
-        "value_range": read_facts(start.data).get("value_range"),  # for images to come
+        "value_range": read_facts(start.data).get("value_range"),  # new images are scaled by it
         "data_hash": hashlib.sha256(repr(contents).encode()).hexdigest(),
         SEEN: record_seen(pairs, hashes, start.seen_before),
     }
 
 
 def save_state(output: Path, learner: Learner, log: Log, settings: dict[str, Any]) -> None:
-    """Save what load_state needs to go on after this epoch."""
+    """Save what load_state needs to continue after this epoch."""
     save_checkpoint(
         output / STATE_FILE,
         learner.weights,
@@ -95,7 +115,7 @@ def save_state(output: Path, learner: Learner, log: Log, settings: dict[str, Any
     )
 
 
-def start(
+def start_or_resume(
     output: Path,
     predictor: SAM2ImagePredictor,
     learner: Learner,
@@ -104,12 +124,13 @@ def start(
     log: Log,
     settings: dict[str, Any],
 ) -> None:
-    """Put the learner to where an interrupted run was, or save it as it is, so that one can be."""
+    """Restore an interrupted run, or save the initial state so that it can be resumed."""
     done = log[-1]["epoch"]
     if distributed.rank() == 0:
         if not state:
             save_state(output, learner, log, settings)
-        if best_of(log)["epoch"] == 0:  # and the model is still the original
+        # Before restore(), the predictor still holds the original weights
+        if best_of(log)["epoch"] == 0:
             save_model(output / BEST_FILE, predictor, log[0], settings)
     if state:
         restore(learner, state, output / STATE_FILE)
@@ -121,19 +142,19 @@ def start(
         count = sum(weight.numel() for weight in learner.weights.encoder)
         print(
             f"the image encoder learns too ({recipe.train_encoder}, {count / 1e6:.2f} M weights): "
-            "its features change, so no cache; each image is encoded in each epoch (slow)"
+            "its features change, so there is no cache; each epoch encodes each image (slow)"
         )
 
 
 def tell_jump(recipe: Recipe, epochs_before: Any, done: int) -> None:
-    """Say so where the learning rate jumps after `done` epochs, as the schedule has other ones now.
+    """Report a jump of the learning rate, if the number of epochs changed after `done` of them.
 
-    epochs_before: that it had, by the run's file, which may hold anything.
+    epochs_before: the number in the state file, which may be any value.
     """
     is_known = isinstance(epochs_before, int) and done <= epochs_before < 10**9
     if not is_known or epochs_before == recipe.epochs or not 0 < done < recipe.epochs:
         return
-    steps = 1000  # an epoch: the share of the highest rate hardly depends on it
+    steps = 1000  # per epoch; the factor hardly depends on the number
     last = learning_rate_factor(done * steps - 1, epochs_before * steps, recipe.schedule)
     following = learning_rate_factor(done * steps, recipe.epochs * steps, recipe.schedule)
     if f"{last:.0%}" != f"{following:.0%}":
@@ -143,15 +164,6 @@ def tell_jump(recipe: Recipe, epochs_before: Any, done: int) -> None:
         )
 
 
-def next_command(output: Path, data: Path, folds: int | None = None) -> str:
-    """Return the command that compares what a run has trained."""
-    if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds:
-        return "python compare_models.py --demo"
-    model = f"--folds {output}" if folds else f"--finetuned {output / BEST_FILE}"
-    command = f"python compare_models.py {model}"
-    return command + (f" --data {data}" if data != Path("data") else "")
-
-
 def save_epoch(
     output: Path,
     predictor: SAM2ImagePredictor,
@@ -159,7 +171,10 @@ def save_epoch(
     log: Log,
     settings: dict[str, Any],
 ) -> None:
-    """Save the model if it is the best so far, the state and the log; print the log's last row."""
+    """Save the state, the log and, if it is the best so far, the model; print the log's last row.
+
+    The state comes after the model: a run killed in between repeats the epoch and saves both.
+    """
     row = log[-1]
     is_best = best_of(log) is row
     if is_best:
@@ -175,10 +190,17 @@ def save_epoch(
     )
 
 
+def finish(output: Path, predictor: SAM2ImagePredictor, log: Log, settings: dict[str, Any]) -> None:
+    """Save the final model and the whole log, and print the result."""
+    write_log(output, log)  # again: a killed run may have saved its state but not its log
+    save_model(output / FINAL_FILE, predictor, log[-1], settings)
+    print(conclude(log))
+
+
 def save_model(
     path: Path, predictor: SAM2ImagePredictor, row: dict[str, float], settings: dict[str, Any]
 ) -> None:
-    """Save the whole model, with its row of the log and where it comes from beside its weights."""
+    """Save the whole model, with its epoch, its validation IoU and the run's settings."""
     save_checkpoint(
         path,
         merged_state_dict(predictor.model),
@@ -190,7 +212,7 @@ def save_model(
 
 
 def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read what save_state saved; its settings must be these, but an lr that is auto may be any.
+    """Load what save_state saved, for a run with these settings; with lr "auto", any lr will do.
 
     Raises UserError if there is no such run, or its settings, its data or its model differ.
     """
@@ -198,41 +220,35 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"nothing to resume in {output}; run without --resume")
     state = load_checkpoint(path)
-    log = read_log(state)
-    if log is None or not are_settings(state.get("settings", {})):
+    log, saved = read_log(state), state.get("settings")
+    if log is None or not are_settings(saved):
         raise UserError(_not_a_state(path))
-    # Files from before there were recipes, --train-encoder or --image-size do not say these.
-    before = {**asdict(GUIDE), "image_size": own_image_size(settings["model"])}
-    before |= state.get("settings", {})
-    if before["prompts"] == "point":  # as it was called
-        before["prompts"] = "random"
+    if missing := settings.keys() - saved.keys():
+        raise UserError(
+            f"{path} does not say its {min(missing)}: another version of this project wrote it; "
+            "resume it with that version, or use another --output"
+        )
     for name in [name for name in settings if name not in FREE_SETTINGS]:
         is_found = name == "lr" and settings["lr"] == "auto"
-        if before.get(name) != settings[name] and not is_found:
+        if saved[name] != settings[name] and not is_found:
             option = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"the run in {output} had {option} {before.get(name)}, not {settings[name]}; "
+                f"the run in {output} had {option} {saved[name]}, not {settings[name]}; "
                 "resume with the same, or use another --output"
             )
-    if "data_hash" not in before:
-        tell(f"warning: whether {settings['data']} is still as it was, an earlier version's run "
-              "does not say")  # fmt: skip
-        before["data_hash"] = settings["data_hash"]
     for name, what in (
         ("checkpoint_sha256", f"started from another --checkpoint than {settings['checkpoint']}"),
         ("data_hash", f"had other images or masks than {settings['data']} has now"),
     ):
-        if before.get(name) != settings[name]:
-            raise UserError(f"the run in {output} {what}; resume with the same, or start anew")
+        if saved[name] != settings[name]:
+            raise UserError(f"the run in {output} {what}; resume with the same, or start over")
     require_best(output, log)
-    return {**state, "log": log, "settings": before}
+    return state
 
 
 def read_log(state: dict[str, Any]) -> Log | None:
-    """Return the log of a state, a row an epoch from 0 on; None where it holds something else."""
+    """Return the log of a state, a row per epoch from 0 on; None if it is damaged."""
     rows = state.get("log")
-    if "original_iou" in state and isinstance(rows, list):  # from before epoch 0 had a row
-        rows = [{"epoch": 0, "val_iou": state["original_iou"]}, *rows]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return None
     numbers = [value for row in rows for value in row.values()]
@@ -244,29 +260,29 @@ def read_log(state: dict[str, Any]) -> Log | None:
 
 
 def are_settings(values: Any) -> bool:
-    """Say whether a value is settings: plain values by name, with a learning rate that is one."""
+    """Return whether a value is a dict of plain values, with a number as its lr."""
     plain = str | int | float | list | dict | None
     are_plain = isinstance(values, dict) and all(isinstance(v, plain) for v in values.values())
-    return are_plain and _is_number(values.get("lr", 0.0))
+    return are_plain and _is_number(values.get("lr"))
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < LARGEST  # nor NaN
+    return isinstance(value, int | float) and abs(value) < MAX_LOGGED  # False for NaN, too
 
 
 def _not_a_state(path: Path) -> str:
     return (
-        f"{path} is damaged, or not the state of a training; put the right one back, or start anew "
+        f"{path} is damaged, or not the state of a training; restore the right file, or start over "
         "without --resume"
     )
 
 
 def require_best(output: Path, log: Log) -> None:
-    """Raise UserError where the best model of a run, as its log has it, is missing or damaged."""
+    """Raise UserError if the best model of a run is missing or damaged."""
     best = output / BEST_FILE
-    if any("loss" in row for row in log) and not best.is_file():
+    if len(log) > 1 and not best.is_file():
         raise UserError(
-            f"{best} is missing, the best model of the run so far; put it back, or start anew "
+            f"{best} is missing, the best model of the run so far; restore it, or start over "
             "without --resume"
         )
     if best.is_file():
@@ -274,17 +290,16 @@ def require_best(output: Path, log: Log) -> None:
 
 
 def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
-    """Put the learner back to where an interrupted run was; path: of the file that says it."""
-    rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
+    """Set the learner to an interrupted run's state, which was loaded from `path`."""
     try:
         learner.weights.load_state_dict(state["model"])
         learner.optimizer.load_state_dict(state["optimizer"])
         learner.scaler.load_state_dict(state["scaler"])
-        steps = [of_weight["exp_avg"].shape for of_weight in learner.optimizer.state.values()]
+        moments = [weight["exp_avg"].shape for weight in learner.optimizer.state.values()]
         weights = [weight.shape for weight in learner.optimizer.state]
+        rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(_not_a_state(path)) from error
-    if steps != weights:  # which torch does not look at before the next step
+    # torch itself compares these shapes only in the next step
+    if moments != weights or not all(map(_is_number, rates)):
         raise UserError(_not_a_state(path))
-    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
-        group["initial_lr"] = rate  # files of earlier versions do not have it

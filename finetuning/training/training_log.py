@@ -1,7 +1,4 @@
-"""The log of a run: what the steps of an epoch report, a row an epoch, the learning curve.
-
-What steps report is kept on the device, and read from it now and then.
-"""
+"""The training log: statistics of the steps, a row per epoch, and the learning curve."""
 
 from __future__ import annotations
 
@@ -19,38 +16,38 @@ from finetuning.basics.files import write_csv
 from finetuning.basics.pictures import save_figure
 from finetuning.basics.run_outputs import LOG_FILES
 
-READ_EVERY = 20  # steps, on a GPU: each reading waits for all that it was given to do
-RECENT = 50  # objects, whose means the progress bar shows
+READ_EVERY = 20  # steps, on a GPU: each reading waits until the GPU has finished its queue
+RECENT = 50  # objects that the means in the progress bar are over
 
-Log = list[dict[str, float]]  # a row an epoch; epoch 0 is the original, with its val metrics only
+Log = list[dict[str, float]]  # a row per epoch; epoch 0 has the original's val metrics only
 
-CURVE_EVERY = 30  # seconds: drawing takes half of one, which may be as long as an epoch
+CURVE_EVERY = 30  # seconds; drawing takes half a second, and so may an epoch
 
 
 class EpochReport:
-    """The loss, and what else is reported, of each object that an epoch has shown."""
+    """The loss and other statistics of each object of an epoch, buffered on the device."""
 
     def __init__(self, epoch: int, device: torch.device) -> None:
         self.epoch, self.is_cpu = epoch, device.type == "cpu"
         self._steps = 0
-        self._unread: list[torch.Tensor] = []  # NxP, of N names and a step's P objects
+        self._unread: list[torch.Tensor] = []  # NxP: N names, P objects of a step
         self._values: dict[str, list[float]] = {}  # by name
 
     def add(
         self, parts: list[dict[str, torch.Tensor]], clipped: torch.Tensor, counts: bool
     ) -> None:
-        """Add what a step reports of each object, part by part, and whether it was clipped.
+        """Add a step: the values of its objects, part by part, and whether it was clipped.
 
-        counts: False for the step of a process that only stands in.
+        counts: False if this process only repeated an object to keep pace with the others.
         """
         self._steps += 1
         self._values = self._values or {name: [] for name in (*parts[0], "clipped")}
         for values in parts if counts else ():
-            of_objects = torch.broadcast_tensors(*values.values(), clipped)
-            self._unread.append(torch.stack(of_objects))
+            columns = torch.broadcast_tensors(*values.values(), clipped)
+            self._unread.append(torch.stack(columns))
 
     def read(self) -> dict[str, list[float]]:
-        """Return each name's values so far; raises NotFiniteError where a loss is not finite."""
+        """Return each name's values so far; raise NotFiniteError if a loss is not finite."""
         if self._unread:
             new = dict(zip(self._values, torch.cat(self._unread, dim=1).tolist(), strict=True))
             self._unread = []
@@ -60,12 +57,12 @@ class EpochReport:
                         f"the loss became {loss} in epoch {self.epoch}; the files of the epochs "
                         "before it are kept; use a smaller --lr, or --precision float32"
                     )
-            for name, of_name in self._values.items():
-                of_name += new[name]
+            for name, values in self._values.items():
+                values += new[name]
         return self._values
 
     def recent(self, *names: str) -> dict[str, str] | None:
-        """Return means over the last objects, to be shown; None where it is not yet time."""
+        """Return means over the last objects for the progress bar; None if it is not yet time."""
         if not self.is_cpu and self._steps % READ_EVERY:
             return None
         values = self.read()
@@ -73,12 +70,12 @@ class EpochReport:
 
 
 def best_of(log: Log) -> dict[str, float]:
-    """Return the row of the epoch with the highest val IoU; the earliest of several."""
+    """Return the row with the highest val IoU; the earliest of equal ones."""
     return max(log, key=lambda row: row["val_iou"])
 
 
 def conclude(log: Log) -> str:
-    """Return the last word on a run: how good it became, or that it did not help."""
+    """Return the result of a run in a sentence: what it reached, or that it did not help."""
     before, best = log[0]["val_iou"], best_of(log)
     if best["epoch"]:
         return (
@@ -92,10 +89,10 @@ def conclude(log: Log) -> str:
 
 
 def write_log(output: Path, log: Log, draw_every: float = 0) -> None:
-    """Write train_log.csv and learning_curve.png, a row and a point an epoch.
+    """Write train_log.csv and learning_curve.png, with a row and a point per epoch.
 
-    Each is written whole, so that one that is open elsewhere only has to wait. draw_every: leave
-    the curve as it is where it is younger than so many seconds.
+    Both are rewritten whole each time: a file that another program holds open is only a warning,
+    and complete after the next epoch. draw_every: keep a curve younger than this, in seconds.
     """
     columns = list(log[-1])
     table, curve = (output / name for name in LOG_FILES)
@@ -108,13 +105,13 @@ def write_log(output: Path, log: Log, draw_every: float = 0) -> None:
 
 
 def draw_learning_curve(path: Path, log: list[dict[str, float]]) -> None:
-    """Draw the loss and the mean IoU over the epochs."""
+    """Draw the loss and the mean IoU of each epoch."""
     figure = Figure(figsize=(10, 4))
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.96)
     loss_axes, iou_axes = figure.subplots(1, 2)
     for axes, column, label in (
         (loss_axes, "loss", "training loss"),
-        (iou_axes, "train_iou", "train (its own prompts)"),
+        (iou_axes, "train_iou", "train (training prompts)"),
         (iou_axes, "val_iou", "val (center point)"),
         (iou_axes, "val_iou_no_prompt", "val (no prompt)"),
     ):
