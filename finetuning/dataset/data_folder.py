@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import unicodedata
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, tell
+from finetuning.basics.command_line import listed, nfc, tell
 from finetuning.basics.files import LARGEST, only_run_in, require_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.dataset.copies import COPIES_FILE, describe_copies, find_copies, write_copies
@@ -181,7 +180,7 @@ def check_cases(examples: list[Example]) -> None:
     """Raise UserError for names that Windows and macOS take for one and the same."""
     seen: dict[tuple[str | None, str], Example] = {}
     for example in examples:
-        key = example.split, unicodedata.normalize("NFC", example.name.casefold())
+        key = example.split, nfc(example.name.casefold())
         if key in seen:
             raise UserError(
                 f"{seen[key].image} and {example.image} differ in upper and lower case only, which "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
+from finetuning.basics.command_line import nfc
 from finetuning.basics.files import DEMO_DATA, LARGEST, lies_in, read_file, require_file
 from finetuning.basics.image_decoding import require_heic_reader
 from finetuning.basics.image_files import IMAGE_SUFFIXES
@@ -70,8 +70,7 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
         is_folder = with_folders and path.is_dir()
         if path.name.startswith(".") or not (is_folder or name.suffix.lower() in IMAGE_SUFFIXES):
             continue
-        # macOS decomposes 한글 in file names
-        stem = unicodedata.normalize("NFC", name.name if is_folder else name.stem)
+        stem = nfc(name.name if is_folder else name.stem)
         if stem in files:
             raise UserError(
                 f"{files[stem].name} and {path.name} in {folder} have the same name but for the "

@@ -15,7 +15,7 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import (
     ArgumentParser,
-    normal,
+    nfc,
     number,
     parse_numbers,
     plain_number,
@@ -115,10 +115,10 @@ def read_prompts(file: Path, images: Iterable[str]) -> dict[str, dict[str, Promp
     object, and each box is one of its own; these are numbered.
     images: the names that there are. Raises UserError, with the row, for what does not fit.
     """
-    known = {normal(name): name for name in images}
+    known = {nfc(name): name for name in images}
     found: dict[str, dict[tuple[str, int], Parts]] = {}
     for where, cells in _rows_of(file):
-        image = known.get(normal(cells.get("image", "")))
+        image = known.get(nfc(cells.get("image", "")))
         if image is None:
             name = quoted(cells.get("image", ""))
             raise UserError(f'{where}: there is no image "{name}" in the folder; mend its name')
@@ -128,7 +128,7 @@ def read_prompts(file: Path, images: Iterable[str]) -> dict[str, dict[str, Promp
                 f"{where}: neither a point nor a box; fill in the columns x,y or x1,y1,x2,y2"
             )
         objects = found.setdefault(image, {})
-        name = normal(cells.get("object", ""))
+        name = nfc(cells.get("object", ""))
         parts = objects.setdefault((name, 0 if name or not box else len(objects) + 1), {})
         if point:
             kind = "foreground" if _label(cells, where) else "background"

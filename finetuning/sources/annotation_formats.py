@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import yaml
 
-from finetuning.basics.command_line import normal, plain_number, quoted
+from finetuning.basics.command_line import nfc, plain_number, quoted
 from finetuning.basics.files import read_file
 from finetuning.sources.outlines import PATH_LIMIT, Outline, parse_polygon, parse_rle
 
@@ -79,7 +79,7 @@ def _field(record: Any, key: str, kind: Any, where: str, optional: bool = False)
     if not (isinstance(value, kind) or (optional and value is None)):
         what = "is missing" if value is None else f"is not {KINDS[kind]}"
         raise UserError(f'{where}: "{key}" {what}; export the annotations again')
-    return normal(value) if isinstance(value, str) else value
+    return nfc(value) if isinstance(value, str) else value
 
 
 def _stated_size(record: Any, height: str, width: str, where: str) -> tuple[int, int] | None:
@@ -239,5 +239,5 @@ def _yolo_names(folder: Path) -> dict[str, str]:
         else:
             continue
         items = enumerate(names) if isinstance(names, list) else getattr(names, "items", list)()
-        return {str(number): normal(str(name).strip()) for number, name in items}
+        return {str(number): nfc(str(name).strip()) for number, name in items}
     return {}

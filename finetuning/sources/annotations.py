@@ -13,7 +13,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.basics.command_line import normal, quoted
+from finetuning.basics.command_line import nfc, quoted
 from finetuning.basics.files import require_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.annotation_formats import (
@@ -164,7 +164,7 @@ def _image_folder(path: Path, file: Path) -> Path:
 
 def _wanted_classes(path: Path, classes: Sequence[str], names: set[str]) -> set[str]:
     """Return the names of the wanted classes, which must exist; all, if none is named."""
-    wanted = {normal(name) for name in classes}
+    wanted = {nfc(name) for name in classes}
     if wanted - names:
         unknown = ", ".join(quoted(name) for name in sorted(wanted - names))
         found = _first(sorted(names), 20) or "none"
@@ -192,7 +192,7 @@ class _ImageFinder:
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
             if not is_image or _is_hidden(path) or not file.is_file():
                 continue
-            name = normal(path.as_posix())
+            name = nfc(path.as_posix())
             self.files[name] = file
             for tail in {*_tails(name), *_tails(name.removesuffix(path.suffix))}:
                 self.by_tail.setdefault(tail, []).append(name)
@@ -209,7 +209,7 @@ class _ImageFinder:
             original = re.sub(r"^(.*[/\\])?[0-9a-f]{8}-", "", plain)
             names = [entry.file_name, plain, unquote(entry.file_name), original, *names]
         for name in names:
-            name = normal(name).replace("\\", "/")
+            name = nfc(name).replace("\\", "/")
             if name in self.files:
                 return self.files[name]
             for tail in _tails(name):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import stat
-import unicodedata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sam2_utils import UserError
 
+from finetuning.basics.command_line import nfc
 from finetuning.basics.files import require_file
 
 # What an archive may hold. Images are checked one at a time, each as a whole in memory.
@@ -90,7 +90,7 @@ def decode_name(member: zipfile.ZipInfo) -> str:
             with contextlib.suppress(UnicodeDecodeError):
                 name = content.decode(encoding)
                 break
-    return unicodedata.normalize("NFC", name)
+    return nfc(name)
 
 
 def check_member(path: Path, member: zipfile.ZipInfo) -> None:

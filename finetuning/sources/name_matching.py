@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import shown
+from finetuning.basics.command_line import nfc, shown
 from finetuning.sources.folder_layouts import BY_TABLE
 
 MAX_GUESSES = 50  # where more endings are as frequent, none of them is a mask's
@@ -40,7 +39,7 @@ def match_names(images: list[str], masks: list[str]) -> tuple[dict[str, str], st
 
 
 def _fold(name: str) -> str:
-    return unicodedata.normalize("NFC", name.casefold())
+    return nfc(name.casefold())
 
 
 def _choose(images: list[str], masks: list[str]) -> tuple[dict[str, str], str]:
