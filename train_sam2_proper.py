@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.choose_thresholds and distributed.rank() == 0:
                 best, images = training.output / run_outputs.BEST_FILE, training.pairs["train"]
                 object_matching.keep_rule(best, device, precision, images, training.recipe.seed)
-            tell(f"wrote {', '.join(run_outputs.RESULTS)} to {training.output}")
+            tell(f"wrote {', '.join(run_outputs.RESULT_FILES)} to {training.output}")
         if distributed.rank() == 0 and len(logs) > 1:
             print(conclude_repeats(args.output, trainings, logs, args.folds))
         if args.cache:

@@ -13,7 +13,7 @@ from typing import Any
 from sam2_utils import UserError
 
 from finetuning.basics.command_line import listed, nfc, tell
-from finetuning.basics.files import LARGEST, only_run_in, require_file
+from finetuning.basics.files import MAX_FILE_BYTES, only_run_in, require_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.dataset.copies import COPIES_FILE, describe_copies, find_copies, write_copies
 from finetuning.dataset.demo_images import write_demo_dataset
@@ -173,7 +173,7 @@ def check_files(examples: list[Example]) -> None:
     for example in examples:
         for source in (example.image, *example.masks):
             if isinstance(source, Path):  # not in an archive, which has been checked
-                require_file(source, LARGEST)
+                require_file(source, MAX_FILE_BYTES)
 
 
 def check_cases(examples: list[Example]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sam2_utils import UserError
 
 from finetuning.basics.command_line import nfc
-from finetuning.basics.files import DEMO_DATA, LARGEST, lies_in, read_file, require_file
+from finetuning.basics.files import DEMO_DATA, MAX_FILE_BYTES, lies_in, read_file, require_file
 from finetuning.basics.image_decoding import require_heic_reader
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 
@@ -77,7 +77,7 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
                 "suffix; rename one of them, or move it to another folder"
             )
         if not is_folder:
-            require_file(path, LARGEST)
+            require_file(path, MAX_FILE_BYTES)
             if name.suffix.lower() in (".heic", ".heif"):
                 require_heic_reader(path)
         files[stem] = path

@@ -13,7 +13,7 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.csv_files import read_table
-from finetuning.basics.files import as_it_was, atomic_write, content_sha256, read_file, write_csv
+from finetuning.basics.files import without_apostrophe, atomic_write, content_sha256, read_file, write_csv
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.inference.coco_files import coco_files
 from finetuning.inference.result_files import Segmented, file_names, remove_others, write_files
@@ -196,10 +196,10 @@ def _read_rows(file: Path) -> dict[str, list[dict[str, str]]]:
         for row in read_table(file, COLUMNS):
             if row.keys() != set(COLUMNS):
                 raise UserError(foreign)
-            found.setdefault(as_it_was(row.pop("image")), []).append(row)
+            found.setdefault(without_apostrophe(row.pop("image")), []).append(row)
     except UserError as error:
         raise UserError(foreign) from error
     for rows in found.values():
         for row in rows:
-            row["object"] = as_it_was(row["object"])
+            row["object"] = without_apostrophe(row["object"])
     return found

@@ -12,7 +12,7 @@ from sam2_utils import UserError
 
 from finetuning.basics.csv_files import write_with_digest
 from finetuning.basics.files import content_sha256
-from finetuning.basics.run_outputs import FOLDS_FILE, MODELS, RUN_COLUMNS, RUNS_FILE, STATE_FILE
+from finetuning.basics.run_outputs import FOLDS_FILE, MODEL_FILES, RUN_COLUMNS, RUNS_FILE, STATE_FILE
 from finetuning.dataset.pairs import Pair
 from finetuning.dataset.splitting import FOLD_COLUMNS, fold_folder, keyed, make_folds
 from finetuning.training.log import Log, best_of
@@ -66,7 +66,7 @@ def plan_trainings(
 
 def check_outputs(trainings: Sequence[Training], checkpoint: Path) -> None:
     """Raise UserError where the model to start from would be overwritten."""
-    models = [training.output / name for training in trainings for name in MODELS]
+    models = [training.output / name for training in trainings for name in MODEL_FILES]
     if checkpoint.resolve() in [model.resolve() for model in models]:
         raise UserError(f"{checkpoint} would be overwritten; use another --output")
 
