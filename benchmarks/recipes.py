@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
-from finetuning.basics.files import without_apostrophe, atomic_write, write_csv
+from finetuning.basics.files import atomic_write, without_apostrophe, write_csv
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.evaluation.measuring import mean_metrics, measure

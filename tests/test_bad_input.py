@@ -333,7 +333,7 @@ def test_16_bits_are_stretched_to_8(tmp_path, suffix):
 @pytest.mark.parametrize("values", [(0, np.nan), (0, 300), (-1, 1), (300, 70_000)])
 def test_a_mask_with_values_beyond_8_and_16_bits_is_refused(tmp_path, values):
     (tmp_path / "mask.tif").write_bytes(encode(".tif", np.array([values] * 9, np.float32)))
-    with pytest.raises(UserError, match=r"mask\.tif holds values that are not 0 to 255"):
+    with pytest.raises(UserError, match=r"mask\.tif holds values outside 0 to 255"):
         read_mask(tmp_path / "mask.tif")
 
 

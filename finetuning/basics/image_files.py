@@ -133,7 +133,7 @@ def _single_channel(path: Path, mask: np.ndarray, is_lossy: bool) -> np.ndarray:
         return mask
     if mask.shape[2] == 4 and mask[..., 3].min() < mask[..., 3].max():
         raise UserError(f"{path} has a transparent part; save the mask in black and white")
-    # Lossy compression and conversion to RGB leave small differences between equal channels
+    # Lossy compression makes equal channels differ, also in a PNG that was once a JPEG
     colors = mask[..., :3]
     if (colors.max(axis=2) - colors.min(axis=2)).max() > (64 if is_lossy else 8):
         raise UserError(f"{path} is a mask in colour; save it in black and white (0 and 255)")

@@ -13,7 +13,13 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.csv_files import read_table
-from finetuning.basics.files import without_apostrophe, atomic_write, content_sha256, read_file, write_csv
+from finetuning.basics.files import (
+    atomic_write,
+    content_sha256,
+    read_file,
+    without_apostrophe,
+    write_csv,
+)
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.inference.coco_files import coco_files
 from finetuning.inference.result_files import Segmented, file_names, remove_others, write_files

@@ -12,7 +12,13 @@ from sam2_utils import UserError
 
 from finetuning.basics.csv_files import write_with_digest
 from finetuning.basics.files import content_sha256
-from finetuning.basics.run_outputs import FOLDS_FILE, MODEL_FILES, RUN_COLUMNS, RUNS_FILE, STATE_FILE
+from finetuning.basics.run_outputs import (
+    FOLDS_FILE,
+    MODEL_FILES,
+    RUN_COLUMNS,
+    RUNS_FILE,
+    STATE_FILE,
+)
 from finetuning.dataset.pairs import Pair
 from finetuning.dataset.splitting import FOLD_COLUMNS, fold_folder, keyed, make_folds
 from finetuning.training.log import Log, best_of
