@@ -355,7 +355,7 @@ BAD_PAIRS = {
 
 # Where download_dataset.py, which could do more with such files, says more
 SAID_BEFORE_COPYING = {
-    "label map": "pair_000.png has 7 values or colours beside black (a label map",
+    "label map": "pair_000.png has 7 values or colours besides black (a label map",
     "mask is a folder": "1 of 2 images have no mask: pair_000.jpg",
     "heic": "1 of 3 images have no mask: a.heic",
     "no mask": "1 of 2 images have no mask: pair_000.jpg",

@@ -130,7 +130,7 @@ def test_folds_are_written_once_all_are_trained(train, monkeypatch):
 def test_thresholds_of_each_training_are_chosen_on_its_own_images_and_seed(train, monkeypatch):
     chosen = []
     monkeypatch.setattr(
-        train_sam2_proper.detection,
+        train_sam2_proper.object_matching,
         "keep_rule",
         lambda best, _device, _precision, pairs, seed: chosen.append((best, pairs, seed)),
     )

@@ -62,7 +62,7 @@ def to_8_bits(
         return values
     least, most = float(values.min()), float(values.max())
     if not (abs(least) < MAX_VALUE and abs(most) < MAX_VALUE):
-        raise UserError(f"{path} holds NaN or infinite values; save it without, or as 8-bit PNG")
+        raise UserError(f"{path} holds NaN or infinite values; remove them, or save an 8-bit PNG")
     is_8_bits = least >= 0 and most <= 255 and (values.dtype.kind != "f" or most > 1)
     if is_8_bits and value_range is None:
         return np.rint(values).astype(np.uint8)

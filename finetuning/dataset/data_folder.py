@@ -30,7 +30,7 @@ from finetuning.dataset.pairs import (
 )
 from finetuning.dataset.splitting import split_names
 from finetuning.sources.mask_values import MaskRule
-from finetuning.sources.pairing import Example
+from finetuning.sources.pairing import SourceExample
 
 MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # what a data set is, beside that
 SPLIT_OPTIONS = ("test_fraction", "group_regex", "groups", "copies")
@@ -168,7 +168,7 @@ def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool
     return True
 
 
-def check_files(examples: list[Example]) -> None:
+def check_files(examples: list[SourceExample]) -> None:
     """Raise UserError for what is no file, or one too large, before any is copied."""
     for example in examples:
         for source in (example.image, *example.masks):
@@ -176,9 +176,9 @@ def check_files(examples: list[Example]) -> None:
                 require_file(source, MAX_FILE_BYTES)
 
 
-def check_cases(examples: list[Example]) -> None:
+def check_cases(examples: list[SourceExample]) -> None:
     """Raise UserError for names that Windows and macOS take for one and the same."""
-    seen: dict[tuple[str | None, str], Example] = {}
+    seen: dict[tuple[str | None, str], SourceExample] = {}
     for example in examples:
         key = example.split, nfc(example.name.casefold())
         if key in seen:
@@ -191,7 +191,7 @@ def check_cases(examples: list[Example]) -> None:
 
 def fill_folder(
     data: Path,
-    examples: list[Example],
+    examples: list[SourceExample],
     rule: MaskRule,
     value_range: tuple[float, float] | None,
     grouping: Grouping,

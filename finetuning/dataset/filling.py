@@ -20,7 +20,7 @@ from finetuning.basics.image_files import read_image, read_mask, require_equal_s
 from finetuning.dataset.copies import make_thumbnail
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.sources.mask_values import MaskReader, MaskRule
-from finetuning.sources.pairing import Example
+from finetuning.sources.pairing import SourceExample
 
 UNSPLIT = "unsplit"  # the folder of what is in no split yet
 MOST_OBJECTS = 65535  # of an image: the values of a label map
@@ -55,7 +55,7 @@ class Filler:
         self.folder, self.of_objects, self.value_range = folder, of_objects, value_range
         self.reader = MaskReader(rule)
 
-    def fill(self, examples: list[Example]) -> list[Filled]:
+    def fill(self, examples: list[SourceExample]) -> list[Filled]:
         """Copy the examples, each into its split or into UNSPLIT; return what became of them.
 
         Raises UserError, in terms of the user's own files, for one that cannot be trained on.
@@ -65,7 +65,7 @@ class Filler:
             filled.append(self._fill_one(example, example.split or UNSPLIT))
         return filled
 
-    def _fill_one(self, example: Example, split: str) -> Filled:
+    def _fill_one(self, example: SourceExample, split: str) -> Filled:
         copy = self.folder / "images" / split / (example.name + PurePath(example.image.name).suffix)
         copy_file(example.image, copy)
         with in_terms_of(example.image, copy):
@@ -87,7 +87,7 @@ class Filler:
         thumbnail = make_thumbnail(image)
         return Filled(example.name, split, areas, parts, is_turned, digest, thumbnail)
 
-    def _copy_mask(self, example: Example, to: Path, size: tuple[int, int]) -> np.ndarray:
+    def _copy_mask(self, example: SourceExample, to: Path, size: tuple[int, int]) -> np.ndarray:
         """Copy the only mask of an example, or redraw it in black and white; return it."""
         source = example.masks[0]
         copy = to.with_name(to.name + PurePath(source.name).suffix)
@@ -100,7 +100,7 @@ class Filler:
                 write_image(to.with_name(f"{to.name}.png"), mask.astype(np.uint8) * 255)
         return mask
 
-    def _objects_of(self, example: Example, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    def _objects_of(self, example: SourceExample, size: tuple[int, int]) -> Iterator[np.ndarray]:
         """Yield the masks of an example's objects, whatever form they are in."""
         if example.annotated is not None:
             yield from example.annotated.masks(size)

@@ -12,8 +12,8 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import listed, nfc, shown
 from finetuning.basics.csv_files import read_table
-from finetuning.sources.folder_layouts import SPLITS, stem_of
-from finetuning.sources.pairing import Example
+from finetuning.sources.folder_layouts import SPLIT_NAMES, stem_of
+from finetuning.sources.pairing import SourceExample
 
 # Names like video3_000124: what comes before the number
 FRAME = re.compile(r"(.+)[_-](?:frame)?\d+")
@@ -36,7 +36,7 @@ class Grouping(NamedTuple):
         return {name: value for name, value in chosen.items() if value}
 
 
-def find_groups(examples: Sequence[Example], grouping: Grouping) -> list[str | None]:
+def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[str | None]:
     """Return the group of each example, as the user says; None for one that has none.
 
     Prints how many groups there are, or warns where names look like frames of videos. Raises
@@ -55,7 +55,7 @@ def find_groups(examples: Sequence[Example], grouping: Grouping) -> list[str | N
     return groups
 
 
-def _match_groups(pattern: str, examples: Sequence[Example]) -> list[str | None]:
+def _match_groups(pattern: str, examples: Sequence[SourceExample]) -> list[str | None]:
     """Search the file names for a pattern; or FOLDER/NAME, where it is in no file's name."""
     try:
         search = re.compile(pattern).search
@@ -78,7 +78,7 @@ def _match_groups(pattern: str, examples: Sequence[Example]) -> list[str | None]
     return groups
 
 
-def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
+def _read_groups(table: Path, examples: Sequence[SourceExample]) -> list[str | None]:
     """Look the images up in a table, by FOLDER/NAME, by their file's name, or by its stem."""
     group_of: dict[str, str] = {}
     for number, row in enumerate(read_table(table, ("image", "group")), 2):
@@ -103,7 +103,7 @@ def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
 
 def _warn_of_frames(stems: Sequence[str]) -> None:
     videos = Counter(found[1] for stem in stems if (found := FRAME.fullmatch(stem)))
-    for name in SPLITS.keys() & videos.keys():  # train_001, val_001
+    for name in SPLIT_NAMES.keys() & videos.keys():  # train_001, val_001
         del videos[name]
     if len(videos) > 1 and videos.total() >= max(FRAMES * len(videos), len(stems) / 2):
         print(
