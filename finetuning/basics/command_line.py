@@ -119,14 +119,27 @@ def parse_range(text: str) -> tuple[float, ...]:
     return limits
 
 
-def quoted(name: object, limit: int = 100) -> str:
-    """Return a text for one line of a message: its repr unless printable, cut at the end.
+def brief(name: object, limit: int = 100) -> str:
+    """Fit a name or value into one line of a message: its repr unless printable, cut at the end.
 
     Control and bidirectional characters are not printable. limit: the number of characters.
     """
     text = str(name) if isinstance(name, str | PurePath) else repr(name)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def brief_path(name: Path | str) -> str:
+    """Like `brief`, but keep the last 200 characters: a path ends with the file's name."""
+    name = str(name) if len(str(name)) <= 200 else f"...{str(name)[-200:]}"
+    return name if name.isprintable() else repr(name)
+
+
+def listed(files: Iterable[Path | str], count: int = 3) -> str:
+    """Return up to `count` file names on one line, and how many more there are."""
+    names = [brief_path(file if isinstance(file, str) else file.name) for file in files]
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def one_line(text: object) -> str:
@@ -230,19 +243,6 @@ def add_precision_option(parser: argparse._ActionsContainer, auto: str) -> None:
 def nfc(name: str) -> str:
     """Return a name in composed characters (NFC); macOS decomposes 한글 in file names."""
     return unicodedata.normalize("NFC", name)
-
-
-def listed(files: Iterable[Path | str]) -> str:
-    """Return up to three file names on one line, and how many more there are."""
-    names = [shown(file if isinstance(file, str) else file.name) for file in files]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def shown(name: Path | str) -> str:
-    """Return a path for one line of a message: its last 200 characters, or the repr of them."""
-    name = str(name) if len(str(name)) <= 200 else f"...{str(name)[-200:]}"
-    return name if name.isprintable() else repr(name)
 
 
 def can_print(text: str) -> bool:

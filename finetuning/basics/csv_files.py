@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief
 from finetuning.basics.files import MAX_TABLE_BYTES, read_file, write_csv
 
 DIGEST_COLUMN = "digest"  # a checksum of all other columns
@@ -33,13 +33,13 @@ def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
         for column in needed:
             if column not in columns:
                 raise UserError(
-                    f"{quoted(file)}, row 1: no column {column}; save a table that starts "
+                    f"{brief(file)}, row 1: no column {column}; save a table that starts "
                     f"{','.join(needed)} as CSV (UTF-8)"
                 )
         for row in rows:
             yield dict(zip(columns, map(str.strip, row), strict=False))
     except csv.Error as error:
-        raise UserError(f"{quoted(file)}, row {rows.line_num}: {error}; save it as CSV") from error
+        raise UserError(f"{brief(file)}, row {rows.line_num}: {error}; save it as CSV") from error
 
 
 def write_with_digest(path: Path, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
@@ -50,7 +50,7 @@ def write_with_digest(path: Path, columns: Sequence[str], rows: Sequence[Sequenc
 
 def read_with_digest(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
     """Return the rows of such a table; raise UserError if it is damaged, empty or another table."""
-    damaged = UserError(f"{quoted(path)} is damaged, or was edited; restore it, or train again")
+    damaged = UserError(f"{brief(path)} is damaged, or was edited; restore it, or train again")
     try:
         text = read_file(path, MAX_TABLE_BYTES).decode("utf-8-sig")
         header, *rows = csv.reader(io.StringIO(text, newline=""))

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 import torch
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief
 from finetuning.basics.files import DATASET_URL, atomic_write, content_sha256
 from finetuning.basics.image_files import read_image
 from finetuning.basics.language import ENGLISH, Language
@@ -145,7 +145,7 @@ def _data_url(kind: str, content: bytes) -> str:
 
 def short(value: Any) -> str:
     """Return a value as one printable line that is not too long."""
-    return quoted(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
+    return brief(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
 
 
 def describe_models(files: Files, setup: Setup, overlap: Overlap, say: Language) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.csv_files import read_table
 from finetuning.sources.folder_layouts import SPLIT_NAMES, stem_of
 from finetuning.sources.pairing import SourceExample
@@ -60,7 +60,7 @@ def _match_groups(pattern: str, examples: Sequence[SourceExample]) -> list[str |
     try:
         search = re.compile(pattern).search
     except re.error as error:
-        raise UserError(f"--group-regex {shown(pattern)} is no pattern: {error}") from error
+        raise UserError(f"--group-regex {brief_path(pattern)} is no pattern: {error}") from error
     names = [nfc(example.image.name) for example in examples]
     if not any(map(search, names)):
         folders = [nfc(example.image.parent.name) for example in examples]
@@ -72,7 +72,7 @@ def _match_groups(pattern: str, examples: Sequence[SourceExample]) -> list[str |
         groups.append(next(filter(None, parts[1:] or parts), None))
     if not any(groups):
         raise UserError(
-            f"--group-regex {shown(pattern)} is in no image's name: "
+            f"--group-regex {brief_path(pattern)} is in no image's name: "
             f"{listed([example.image for example in examples])}"
         )
     return groups
@@ -86,7 +86,9 @@ def _read_groups(table: Path, examples: Sequence[SourceExample]) -> list[str | N
         group = row.get("group", "")
         tail = "/".join(image.split("/")[-2:])
         if image and group_of.setdefault(tail, group) != group:
-            raise UserError(f"{shown(table)}, row {number}: {shown(tail)} is in two groups")
+            raise UserError(
+                f"{brief_path(table)}, row {number}: {brief_path(tail)} is in two groups"
+            )
     groups = []
     for example in examples:
         name = nfc(example.image.name)
@@ -95,7 +97,7 @@ def _read_groups(table: Path, examples: Sequence[SourceExample]) -> list[str | N
     missing = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     if missing:
         raise UserError(
-            f"{shown(table)} has no group for {len(missing)} of {len(examples)} images: "
+            f"{brief_path(table)} has no group for {len(missing)} of {len(examples)} images: "
             f"{listed(missing)}; add them (one that is alone gets a group of its own)"
         )
     return groups

@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 import yaml
 
-from finetuning.basics.command_line import nfc, plain_number, quoted
+from finetuning.basics.command_line import brief, brief_path, nfc, plain_number
 from finetuning.basics.files import read_file
-from finetuning.sources.outlines import PATH_LIMIT, Outline, parse_polygon, parse_rle
+from finetuning.sources.outlines import Outline, parse_polygon, parse_rle
 
 # Reasons why an object has no outline
 BOXES, CROWDS = "boxes without an outline", "crowd regions"
@@ -54,7 +54,7 @@ def read_text(path: Path) -> str:
     try:
         return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"{quoted(path, PATH_LIMIT)} is not text in UTF-8; save it as UTF-8"
+        message = f"{brief_path(path)} is not text in UTF-8; save it as UTF-8"
         raise UserError(message) from error
 
 
@@ -63,8 +63,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        reason = quoted(str(error)) if isinstance(error, json.JSONDecodeError) else "too large"
-        file = quoted(path, PATH_LIMIT)
+        reason = brief(str(error)) if isinstance(error, json.JSONDecodeError) else "too large"
+        file = brief_path(path)
         message = f"{file} is not valid JSON ({reason}); export the annotations again"
         raise UserError(message) from error
 
@@ -92,7 +92,7 @@ def _stated_size(record: Any, height: str, width: str, where: str) -> tuple[int,
 
 def read_coco(path: Path, document: dict[str, Any]) -> tuple[list[Entry], set[str]]:
     """Return the entries and the class names of a COCO file (cocodataset.org/#format-data)."""
-    file = quoted(path, PATH_LIMIT)
+    file = brief_path(path)
     names: dict[int | str, str] = {}
     for index, category in enumerate(_field(document, "categories", list, file, True) or []):
         where = f"{file}: category {index + 1}"
@@ -102,18 +102,18 @@ def read_coco(path: Path, document: dict[str, Any]) -> tuple[list[Entry], set[st
         where = f"{file}: image {index + 1}"
         image_id = _field(record, "id", (int, str), where)
         if image_id in entries:
-            raise UserError(f"{where} has the id {quoted(image_id)} of another; give each its own")
+            raise UserError(f"{where} has the id {brief(image_id)} of another; give each its own")
         size = _stated_size(record, "height", "width", where)
         entries[image_id] = Entry(_field(record, "file_name", str, where), size, path, [])
     for index, record in enumerate(_field(document, "annotations", list, file)):
         known = record.get("id", index + 1) if isinstance(record, dict) else index + 1
-        where = f"{file}: annotation {quoted(known)}"
+        where = f"{file}: annotation {brief(known)}"
         image_id = _field(record, "image_id", (int, str), where)
         category = _field(record, "category_id", (int, str), where)
         if image_id not in entries:
-            raise UserError(f'{where}: no image {quoted(image_id)} in "images"; export again')
+            raise UserError(f'{where}: no image {brief(image_id)} in "images"; export again')
         if names and category not in names:
-            raise UserError(f'{where}: no {quoted(category)} in "categories"; export again')
+            raise UserError(f'{where}: no {brief(category)} in "categories"; export again')
         outline = CROWDS if record.get("iscrowd") == 1 else _coco_outline(record, where)
         entries[image_id].objects.append((names.get(category, str(category)), outline))
     return list(entries.values()), set(names.values())
@@ -133,7 +133,7 @@ def _coco_outline(record: dict[str, Any], where: str) -> Outline | str:
 
 def read_labelme(path: Path, document: dict[str, Any]) -> Entry:
     """Return the entry of a labelme file; shapes with the same label and group are one object."""
-    file = quoted(path, PATH_LIMIT)
+    file = brief_path(path)
     objects: list[tuple[str, Outline | str]] = []
     groups: dict[tuple[str, int | str], Outline] = {}
     for index, shape in enumerate(_field(document, "shapes", list, file)):
@@ -193,7 +193,7 @@ def read_yolo(files: list[Path]) -> tuple[list[Entry], set[str]]:
     entries = []
     for file in files:
         objects = [
-            _yolo_object(line, names, f"{quoted(file, PATH_LIMIT)}, line {index + 1}")
+            _yolo_object(line, names, f"{brief_path(file)}, line {index + 1}")
             for index, line in enumerate(read_text(file).splitlines())
             if line.strip()
         ]
@@ -233,7 +233,7 @@ def _yolo_names(folder: Path) -> dict[str, str]:
                 # The only loader that keeps every value a text
                 content = yaml.load(read_text(file), yaml.BaseLoader)
             except (yaml.YAMLError, RecursionError) as error:
-                raise UserError(f"{quoted(file, PATH_LIMIT)} is not valid YAML; fix it") from error
+                raise UserError(f"{brief_path(file)} is not valid YAML; fix it") from error
             names = content.get("names") if isinstance(content, dict) else None
         elif (file := parent / "classes.txt").is_file():
             names = read_text(file).splitlines()

@@ -13,7 +13,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.basics.command_line import nfc, quoted
+from finetuning.basics.command_line import brief, brief_path, listed, nfc
 from finetuning.basics.files import require_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.annotation_formats import (
@@ -25,7 +25,7 @@ from finetuning.sources.annotation_formats import (
     read_labelme,
     read_yolo,
 )
-from finetuning.sources.outlines import PATH_LIMIT, Outline, draw_outline, refuse_size
+from finetuning.sources.outlines import Outline, draw_outline, refuse_size
 
 OTHER_CLASSES = "objects of other classes"
 NOT_ANNOTATIONS = {"classes.txt", "notes.json"}  # Label Studio writes these beside them
@@ -53,12 +53,12 @@ class AnnotatedImage(NamedTuple):
         """
         if self.size not in (None, size):
             refuse_size(self.image, self.source, self.size, size)
-        source = quoted(self.source, PATH_LIMIT)
+        source = brief_path(self.source)
         for number, outline in enumerate(self.outlines, start=1):
             for part in outline:
                 if isinstance(part, dict) and tuple(part["size"]) != size:
                     refuse_size(self.image, self.source, tuple(part["size"]), size)
-            where = f"{source}: object {number} of {quoted(self.image.name)}"
+            where = f"{source}: object {number} of {brief(self.image.name)}"
             yield draw_outline(outline, size, self.has_fractions, where)
 
 
@@ -96,7 +96,7 @@ def read_annotations(
     kind, entries, names = _read_files(files)
     folder = images or _image_folder(path, files[0])
     if not folder.is_dir():
-        shown = quoted(folder, PATH_LIMIT)
+        shown = brief_path(folder)
         raise UserError(f"no such folder: {shown}; name that of the images with --images")
     names = names | {name for entry in entries for name, _ in entry.objects}
     wanted = _wanted_classes(path, classes, names)
@@ -121,7 +121,7 @@ def _annotation_files(path: Path) -> list[Path]:
             ]
             if files:
                 return sorted(files)
-    raise UserError(f"no annotations in {quoted(path, PATH_LIMIT)}; {SUPPORTED_FORMATS}")
+    raise UserError(f"no annotations in {brief_path(path)}; {SUPPORTED_FORMATS}")
 
 
 def _is_hidden(path: Path) -> bool:
@@ -138,12 +138,12 @@ def _read_files(files: list[Path]) -> tuple[str, list[Entry], set[str]]:
         keys = document.keys() if isinstance(document, dict) else set()
         if {"images", "annotations"} <= keys:
             if len(files) > 1:
-                folder = quoted(file.parent, PATH_LIMIT)
-                names = ", ".join(quoted(file.name) for file in files[:3])
+                folder = brief_path(file.parent)
+                names = ", ".join(brief(file.name) for file in files[:3])
                 raise UserError(f"{folder} holds {names}; name one COCO file of them")
             return ("COCO", *read_coco(file, document))
         if "shapes" not in keys:
-            file_name = quoted(file, PATH_LIMIT)
+            file_name = brief_path(file)
             raise UserError(f"{file_name} is neither COCO nor labelme; {SUPPORTED_FORMATS}")
         entries.append(read_labelme(file, document))
     return "labelme", entries, set()
@@ -167,17 +167,10 @@ def _wanted_classes(path: Path, classes: Sequence[str], names: set[str]) -> set[
     """Return the names of the wanted classes, which must exist; all if none is named."""
     wanted = {nfc(name) for name in classes}
     if wanted - names:
-        unknown = ", ".join(quoted(name) for name in sorted(wanted - names))
-        found = _first(sorted(names), 20) or "none"
-        raise UserError(
-            f"no class {unknown} in {quoted(path, PATH_LIMIT)}; its classes are: {found}"
-        )
+        unknown = ", ".join(brief(name) for name in sorted(wanted - names))
+        found = listed(sorted(names), 20) or "none"
+        raise UserError(f"no class {unknown} in {brief_path(path)}; its classes are: {found}")
     return wanted or names
-
-
-def _first(names: Sequence[str], count: int) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(quoted(name) for name in names[:count]) + more
 
 
 class _ImageFinder:
@@ -217,10 +210,10 @@ class _ImageFinder:
             for tail in _tails(name):
                 found = self.by_tail.get(tail, [])
                 if len(found) > 1:
-                    folder, source = (quoted(p, PATH_LIMIT) for p in (self.folder, entry.source))
+                    folder, source = (brief_path(p) for p in (self.folder, entry.source))
                     raise UserError(
-                        f"{quoted(found[0])} and {quoted(found[1])} in {folder} could both be "
-                        f"{quoted(name)} of {source}; rename or remove one"
+                        f"{brief(found[0])} and {brief(found[1])} in {folder} could both be "
+                        f"{brief(name)} of {source}; rename or remove one"
                     )
                 if found:
                     return self.files[found[0]]
@@ -267,21 +260,21 @@ def _assemble(
 
 
 def _refuse_twice(image: Path, sources: set[Path]) -> NoReturn:
-    files = " and ".join(quoted(file, PATH_LIMIT) for file in sorted(sources))
-    image_file = quoted(image, PATH_LIMIT)
+    files = " and ".join(brief_path(file) for file in sorted(sources))
+    image_file = brief_path(image)
     raise UserError(f"{image_file} is annotated twice, in {files}; keep one of the two")
 
 
 def _refuse_missing(missing: list[Entry], folder: Path) -> NoReturn:
-    names = _first([entry.file_name or entry.source.stem for entry in missing], 3)
+    names = listed([entry.file_name or entry.source.stem for entry in missing])
     raise UserError(
-        f"{names}: annotated, but no such image in {quoted(folder, PATH_LIMIT)}; "
+        f"{names}: annotated, but no such image in {brief_path(folder)}; "
         "name the folder of the images with --images"
     )
 
 
 def _refuse_without_outlines(path: Path, left_out: Counter[str]) -> NoReturn:
-    file = quoted(path, PATH_LIMIT)
+    file = brief_path(path)
     if left_out[BOXES] and left_out.keys() <= {BOXES, OTHER_CLASSES}:
         raise UserError(f"{file} holds boxes (detection), not outlines; export it for segmentation")
     found = ", ".join(f"{count} {what}" for what, count in left_out.items()) or "nothing"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 
 # Names of folders in lower case; those of images and masks also without " ", "_" and "-"
@@ -48,7 +48,7 @@ class Level(NamedTuple):
 def read_folder(root: Path) -> Folder:
     """List a folder, on disk or in an archive, down to SEARCH_DEPTH."""
     if not root.is_dir():
-        raise UserError(f"no such folder: {shown(root)}; check the path")
+        raise UserError(f"no such folder: {brief_path(root)}; check the path")
     on_disk, members = isinstance(root, Path), defaultdict(list)
     if not on_disk:  # zipfile.Path.iterdir would go through the whole archive each time
         for name in root.root.namelist():
@@ -63,7 +63,9 @@ def read_folder(root: Path) -> Folder:
             if child.is_dir():
                 real = child.resolve() if on_disk else child
                 if real in above:
-                    raise UserError(f"{shown(child)} is a link to a folder around it; remove it")
+                    raise UserError(
+                        f"{brief_path(child)} is a link to a folder around it; remove it"
+                    )
                 if depth < SEARCH_DEPTH:
                     folder.folders.append(read(child, depth + 1, (*above, real)))
             else:
@@ -144,8 +146,8 @@ def _put_once(found: dict[str, Folder], key: str, folder: Folder) -> None:
     """Add a folder under a key; raise UserError if there is one already."""
     if key in found:
         raise UserError(
-            f"{shown(found[key].path)} or {shown(folder.path)}: it is not clear which to take; "
-            "choose two folders by --images and --masks"
+            f"{brief_path(found[key].path)} or {brief_path(folder.path)}: it is not clear which to "
+            "take; choose two folders by --images and --masks"
         )
     found[key] = folder
 
@@ -158,7 +160,7 @@ def pair_levels(images: Folder, masks: Folder) -> list[Level]:
         return [Level(images, masks)]
     for split in mask_splits.keys() - splits.keys():
         raise UserError(
-            f"{shown(mask_splits[split].path)} has no partner in {shown(images.path)}; "
+            f"{brief_path(mask_splits[split].path)} has no partner in {brief_path(images.path)}; "
             "add its images"
         )
     return [Level(folder, mask_splits.get(split), split) for split, folder in splits.items()]
@@ -170,8 +172,8 @@ def by_stem(folder: Folder) -> dict[str, Path]:
     for path in folder.files:
         if (other := files.setdefault(stem_of(path), path)) is not path:
             raise UserError(
-                f"{listed([other, path])} in {shown(folder.path)} have the same name but for the "
-                f"suffix; move one kind into a folder of its own, or {BY_TABLE}"
+                f"{listed([other, path])} in {brief_path(folder.path)} have the same name but for "
+                f"the suffix; move one kind into a folder of its own, or {BY_TABLE}"
             )
     return files
 
@@ -210,5 +212,5 @@ def left_out(levels: list[Level]) -> list[str]:
             "1 file of another kind" if len(others) == 1 else f"{len(others)} files of other kinds"
         )
         hint = max(map(annotation_hint, folders), key=len)
-        notes.append(f"left out {what}: {shown(kinds)}{hint}")
+        notes.append(f"left out {what}: {brief_path(kinds)}{hint}")
     return notes

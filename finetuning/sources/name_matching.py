@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import nfc, shown
+from finetuning.basics.command_line import brief_path, nfc
 from finetuning.sources.folder_layouts import BY_TABLE
 
 MAX_GUESSES = 50  # if more endings are equally frequent, none of them marks masks
@@ -63,11 +63,11 @@ def _choose(images: list[str], masks: list[str]) -> tuple[dict[str, str], str]:
 
 def _require_equal(owners: dict[str, str], others: dict[str, str]) -> None:
     for mask in sorted(owners.keys() | others.keys()):
-        pair = [shown(way[mask]) if mask in way else "none" for way in (owners, others)]
+        pair = [brief_path(way[mask]) if mask in way else "none" for way in (owners, others)]
         if pair[0] != pair[1]:
             raise UserError(
-                f"the names are ambiguous: {shown(mask)} may be a mask of {' or '.join(pair)}; "
-                + BY_TABLE
+                f"the names are ambiguous: {brief_path(mask)} may be a mask of "
+                f"{' or '.join(pair)}; {BY_TABLE}"
             )
 
 
@@ -99,9 +99,9 @@ def _ways(images: list[str], masks: list[str]) -> Iterator[tuple[dict[str, str],
                 length = len(affix[0]) + len(affix[1])
                 pairs = zip(masks, cores, strict=True)
                 is_numbered = any(len(mask) > len(core) + length for mask, core in pairs)
-                note = f"masks are called {shown('NAME'.join(affix))}"
+                note = f"masks are called {brief_path('NAME'.join(affix))}"
                 note += " and a number" if is_numbered else ""
-                note += f", images {shown('NAME'.join(own))}" if any(own) else ""
+                note += f", images {brief_path('NAME'.join(own))}" if any(own) else ""
                 yield {m: image_of[c] for m, c in zip(masks, cores, strict=True)}, note, doubtful
 
 

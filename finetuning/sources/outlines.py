@@ -9,7 +9,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief, brief_path
 
 # The parts of one object, whose union it is: polygons (Nx2 float in (X,Y), in pixels or fractions
 # of the image), COCO's RLE dicts, and (mask, x, y), an HxW bool mask and its upper left corner.
@@ -17,7 +17,6 @@ Outline = list[np.ndarray | dict[str, Any] | tuple[np.ndarray, int, int]]
 
 # In pixels: pycocotools' C code takes 50 bytes for each, and checks no limits
 LONGEST_OUTLINE = 2_000_000
-PATH_LIMIT = 300  # characters of a path in a message; more than of names: its file is at the end
 
 
 def parse_polygon(numbers: Any, where: str) -> np.ndarray:
@@ -105,7 +104,7 @@ def draw_outline(
     except (UserError, MemoryError):
         raise
     except Exception as error:  # pycocotools raises nothing more precise
-        message = f"{where} cannot be drawn ({quoted(str(error))}); draw it again"
+        message = f"{where} cannot be drawn ({brief(str(error))}); draw it again"
         raise UserError(message) from error
 
 
@@ -137,7 +136,7 @@ def refuse_size(
     """Raise UserError: an image has `size` (H,W), but its annotations state another."""
     is_transposed = stated == size[::-1]
     raise UserError(
-        f"{quoted(image, PATH_LIMIT)} is {size[1]}x{size[0]} but {quoted(source, PATH_LIMIT)} "
+        f"{brief_path(image)} is {size[1]}x{size[0]} but {brief_path(source)} "
         f"states {stated[1]}x{stated[0]}; "
         + ("the EXIF orientation of the photo may be the cause: " if is_transposed else "")
         + "annotate the image as it is now"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.csv_files import read_table
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.folder_layouts import (
@@ -89,13 +89,13 @@ def find_in_folder(root: Path, skip_unlabelled: bool = False) -> Found:
 def _find_in(root: Folder, skip_unlabelled: bool) -> Found:
     places = list(find_places(root))
     if len(places) == 1:
-        return _pair_all(places[0][1], [f"found in {shown(places[0][0])}"], skip_unlabelled)
+        return _pair_all(places[0][1], [f"found in {brief_path(places[0][0])}"], skip_unlabelled)
     inside = listed([f"{folder.path.name}/" for folder in root.folders])
     what = "has no folders like images/ and masks/ side by side in it"
     what += f" (the folders inside are {inside})" if inside else ""
     if places:
         what = f"has images and masks in several places: {listed([path for path, _ in places])}"
-    raise UserError(f"{shown(root.path)} {what}; choose two folders by --images and --masks")
+    raise UserError(f"{brief_path(root.path)} {what}; choose two folders by --images and --masks")
 
 
 def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Found:
@@ -109,25 +109,29 @@ def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Foun
     for number, cells in enumerate(read_table(file, ("image", "mask")), 2):
         if not any(cells.values()):
             continue
-        where = f"{shown(file)}, row {number}"
+        where = f"{brief_path(file)}, row {number}"
         image = _find_file(cells.get("image", ""), [images, file.parent], f"{where}: image")
         mask = _find_file(cells.get("mask", ""), [masks, file.parent], f"{where}: mask")
         value = cells.get("split", "").casefold()
         if value and value not in SPLIT_NAMES:
-            raise UserError(f"{where}: split is {shown(value)}, not train, val or test")
+            raise UserError(f"{where}: split is {brief_path(value)}, not train, val or test")
         split = SPLIT_NAMES.get(value)
         new = UnnamedExample(image, (), image.parent.name, split)
         row = rows.setdefault(str(image), new)
         if row.split != split:
-            raise UserError(f"{where}: {shown(image.name)} is in another split in an earlier row")
+            raise UserError(
+                f"{where}: {brief_path(image.name)} is in another split in an earlier row"
+            )
         if mask in row.masks:
             notes.append(f"left out row {number}, which repeats an earlier one")
         else:
             rows[str(image)] = row._replace(masks=(*row.masks, mask))
     if not rows:
-        raise UserError(f"{shown(file)} has no rows below its header")
+        raise UserError(f"{brief_path(file)} has no rows below its header")
     if len({row.split is None for row in rows.values()}) > 1:
-        raise UserError(f"{shown(file)}: some rows have a split and some have none; fill in all")
+        raise UserError(
+            f"{brief_path(file)}: some rows have a split and some have none; fill in all"
+        )
     return to_examples(list(rows.values()), notes, skip_unlabelled=False)
 
 
@@ -135,15 +139,15 @@ def _find_file(name: str, folders: list[Path | None], what: str) -> Path:
     """Return the file of this name in the first folder that has it, composed or decomposed."""
     suffix = PurePath(name).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
-        raise UserError(f"{what} is {shown(name) or 'empty'}; expected a file like name.png")
+        raise UserError(f"{what} is {brief_path(name) or 'empty'}; expected a file like name.png")
     for folder in filter(None, folders):
         for form in ("NFC", "NFD"):
             for spelled in (name, name.replace("\\", "/")):
                 path = folder / unicodedata.normalize(form, spelled)
                 if len(path.name) < 256 and path.is_file():  # is_file raises for longer names
                     return path
-    places = " or ".join(dict.fromkeys(shown(folder) for folder in folders if folder))
-    raise UserError(f"{what} {shown(name)} is not in {places}; check its path")
+    places = " or ".join(dict.fromkeys(brief_path(folder) for folder in folders if folder))
+    raise UserError(f"{what} {brief_path(name)} is not in {places}; check its path")
 
 
 def _divide(folder: Folder) -> Level:
@@ -159,7 +163,7 @@ def _divide(folder: Folder) -> Level:
     else:
         by_stem(folder)  # may raise a more precise error
         raise UserError(
-            f"{shown(folder.path)} was given for both images and masks, but names like "
+            f"{brief_path(folder.path)} was given for both images and masks, but names like "
             f"{listed(folder.files)} do not show which are the masks; move those into a folder of "
             f"their own, or {BY_TABLE}{annotation_hint(folder)}"
         )
@@ -176,7 +180,7 @@ def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
     """Pair the files of a level; images without masks are returned, too."""
     files, masks = by_stem(level.images), level.masks
     if not files:
-        raise UserError(f"no images in {shown(level.images.path)}{_inside(level.images)}")
+        raise UserError(f"no images in {brief_path(level.images.path)}{_inside(level.images)}")
     if not masks:
         groups = {}
     # Masks by the name of their image: those of one image's folder are its own, whatever they are
@@ -188,7 +192,7 @@ def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
     else:
         groups = {nfc(folder.path.name): folder.files for folder in masks.folders if folder.files}
     if masks and not groups and level.item is None:
-        raise UserError(f"no masks in {shown(masks.path)}{_inside(masks)}")
+        raise UserError(f"no masks in {brief_path(masks.path)}{_inside(masks)}")
 
     owners, note = match_names(list(files), list(groups))
     if groups and not owners:

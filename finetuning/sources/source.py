@@ -11,7 +11,7 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import ArgumentParser, listed, quoted
+from finetuning.basics.command_line import ArgumentParser, brief, listed
 from finetuning.basics.files import (
     DATASET_SHA256,
     DATASET_URL,
@@ -100,7 +100,7 @@ def find_annotated(
 ) -> Found:
     """Return the examples of an annotation tool's export, with notes on it."""
     read = read_annotations(file, images, class_names)
-    classes = ", ".join(f"{quoted(name)} {count}" for name, count in sorted(read.counts.items()))
+    classes = ", ".join(f"{brief(name)} {count}" for name, count in sorted(read.counts.items()))
     notes = [f"{read.format}: {sum(read.counts.values())} objects ({classes})"]
     notes += [f"left out {count} {what}" for what, count in read.left_out.items()]
     if read.unlabelled and not skip_unlabelled:
