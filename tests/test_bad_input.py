@@ -359,7 +359,7 @@ SAID_BEFORE_COPYING = {
     "mask is a folder": "1 of 2 images have no mask: pair_000.jpg",
     "heic": "1 of 3 images have no mask: a.heic",
     "no mask": "1 of 2 images have no mask: pair_000.jpg",
-    "no image": "to which images these masks belong: pair_000.png",
+    "no image": "which images these masks belong to: pair_000.png",
 }
 
 

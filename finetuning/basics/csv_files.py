@@ -26,6 +26,7 @@ def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
     for encoding in ("cp949", "utf-8-sig"):  # Excel in Korea saves CP949; UTF-8 wins if both fit
         with contextlib.suppress(UnicodeDecodeError):
             text = content.decode(encoding)
+    # The most frequent one in the header: some countries' spreadsheets separate by semicolons
     separator = max(",;\t", key=text.partition("\n")[0].count)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
@@ -57,6 +58,7 @@ def read_with_digest(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
     except (ValueError, csv.Error) as error:
         raise damaged from error
     is_table = header == [*columns, DIGEST_COLUMN] and all(len(row) == len(header) for row in rows)
+    # Each row repeats the digest of all rows, so that no row can be cut off unnoticed
     digests, rows = {row[-1] for row in rows if row}, [row[:-1] for row in rows]
     if not is_table or digests != {_digest(rows)}:
         raise damaged

@@ -113,7 +113,7 @@ def sum_over_all(values: list[float], device: torch.device) -> list[float]:
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
-    total = total.to(device if dist.get_backend() == "nccl" else "cpu")
+    total = total.to(device if dist.get_backend() == "nccl" else "cpu")  # nccl sums on GPUs only
     dist.all_reduce(total)
     return total.tolist()
 
@@ -121,5 +121,6 @@ def sum_over_all(values: list[float], device: torch.device) -> list[float]:
 def mean_over_all(values: dict[str, list[float]], device: torch.device) -> dict[str, float]:
     """Return the mean of each list of values over all processes; a process's may be empty."""
     sums = [float(sum(numbers)) for numbers in values.values()]
+    # One communication for all sums and the count
     *totals, count = sum_over_all([*sums, len(next(iter(values.values())))], device)
     return {name: total / count for name, total in zip(values, totals, strict=True)}

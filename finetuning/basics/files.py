@@ -121,7 +121,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else the renamed file may be empty after a power failure
         temporary.replace(path)
     except OSError as error:
         error.filename = str(path)  # the user does not know the temporary name
@@ -204,6 +204,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> No
 
 def _without_formula(cell: Any) -> Any:
     is_formula = isinstance(cell, str) and cell.startswith(FORMULA_STARTS)
+    # Negative numbers and the like stay numbers
     if is_formula and not re.fullmatch(r"[+-][\d.e+-]+", cell):
         return f"'{cell}"
     return cell
@@ -222,6 +223,7 @@ def download_file(url: str, destination: Path, sha256: str, by_hand: str) -> Non
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     print(f"Downloading {url}")
+    # torch.hub has no timeout of its own
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:

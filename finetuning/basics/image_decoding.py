@@ -77,6 +77,7 @@ def decode_image(path: Path, content: bytes, color: bool = False) -> np.ndarray:
         _require_known_channels(path, pages[0])
         content = with_one_upright_page(content, pages[0])
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH if color else cv2.IMREAD_UNCHANGED
+    # OpenCV would read a truncated JPEG without an error
     is_cut_off = content.startswith(JPEG_START) and _is_cut_off(content, image)
     values = None if is_cut_off else _imdecode(path, content, flags)
     if values is None and pages and color:
@@ -87,7 +88,7 @@ def decode_image(path: Path, content: bytes, color: bool = False) -> np.ndarray:
             require_heic_reader(path)
         raise UserError(f"{path} is not a readable image {_reason_and_remedy(content, pages)}")
 
-    if turn > 4:
+    if turn > 4:  # 5 to 8 are quarter turns
         values = cv2.transpose(values)
     return cv2.flip(values, FLIPS[turn]) if turn in FLIPS else values
 

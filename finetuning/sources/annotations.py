@@ -98,6 +98,7 @@ def read_annotations(
     if not folder.is_dir():
         shown = brief_path(folder)
         raise UserError(f"no such folder: {shown}; name that of the images with --images")
+    # Labelme files, and some COCO files, do not list their classes
     names = names | {name for entry in entries for name, _ in entry.objects}
     wanted = _wanted_classes(path, classes, names)
     return _assemble(path, kind, entries, wanted, _ImageFinder(folder))

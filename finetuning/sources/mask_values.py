@@ -77,7 +77,7 @@ class MaskReader:
             except InconsistentValues:
                 raise
             except UserError as error:
-                problem = error
+                problem = error  # perhaps a mask in another colour or gray value
         else:
             problem = None
         codes, values = read_codes(path, problem)
@@ -108,7 +108,7 @@ class MaskReader:
     def _each_value(self, path: Path) -> Iterator[np.ndarray]:
         codes, values = read_codes(path, None)
         for value in values:
-            if any(value) and value != self.rule.ignored:
+            if any(value) and value != self.rule.ignored:  # black is background
                 yield codes == to_code(value)
 
     def _parts(self, masks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -191,6 +191,7 @@ def read_codes(path: Path, problem: UserError | None) -> tuple[np.ndarray, list[
         raise problem or UserError(
             f"{path} does not hold exact values (a JPEG, or not 8 or 16 bits); save it as PNG"
         )
+    # A transparent part is background if it is exactly what is black; otherwise it is ambiguous
     if pixels.ndim == 3 and pixels.shape[2] == 4:
         is_clear = pixels[..., 3] == 0
         if is_clear.any() and (is_clear != ~pixels[..., :3].any(axis=2)).any():

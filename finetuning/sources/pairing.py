@@ -153,6 +153,7 @@ def _find_file(name: str, folders: list[Path | None], what: str) -> Path:
 def _divide(folder: Folder) -> Level:
     """Separate masks from images in one folder: by name, or as the files that are not JPEG."""
     files = {path: suffix_of(path) for path in folder.files}
+    # Masks are exact, so photos and masks in one folder are often JPEG and PNG
     files = {path: ".jpg" if kind in JPEG_SUFFIXES else kind for path, kind in files.items()}
     stems = [stem_of(path) for path in files]
     marked = marked_masks(stems) if len(set(stems)) == len(stems) else set()
@@ -272,6 +273,7 @@ def name_examples(unnamed: list[UnnamedExample]) -> list[SourceExample]:
     times, examples = Counter(stems), {}
     order = sorted(zip(stems, unnamed, strict=True), key=lambda pair: (pair[0], str(pair[1].image)))
     for (split, stem), example in order:
+        # The folder distinguishes equal names; a number, equal names in equal folders
         name = base = stem if times[split, stem] == 1 else f"{_safe(example.folder)}_{stem}"
         number = 1
         while (split, name) in examples or (name != stem and (split, name) in times):

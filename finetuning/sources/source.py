@@ -67,11 +67,12 @@ class Source:
     def check_apart(self, data: Path) -> None:
         """Raise UserError if the folder to fill contains a source folder, or lies in one.
 
-        It may contain an archive, as it does Kvasir-SEG's.
+        An archive may lie in it, as Kvasir-SEG's does, or be a folder around it.
         """
         for folder in filter(None, (self.images, self.masks, self.annotations)):
             if lies_in(folder, data):
                 raise UserError(f"{folder} is or lies inside {data}; use another --data folder")
+
         for folder in filter(None, (self.images, self.masks, self.archive)):
             if lies_in(data, folder) and (folder != self.archive or lies_in(folder, data)):
                 raise UserError(f"{data} is or lies inside {folder}; use another --data folder")
@@ -110,6 +111,7 @@ def find_annotated(
         )
     if read.unlabelled:
         notes.append(f"left out {len(read.unlabelled)} without an object")
+    # Only folders below the common one can be splits: all images may lie in a folder called train
     root = Path(os.path.commonpath([item.image.parent for item in read.images]))
     unnamed = []
     for item in read.images:  # in train/, valid/ and test/, as in YOLO's exports
@@ -135,7 +137,7 @@ def add_source_options(parser: ArgumentParser) -> None:
     source.add_argument("--images", type=Path, help="a folder of images")
     source.add_argument("--masks", type=Path, help="the folder of their masks")
     source.add_argument(
-        "--pairs", type=Path, help="a CSV file, image,mask, if names do not show what belongs where"
+        "--pairs", type=Path, help="a table with columns image,mask, if names do not match"
     )
     source.add_argument(
         "--annotations", type=Path, help="a COCO file, or a folder of YOLO or labelme files"
