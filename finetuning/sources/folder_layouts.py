@@ -194,7 +194,7 @@ def annotation_hint(folder: Folder) -> str:
     return "; use --annotations for COCO, YOLO and labelme files" if is_annotated else ""
 
 
-def left_out(levels: list[Level]) -> list[str]:
+def notes_on_unused(levels: list[Level]) -> list[str]:
     """Return notes on the files and folders that are not used."""
     folders = [folder for level in levels for folder in level[:2] if folder]
     others = [path for folder in folders for path in folder.others]

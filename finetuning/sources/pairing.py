@@ -21,7 +21,7 @@ from finetuning.sources.folder_layouts import (
     annotation_hint,
     by_stem,
     find_places,
-    left_out,
+    notes_on_unused,
     pair_levels,
     read_folder,
     stem_of,
@@ -174,7 +174,7 @@ def _divide(folder: Folder) -> Level:
 
 def _pair_all(levels: list[Level], notes: list[str], skip_unlabelled: bool) -> Found:
     unnamed = [example for level in levels for example in _pair(level, notes)]
-    return to_examples(unnamed, notes + left_out(levels), skip_unlabelled)
+    return to_examples(unnamed, notes + notes_on_unused(levels), skip_unlabelled)
 
 
 def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:

@@ -72,7 +72,6 @@ class Source:
         for folder in filter(None, (self.images, self.masks, self.annotations)):
             if lies_in(folder, data):
                 raise UserError(f"{folder} is or lies inside {data}; use another --data folder")
-
         for folder in filter(None, (self.images, self.masks, self.archive)):
             if lies_in(data, folder) and (folder != self.archive or lies_in(folder, data)):
                 raise UserError(f"{data} is or lies inside {folder}; use another --data folder")
