@@ -102,9 +102,8 @@ def member_problem(member: zipfile.ZipInfo) -> str | None:
         return f"is encrypted; {BY_HAND}"
     if len(plain.parts) > MAX_MEMBER_DEPTH or len(name) > MAX_PATH_LENGTH:
         return f"has folders nested too deep: {shown}; {BY_HAND}"
-    for path in (name, member.orig_filename):  # decoded, and as stored
-        if problem := path_problem(path):
-            return problem
+    if problem := path_problem(name):
+        return problem
 
     file_type = stat.S_IFMT(member.external_attr >> 16)  # 0 if the archive does not state it
     if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
