@@ -304,7 +304,7 @@ def test_the_next_click_looks_no_farther_than_what_is_wrong(monkeypatch):
         looked_at.append(mask.shape)
         return distance_inside(mask)
 
-    monkeypatch.setattr("finetuning.prompts.distance_inside", look)
+    monkeypatch.setattr("finetuning.model.prompts.distance_inside", look)
     for _ in range(200):  # of squares, many pixels are equally deep
         masks = np.zeros((2, *rng.integers(1, 40, 2)), bool)
         for mask in (masks[0], masks[1]) * 3:

@@ -55,7 +55,7 @@ def test_a_run_whose_output_no_disk_takes_says_so(run_script, monkeypatch):
 
 LONG_RUN = """
 import contextlib, os, signal
-from finetuning.command_line import run
+from finetuning.basics.command_line import run
 
 def main(argv):
     with open("result", "w") as file:
