@@ -1,6 +1,6 @@
-"""What everything here stands on: the environment, errors, devices, precision, IoU and Dice.
+"""The basis of all scripts: environment, errors, devices, precision, IoU and Dice.
 
-It is imported before torch, OpenCV, matplotlib and tqdm, which read the environment when they are.
+Import it before torch, OpenCV, matplotlib and tqdm: they read the environment on import.
 """
 
 from __future__ import annotations
@@ -11,50 +11,50 @@ import re
 import sys
 import warnings
 
-if sys.version_info < (3, 11):  # noqa: UP036, or hashlib.file_digest is missed late
+if sys.version_info < (3, 11):  # noqa: UP036, else hashlib.file_digest fails much later
     print("error: this is Python 3.10 or older; make a .venv with 3.11 or newer", file=sys.stderr)
     sys.exit(2)
 # Operators that MPS lacks run on the CPU.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-# A file of a few bytes may claim any size: OpenCV refuses what has more pixels, by its header. It
-# crashes at a limit that is no number of 64 bits.
+# A file of a few bytes can claim any size, so OpenCV refuses headers with more pixels than this.
+# OpenCV crashes if the limit does not fit in 64 bits.
 if not os.environ.get("SAM2_MAX_MEGAPIXELS", "").isdecimal():
-    os.environ["SAM2_MAX_MEGAPIXELS"] = "100"  # 4 GB in all, which a computer of 8 GB has
+    os.environ["SAM2_MAX_MEGAPIXELS"] = "100"  # needs 4 GB in all: fits a computer with 8 GB
 os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(
     min(int(os.environ["SAM2_MAX_MEGAPIXELS"]), 10**6) * 10**6
 )
-# These scripts say themselves what is wrong with a file.
+# The scripts report unreadable files themselves.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-# Notebooks name a drawing backend of their own, which matplotlib may not find from here.
+# Notebooks set their own drawing backend, which matplotlib may not find outside of them.
 if os.environ.get("MPLBACKEND", "").startswith("module://"):
     del os.environ["MPLBACKEND"]
-# Of the processes that torchrun starts, only the first shows progress.
+# With torchrun, only the first process shows progress bars.
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"
 
 import cv2
 import torch
 
-# SAM 2 scripts its image transform, which newer versions of torch advise against.
+# SAM 2 compiles its image transform with torch.jit.script, which newer torch versions deprecate.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
 
 MAX_MEGAPIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]) // 10**6  # of an image
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong and what to do."""
+    """A mistake that the user can fix: one line that says what is wrong and what to do."""
 
 
 class NotFiniteError(UserError):
-    """The model computes NaN or infinity: it has been spoilt, or the precision is too low."""
+    """The model computes NaN or infinity: its weights are broken, or the precision is too low."""
 
 
 def select_device(name: str = "auto", threads: int | None = None) -> torch.device:
     """Return the device called `name`: auto (MPS, else CUDA, else CPU), mps, cuda, cuda:N, cpu.
 
-    threads: of the CPU, for all that torch and OpenCV compute there from now on; None: as they are.
-    auto passes over a CUDA GPU that this PyTorch was not built for, and says so. Raises UserError
-    when a device that is named is unknown, absent, or such a GPU.
+    threads: the number of CPU threads of torch and OpenCV; None: unchanged. auto skips a CUDA GPU
+    that this PyTorch was not built for, with a warning. Raises UserError if a named device is
+    unknown, absent, or such a GPU.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -68,7 +68,7 @@ def select_device(name: str = "auto", threads: int | None = None) -> torch.devic
         device = torch.device(next(kind for kind, present in available.items() if present))
         if problem := _lack_of_kernels(device):
             if os.environ.get("RANK", "0") == "0":
-                print(f"warning: {problem}; until then the CPU computes, only slower")
+                print(f"warning: {problem}; until then the CPU is used, which is slower")
             return torch.device("cpu")
         return device
     try:
@@ -82,17 +82,17 @@ def select_device(name: str = "auto", threads: int | None = None) -> torch.devic
         present = ", ".join(kind for kind, is_present in available.items() if is_present)
         raise UserError(f"--device {name} is not available here; use one of: auto, {present}")
     if device.index:
-        torch.cuda.set_device(device)  # or what names no GPU takes memory of the first one
+        torch.cuda.set_device(device)  # else calls without a device use memory of the first GPU
     if problem := _lack_of_kernels(device):
         raise UserError(f"--device {name}: {problem}, or use --device cpu")
     return device
 
 
 def _lack_of_kernels(device: torch.device) -> str | None:
-    """Say that this PyTorch cannot compute on a CUDA GPU, and what to do; None where it can.
+    """Return why this PyTorch cannot compute on a CUDA GPU, and what to do; None if it can.
 
-    Kernels for sm_XY run on GPUs of capability X.Y and later ones of the same X. compute_XY is PTX,
-    which the driver compiles for X.Y and all later ones.
+    Kernels for sm_XY run on GPUs of capability X.Y and later with the same X. compute_XY is PTX,
+    which the driver compiles for X.Y and everything later.
     """
     if device.type != "cuda":
         return None
@@ -100,9 +100,9 @@ def _lack_of_kernels(device: torch.device) -> str | None:
         re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch) for arch in torch.cuda.get_arch_list()
     ]
     built_for = [(name[1], (int(name[2]), int(name[3]))) for name in names if name]
-    if not built_for:  # as for ROCm, whose names are others
+    if not built_for:  # ROCm, for example, names its architectures differently
         return None
-    with warnings.catch_warnings(action="ignore"):  # torch says it as well, in many lines
+    with warnings.catch_warnings(action="ignore"):  # torch warns of the same, in many lines
         capability = torch.cuda.get_device_capability(device)
     for kind, first in built_for:
         if first <= capability and (kind == "compute" or first[0] == capability[0]):
@@ -117,9 +117,9 @@ def _lack_of_kernels(device: torch.device) -> str | None:
 def select_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in: `name` is auto, float32, bfloat16 or float16.
 
-    auto is bfloat16 where the hardware multiplies it (GPUs and CPUs), else float16 on CUDA, and
-    float32 on MPS, on other CPUs, and on GTX 16xx cards, whose float16 gives NaN (pytorch issue
-    77955). Raises UserError for one that the device cannot train in.
+    auto is bfloat16 if the GPU or CPU multiplies it in hardware; otherwise float16 on CUDA, and
+    float32 on MPS, other CPUs and GTX 16xx cards, whose float16 gives NaN (pytorch issue 77955).
+    Raises UserError for a precision that the device cannot train in.
     """
     if name == "auto":
         if device.type == "cpu" and cpu_has_bfloat16():
@@ -141,17 +141,17 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Say whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every PyTorch
-    return any(getattr(torch.cpu, question, bool)() for question in questions)
+    """Return whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # missing in some versions
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
     """Return the context in which SAM 2's components compute in `precision`.
 
-    Weights are cast anew at each use. Kept casts, torch's default, would be without gradients once
-    a forward under no_grad has made them: until torch 2.10 what follows it in the same context
-    then learns next to nothing (pytorch issue 112583).
+    Weights are cast at each use. Torch caches casts by default; a forward pass under no_grad
+    caches them without gradients, so until torch 2.10 later passes in the same context learn next
+    to nothing (pytorch issue 112583).
     """
     if precision == torch.float32:
         return contextlib.nullcontext()
@@ -159,9 +159,9 @@ def autocast(device: torch.device, precision: torch.dtype) -> contextlib.Abstrac
 
 
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor to a device, without waiting where that is safe: from pinned memory to CUDA.
+    """Copy a tensor to a device, asynchronously where that is safe: from pinned memory to CUDA.
 
-    MPS would read a source that may be freed by then (pytorch issue 139550).
+    MPS may read the source after it has been freed (pytorch issue 139550).
     """
     return tensor.to(device, non_blocking=device.type == "cuda" and tensor.is_pinned())
 

@@ -36,9 +36,9 @@ from finetuning.basics.command_line import (
     ArgumentParser,
     add_device_option,
     add_precision_option,
+    brief,
     one_line,
     parse_range,
-    quoted,
     run,
     tell,
 )
@@ -165,7 +165,7 @@ def print_tally(tally: Tally, table: Path) -> None:
     if table.is_file():
         tell(f"results: {table}, and files beside it")
     if tally.failed:
-        names = ", ".join(map(quoted, tally.failed[:3])) + ", ..." * (len(tally.failed) > 3)
+        names = ", ".join(map(brief, tally.failed[:3])) + ", ..." * (len(tally.failed) > 3)
         message = f"{len(tally.failed)} image(s) failed: {names}; {one_line(table)} says why"
         print(f"error: {message}; fix them and run this again", file=sys.stderr)
         raise SystemExit(1)

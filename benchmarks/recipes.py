@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
-from finetuning.basics.files import as_it_was, write_csv
+from finetuning.basics.files import without_apostrophe, write_csv
 from finetuning.basics.pictures import save_figure
 from finetuning.dataset.objects import count_objects, read_objects
 from finetuning.dataset.pairs import Pair, split_pairs
@@ -247,7 +247,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         table = csv.DictReader(file)
         if tuple(table.fieldnames or ()) != RUN_COLUMNS:
             raise UserError(f"{path} has other columns; use another --output")
-        return [{column: as_it_was(cell) for column, cell in row.items()} for row in table]
+        return [{column: without_apostrophe(cell) for column, cell in row.items()} for row in table]
 
 
 def choose_learning_rates(names: list[str], epochs: int, bench: Bench) -> dict[str, Recipe]:

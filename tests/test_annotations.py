@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief
 from finetuning.basics.image_files import write_image
 from finetuning.sources.annotations import AnnotatedImage, Annotations, read_annotations
 
@@ -514,7 +514,7 @@ def test_other_formats_are_told_how_to_be_exported(tmp_path):
     ],
 )
 def test_a_name_is_quoted_in_one_line(name, text):
-    assert quoted(name) == text and text.isprintable()
+    assert brief(name) == text and text.isprintable()
 
 
 RING = coco_mask.encode(np.asfortranarray(ring(), np.uint8))["counts"].decode()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from conftest import snapshot, write_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from download_dataset import main
-from finetuning.sources.archives import NAME_IS_UTF8, decode_name
+from finetuning.sources.archives import NAME_IS_UTF8, decode_name, path_problem
 
 NFC, NFD = "용종", unicodedata.normalize("NFD", "용종")
 
@@ -124,6 +126,18 @@ def test_a_name_of_no_such_encoding_stays_as_the_zip_standard_has_it():
     for name in ("café.jpg", "½.png", "plain.png"):
         member = zipfile.ZipInfo(name)
         assert decode_name(member) == name
+
+
+@given(
+    st.lists(st.sampled_from([*b"aC./\\:\0", *"용".encode("cp949"), *NFD.encode()])).map(bytes),
+    st.sampled_from([0, NAME_IS_UTF8]),
+)
+@settings(max_examples=1000, deadline=None)
+def test_no_encoding_hides_a_bad_path(content, flags):
+    name = content.decode("utf-8", "replace") if flags else content.decode("cp437")
+    member = zipfile.ZipInfo(name)
+    member.flag_bits = flags
+    assert path_problem(decode_name(member)) or not path_problem(name)
 
 
 BAD_MEMBERS = {

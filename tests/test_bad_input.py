@@ -333,7 +333,7 @@ def test_16_bits_are_stretched_to_8(tmp_path, suffix):
 @pytest.mark.parametrize("values", [(0, np.nan), (0, 300), (-1, 1), (300, 70_000)])
 def test_a_mask_with_values_beyond_8_and_16_bits_is_refused(tmp_path, values):
     (tmp_path / "mask.tif").write_bytes(encode(".tif", np.array([values] * 9, np.float32)))
-    with pytest.raises(UserError, match=r"mask\.tif holds values that are not 0 to 255"):
+    with pytest.raises(UserError, match=r"mask\.tif holds values outside 0 to 255"):
         read_mask(tmp_path / "mask.tif")
 
 
@@ -355,11 +355,11 @@ BAD_PAIRS = {
 
 # Where download_dataset.py, which could do more with such files, says more
 SAID_BEFORE_COPYING = {
-    "label map": "pair_000.png has 7 values or colours beside black (a label map",
+    "label map": "pair_000.png has 7 values or colours besides black (a label map",
     "mask is a folder": "1 of 2 images have no mask: pair_000.jpg",
     "heic": "1 of 3 images have no mask: a.heic",
     "no mask": "1 of 2 images have no mask: pair_000.jpg",
-    "no image": "to which images these masks belong: pair_000.png",
+    "no image": "which images these masks belong to: pair_000.png",
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, features
 
 from finetuning.basics import image_decoding
-from finetuning.basics.image_decoding import decode, orientation
+from finetuning.basics.image_decoding import decode_image, orientation
 from finetuning.basics.image_files import read_image, read_mask, read_values, require_equal_sizes
 from finetuning.basics.tiff import tiff_directories
 
@@ -94,7 +94,7 @@ LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
 FORMATS = {**LOSSLESS, "JPEG": {"quality": 95}}
 if features.check("avif") and cv2.haveImageWriter("a.avif"):
     FORMATS["AVIF"] = {"quality": 95}
-if "HEIF" in image_decoding.FORMATS:
+if "HEIF" in image_decoding.PILLOW_FORMATS:
     FORMATS["HEIF"] = {"quality": 95}
 
 
@@ -126,11 +126,11 @@ def test_a_tiff_of_any_values_is_decoded_as_stored_and_upright_once(dtype, chann
     stored = RNG.integers(0, 100, (6, 8, *channels)).astype(dtype)
     for turn in (1, 3, 6, 7):
         content = tiff(stored, tags={274: turn}, order=order, is_big=is_big)
-        values = decode(Path("a.tif"), content)
+        values = decode_image(Path("a.tif"), content)
         expected = stored if turn < 5 else stored.swapaxes(0, 1)
         flip = {1: np.s_[:, :], 3: np.s_[::-1, ::-1], 6: np.s_[:, ::-1], 7: np.s_[::-1, ::-1]}
         assert values.dtype == stored.dtype and np.array_equal(values, expected[flip[turn]])
-        colour = decode(Path("a.tif"), content, color=True)
+        colour = decode_image(Path("a.tif"), content, color=True)
         if colour.ndim == 3:
             assert np.array_equal(colour[..., 2], values if values.ndim == 2 else values[..., 2])
 

@@ -448,7 +448,7 @@ BAD_NAMES = {
     "Kvasir-SEG/images/pair_000.jpg": "two members called 'Kvasir-SEG/images/pair_000.jpg'",
     "Kvasir-SEG/images/pair_000.png": "the same name but for the suffix",
     "Kvasir-SEG/images/lonely.jpg": "1 of 4 images have no mask: lonely.jpg",
-    "Kvasir-SEG/masks/extra.png": "to which images these masks belong: extra.png",
+    "Kvasir-SEG/masks/extra.png": "which images these masks belong to: extra.png",
 }
 
 

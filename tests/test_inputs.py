@@ -99,7 +99,7 @@ def test_one_value_means_one_thing_in_a_data_set(run_script, tmp_path):
     write_set(lambda index, mask: mask.astype(np.uint8) * (3 if index < 2 else 5))
     outcome = run_script(main, *OPTIONS)
     assert outcome.status == 2 and not Path("data/images").exists()
-    assert "a2.png has 5 beside black" in outcome.err and "a0.png has 3" in outcome.err
+    assert "a2.png has 5 besides black" in outcome.err and "a0.png has 3" in outcome.err
     assert ".partial" not in outcome.err
     outcome = run_script(main, *OPTIONS, "--mask-value", 5)
     assert outcome.status == 0, outcome.err
@@ -131,7 +131,7 @@ def test_of_several_colours_one_is_chosen(run_script, tmp_path):
     outcome = run_script(main, *OPTIONS)
     assert outcome.status == 2
     assert (
-        "2 values or colours beside black (a label map, or classes?): 48,112,32; 200,10,10;"
+        "2 values or colours besides black (a label map, or classes?): 48,112,32; 200,10,10;"
         in outcome.err
     )
     assert '--mask-value "48,112,32"' in outcome.err

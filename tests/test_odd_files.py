@@ -19,7 +19,7 @@ import download_dataset
 import test_my_image
 import train_sam2_proper
 from finetuning.basics.csv_files import read_table
-from finetuning.basics.files import LARGEST, content_sha256, lies_in, read_file, require_file
+from finetuning.basics.files import MAX_FILE_BYTES, content_sha256, lies_in, read_file, require_file
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.basics.run_outputs import read_runs
 from finetuning.dataset.pairs import files_by_stem
@@ -135,7 +135,7 @@ def test_an_image_of_a_folder_that_is_no_file_fails_by_its_name(tmp_path):
 @pytest.mark.parametrize("kind", ["image", "mask", "table", "annotations", "file of a data folder"])
 def test_a_file_too_large_for_the_memory_is_not_read(tmp_path, kind):
     suffix = ".json" if kind == "annotations" else ".png"
-    path = sparse(tmp_path / f"large{suffix}", LARGEST + 1)
+    path = sparse(tmp_path / f"large{suffix}", MAX_FILE_BYTES + 1)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"has 1 GB, more than .* GB; .*SAM2_MAX_MEGAPIXELS to m"):
         READERS[kind](path)
@@ -146,7 +146,7 @@ def test_a_file_too_large_for_the_memory_is_not_read(tmp_path, kind):
 
 def test_a_mask_too_large_is_refused_before_any_pair_is_copied(refuse, tmp_path):
     write_pairs(tmp_path, 2)
-    sparse(tmp_path / "masks/pair_001.png", LARGEST + 1)
+    sparse(tmp_path / "masks/pair_001.png", MAX_FILE_BYTES + 1)
     refuse(DOWNLOAD, "--images=images", "--masks=masks", "--data=new", says="pair_001.png has 1 GB")
 
 
@@ -172,9 +172,9 @@ def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
 
 def test_a_file_as_large_as_allowed_is_read(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
-    assert read_file(tmp_path / "a", largest=5) == b"12345"
+    assert read_file(tmp_path / "a", max_bytes=5) == b"12345"
     with pytest.raises(UserError, match="more than"):
-        read_file(tmp_path / "a", largest=4)
+        read_file(tmp_path / "a", max_bytes=4)
 
 
 # Folders

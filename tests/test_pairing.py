@@ -70,7 +70,7 @@ def refusal(find, *arguments, **options) -> str:
          "b_1_8_leftImg8bit b_1_8_gtFine_labelIds.png, b_2_8_leftImg8bit b_2_8_gtFine_labelIds.png",
          "gtFine"),
         ("id1.png id2.png", "id1_0.png id1_10.png id1_9.png id2_0.png",
-         "id1 id1_0.png id1_9.png id1_10.png, id2 id2_0.png", "1 to 3 masks an image"),
+         "id1 id1_0.png id1_9.png id1_10.png, id2 id2_0.png", "1 to 3 masks per image"),
         ("a.png b.png", "a_mask.png a_mask_1.png a_mask_2.png b_mask.png",
          "a a_mask.png a_mask_1.png a_mask_2.png, b b_mask.png", "NAME_mask and a number"),
         ("p_1.png p_2.png", "m_1-0.png m_1-1.png m_2-0.png",
@@ -122,7 +122,7 @@ def test_a_stray_mask_among_many_is_named(tmp_path):
     images = " ".join(f"x{i}.jpg" for i in numbers)
     masks = " ".join(f"x{i}_mask.png" for i in numbers) + " overview.png"
     error = refusal(find_examples, *two_folders(tmp_path, images, masks))
-    assert "belong: overview.png; " in error
+    assert "belong to: overview.png; " in error
 
 
 def test_images_without_masks_are_named_or_left_out(tmp_path):
@@ -132,7 +132,7 @@ def test_images_without_masks_are_named_or_left_out(tmp_path):
     assert "--skip-unlabelled" in error and "--pairs FILE.csv (image,mask)" in error
     found = find_examples(*folders, skip_unlabelled=True)
     assert [example.name for example in found.examples] == ["a", "b", "c"]
-    assert "1 image without a mask left out" in found.notes
+    assert "left out 1 image without a mask" in found.notes
 
 
 numbers = st.integers(0, 200)
@@ -256,7 +256,7 @@ def test_without_a_ready_val_only_test_stays_apart(tmp_path):
     write_split(tmp_path, "{kind}/{split}", "train", "test")
     found = find_examples(tmp_path / "images", tmp_path / "masks")
     assert described(found) == ["a a.png", "test a a.png"]
-    assert "there is no val: it will be drawn from train" in found.notes
+    assert "no val: it will be split off from train" in found.notes
 
 
 def test_a_split_on_one_side_only_is_refused(tmp_path):
@@ -331,7 +331,7 @@ def test_folders_inside_are_said_where_files_are_expected(tmp_path):
     assert "there are folders inside: ward 1/, ward 2/" in error
     touch(tmp_path, "images/a.jpg")
     found = find_examples(tmp_path / "images", tmp_path / "masks")
-    assert found.notes == ["folders inside left out: ward 1/, ward 2/"]
+    assert found.notes == ["left out folders: ward 1/, ward 2/"]
 
 
 def test_masks_in_a_folder_among_the_images_are_not_left_out(tmp_path):
@@ -341,7 +341,7 @@ def test_masks_in_a_folder_among_the_images_are_not_left_out(tmp_path):
 
 def test_files_of_other_kinds_are_counted_and_hidden_ones_are_not(tmp_path):
     folders = two_folders(tmp_path, "a.png b.npy .DS_Store Thumbs.db", "a.png b.npy desktop.ini")
-    assert find_examples(*folders).notes == ["2 files of other kinds left out: .npy"]
+    assert find_examples(*folders).notes == ["left out 2 files of other kinds: .npy"]
     touch(tmp_path, "images/IMG_1.HEIC")
     assert "have no mask: IMG_1.HEIC" in refusal(find_examples, *folders)
 
@@ -433,4 +433,5 @@ def test_tables_of_no_use_are_refused(tmp_path):
     table = write_table(tmp_path, "image,mask\nimages/a.jpg,masks/1.png\n" * 2)
     assert "row 3" in refusal(read_pairs_file, table, None, None)  # a second header
     table = write_table(tmp_path, "image,mask\n" + "images/a.jpg,masks/1.png\n" * 2)
-    assert read_pairs_file(table, None, None).notes == ["row 3 repeats an earlier one: left out"]
+    found = read_pairs_file(table, None, None)
+    assert found.notes == ["left out row 3, which repeats an earlier one"]

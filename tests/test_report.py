@@ -19,10 +19,11 @@ from conftest import CPU, write_blank, write_data
 
 import compare_models
 from compare_models import main
+from finetuning.basics.csv_files import write_with_digest
 from finetuning.basics.files import DATASET_URL
 from finetuning.basics.image_files import write_image
 from finetuning.basics.language import KOREAN, parse_language, use_language
-from finetuning.basics.run_outputs import RUNS_FILE
+from finetuning.basics.run_outputs import RUN_COLUMNS, RUNS_FILE
 from finetuning.comparison.clicks import clicks_table
 from finetuning.comparison.figures import Picture
 from finetuning.comparison.report import (
@@ -179,8 +180,8 @@ def test_images_of_one_group_are_drawn_together():
 
 def test_trainings_with_other_seeds_are_summed_up_in_a_line(tmp_path):
     path = tmp_path / RUNS_FILE
-    rows = "run,seed,best_val_iou,last_val_iou\n1,42,0.59,0.58\n2,43,0.60,0.60\n3,44,0.61,0.59\n"
-    path.write_text(rows, encoding="utf-8-sig")
+    rows = [(1, 42, 0.59, 0.58), (2, 43, 0.6, 0.6), (3, 44, 0.61, 0.59)]
+    write_with_digest(path, RUN_COLUMNS, rows)
     assert runs_sentence(path) == (
         "3 training runs with different seeds: val IoU best 0.6000 ± 0.0100 (0.5900 to 0.6100), "
         "last 0.5900 ± 0.0100; the 95% interval over images does not include this spread"
@@ -189,17 +190,17 @@ def test_trainings_with_other_seeds_are_summed_up_in_a_line(tmp_path):
     assert len(summarize(SOME, "val", UNSEEN, runs_file=tmp_path / "absent.csv").sentences) == 3
 
 
+def assert_left_out(runs_file: Path) -> None:
+    sentence = summarize(SOME, "val", UNSEEN, runs_file=runs_file).sentences[3]
+    assert sentence.startswith("warning: ") and "it is left out" in sentence
+    assert sentence.isprintable()
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"", b"\x00\xff\xfe", b"a,b\n1,2\n", b"run,seed,best_val_iou,last_val_iou\n",
-        b"run,seed,best_val_iou,last_val_iou\n1,42,0.5,0.5\n",
-        b"run,seed,best_val_iou,last_val_iou\n1,42,0.5\n2,43,0.5,0.5\n",
-        b"run,seed,best_val_iou,last_val_iou\n1,42,0.5,0.5,9\n2,43,0.5,0.5\n",
-        b"run,seed,best_val_iou,last_val_iou\n1,42,nan,0.5\n2,43,0.5,0.5\n",
-        b"run,seed,best_val_iou,last_val_iou\n1,42,inf,0.5\n2,43,0.5,0.5\n",
-        b"run,seed,best_val_iou,last_val_iou\n1,42,59.1,0.5\n2,43,0.5,0.5\n",
-        b"run,seed,best_val_iou,last_val_iou\n1,42,x,0.5\n2,43,0.5,0.5\n",
+        b"run,seed,best_val_iou,last_val_iou\n1,42,0.5,0.5\n2,43,0.5,0.5\n",
         b'run,seed,best_val_iou,last_val_iou\n1,42,0.5,"' + b"x" * 200_000 + b'"\n',
     ],
 )  # fmt: skip

@@ -1,14 +1,14 @@
-"""What every room needs: the command line, safe files, images, processes.
+"""What all other folders need: the command line, safe files, images, processes.
 
-command_line: options, one-line errors, exit status, texts fit for a console
-csv_files: tables: those of people, and our own that are read again
+command_line: options, one-line errors, exit status, text that is safe to print
+csv_files: users' tables, and our own with a checksum
 distributed: several GPUs or machines
-files: files read and written safely, locked folders, downloads
-image_decoding: image files of every format to pixel values
-image_files: images and masks, read as 8 bits and written
+files: reading and writing files safely, locked folders, downloads
+image_decoding: pixel values of image files of every format
+image_files: reading images and masks as 8 bits, and writing them
 language: English and Korean
 pictures: the colours of all pictures; saving a figure
-run_outputs: the names of a training's files, and the table of several runs
-threads: many files read at the same time, in threads
-tiff: the directories of TIFF and EXIF
+run_outputs: the names of a training run's files, and the table of repeated runs
+threads: reading many files at once
+tiff: the directories of TIFF and EXIF data
 """

@@ -1,4 +1,4 @@
-"""How the scripts talk to the user: options, one-line errors, exit status."""
+"""The command line: options, one-line errors, exit status, text that is safe to print."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any, NoReturn, TextIO
 
 from sam2_utils import UserError
 
-# What the errors of torch say when memory runs out, on GPUs and on CPUs.
+# Parts of torch's error messages when memory runs out, on GPUs and CPUs
 MEMORY_ERRORS = ("out of memory", "allocate memory", "not enough memory", "out of shared memory")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with this project's one-line errors and with the defaults shown by --help."""
+    """An argument parser with one-line errors that shows defaults in --help."""
 
     def __init__(self, docstring: str) -> None:
-        """Take the script's docstring, commands included, as the text of --help."""
+        """Use the script's docstring, including its commands, as the text of --help."""
         super().__init__(
             description=docstring,
             formatter_class=_HelpFormatter,
@@ -34,7 +34,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args_with_demo(
         self, argv: list[str] | None, **demo_defaults: Any
     ) -> argparse.Namespace:
-        """Parse the options; with --demo among them, these are the defaults."""
+        """Parse the options; with --demo, use these defaults."""
 
         def choose(typed: argparse.Namespace) -> dict[str, Any]:
             return demo_defaults if typed.demo else {}
@@ -47,10 +47,10 @@ class ArgumentParser(argparse.ArgumentParser):
         names: Iterable[str],
         choose: Callable[[argparse.Namespace], dict[str, Any]],
     ) -> argparse.Namespace:
-        """Parse the options, of which those in `names` have defaults that depend on others.
+        """Parse options where the defaults of those in `names` depend on other options.
 
-        choose: returns such defaults, given the options; what is neither typed nor among them is
-        the option's own default. While it looks, what was not typed is None.
+        choose: returns such defaults, by name, given the options, where those not typed are None.
+        An option in `names` that it leaves out gets its own default.
         """
         args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
         chosen = choose(args)
@@ -65,12 +65,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """Show a default only where there is one to show."""
+        """Leave out the defaults None, False and empty."""
         return super()._get_help_string(action) if action.default else action.help
 
 
 def plain_number(text: str, kind: type = float) -> Any:
-    """Return the float or int in a text; underscores, which Python allows, raise ValueError."""
+    """Parse a float or int; raise ValueError also for underscores, which Python allows."""
     if "_" in text:
         raise ValueError(text)
     return kind(text)
@@ -87,7 +87,7 @@ def number(
     def parse(text: str) -> Any:
         try:
             value = plain_number(text, kind)
-            is_finite = math.isfinite(value)  # an OverflowError where it is beyond all floats
+            is_finite = math.isfinite(value)  # OverflowError if an int exceeds every float
         except (ValueError, OverflowError):
             is_finite = False
         if not (is_finite and value >= at_least and above < value < below):
@@ -101,7 +101,7 @@ seed = number(int, at_least=0, below=2**63)
 
 
 def parse_numbers(text: str, count: int, example: str, what: str = "pixels") -> tuple[float, ...]:
-    """Parse `count` numbers, separated by commas, that a picture's pixels may have."""
+    """Parse `count` comma-separated numbers within the range of pixel coordinates or values."""
     try:
         numbers = tuple(plain_number(part) for part in text.split(","))
     except ValueError:
@@ -112,49 +112,62 @@ def parse_numbers(text: str, count: int, example: str, what: str = "pixels") -> 
 
 
 def parse_range(text: str) -> tuple[float, ...]:
-    """Parse "low,high", of pixel values, as an argparse type."""
+    """Parse a range of pixel values, "low,high", as an argparse type."""
     low, high = limits = parse_numbers(text, 2, "0,4095", "pixel values")
     if low >= high:
-        raise argparse.ArgumentTypeError(f'"{text}" is empty or turned round: low<high')
+        raise argparse.ArgumentTypeError(f'"{text}" must have low<high')
     return limits
 
 
-def quoted(name: object, limit: int = 100) -> str:
-    """Return a name fit for one line of a message: as is where printable, else its repr.
+def brief(name: object, limit: int = 100) -> str:
+    """Fit a name or value into one line of a message: its repr unless printable, cut at the end.
 
-    Control and bidirectional characters are not printable. More than `limit` characters are cut.
+    Control and bidirectional characters are not printable. limit: the number of characters.
     """
     text = str(name) if isinstance(name, str | PurePath) else repr(name)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def brief_path(name: Path | str) -> str:
+    """Like `brief`, but keep the last 200 characters: a path ends with the file's name."""
+    name = str(name) if len(str(name)) <= 200 else f"...{str(name)[-200:]}"
+    return name if name.isprintable() else repr(name)
+
+
+def listed(files: Iterable[Path | str], count: int = 3) -> str:
+    """Return up to `count` file names on one line, and how many more there are."""
+    names = [brief_path(file if isinstance(file, str) else file.name) for file in files]
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
 def one_line(text: object) -> str:
-    """Return a text fit for one line: names of files in it may hold anything, which is escaped."""
+    """Escape a text's unprintable characters, which file names in it may contain."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 def tell(text: str) -> None:
-    """Print a line in which names may hold escape sequences and ends of lines."""
+    """Print one line; escape sequences and line breaks in file names are escaped."""
     print(one_line(text))
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
-    """Run a script's main(argv); end with one line instead of a traceback where it fails.
+    """Run a script's main(argv); if it fails, print one line instead of a traceback.
 
     Exit status: 2 for a user's mistake, 130 for Ctrl-C.
     """
     _outlive_readers()
     try:
         main(argv)
-        sys.stdout.flush()  # while an error, as of a full disk, still has its one line
+        sys.stdout.flush()  # here an error, such as a full disk, still gets its one line
     except UserError as error:
         _fail(str(error))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; check the path, its permissions and the disk")
     except (MemoryError, RuntimeError) as error:
-        if str(error).startswith("Symlink loop"):  # of Path.resolve, until Python 3.12
+        if str(error).startswith("Symlink loop"):  # from Path.resolve, until Python 3.12
             _fail(f"{error}; remove that link, or name another folder")
         if not is_memory_error(error):
             raise
@@ -168,40 +181,40 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 
 
 def _outlive_readers() -> None:
-    """Let a run go on to its end when its terminal or pipe is closed, before it or in the middle.
+    """Keep running when the terminal or pipe is closed, before the start or later.
 
-    What is printed is then lost; hours of training are not.
+    Output is then lost, but hours of training are not.
     """
-    if hasattr(signal, "SIGHUP"):  # which a closed terminal sends; Windows has none
+    if hasattr(signal, "SIGHUP"):  # a closing terminal sends it, except on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # and no file of the user is to get its number
+        if getattr(sys, name) is None:  # else a file opened later could get this stream's number
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):  # a cp949 or ASCII console must not crash a script
+        if hasattr(stream, "reconfigure"):  # a cp949 or ASCII console lacks some characters
             stream.reconfigure(errors="backslashreplace")
-        if "write" not in vars(stream):  # else it is run again
+        if "write" not in vars(stream):  # not wrapped by an earlier call
             stream.write = functools.partial(_unless_gone, stream, stream.write)
             stream.flush = functools.partial(_unless_gone, stream, stream.flush)
 
 
 def _unless_gone(stream: TextIO, method: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a method of a stream; once it fails, what is written is lost.
+    """Call a method of a stream; discard all output once it fails.
 
-    That its reader has gone is no error.
+    A reader that has gone is not an error.
     """
     try:
         return method(*arguments)
     except OSError as error:
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())  # what is still in buffers, too
-        # Of a pipe: EPIPE, on Windows EINVAL; of a terminal: EIO
+            os.dup2(nowhere.fileno(), stream.fileno())  # buffered output goes there, too
+        # A closed pipe gives EPIPE, on Windows EINVAL; a closed terminal gives EIO
         if not isinstance(error, ConnectionError) and error.errno not in (errno.EINVAL, errno.EIO):
             raise
 
 
 def is_memory_error(error: Exception) -> bool:
-    """Say whether memory ran out, on the GPU or on the CPU; torch raises RuntimeError for it."""
+    """Return whether GPU or CPU memory ran out, for which torch raises RuntimeError."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY_ERRORS)
 
 
@@ -217,40 +230,23 @@ def add_device_option(parser: argparse._ActionsContainer) -> None:
         "--threads",
         type=number(int, at_least=1),
         metavar="N",
-        help="of the CPU (default: one a core); runs at the same time are faster with a share each",
+        help="CPU threads (default: one per core); share the cores among simultaneous runs",
     )
 
 
 def add_precision_option(parser: argparse._ActionsContainer, auto: str) -> None:
-    """Add --precision, for select_precision; `auto` says what its default means."""
+    """Add --precision, for select_precision; `auto` is the help text about its default."""
     choices = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--precision", choices=choices, default="auto", help=auto)
 
 
 def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # macOS decomposes 한글 in file names
-
-
-def listed(files: Iterable[Path | str]) -> str:
-    """Name up to three files, on one line."""
-    names = [shown(file if isinstance(file, str) else file.name) for file in files]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def shown(name: Path | str) -> str:
-    """Return a name or path fit for one line of a message."""
-    name = str(name) if len(str(name)) <= 200 else f"...{str(name)[-200:]}"
-    return name if name.isprintable() else repr(name)
-
-
-def normal(name: str) -> str:
-    """Return a name as it compares with others."""
-    return unicodedata.normalize("NFC", name)  # macOS decomposes 한글 in file names
+    """Return a name in composed characters (NFC); macOS decomposes 한글 in file names."""
+    return unicodedata.normalize("NFC", name)
 
 
 def can_print(text: str) -> bool:
-    """Say whether the encoding of standard output has a text's characters."""
+    """Return whether the encoding of standard output has all characters of a text."""
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

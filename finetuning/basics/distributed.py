@@ -1,4 +1,4 @@
-"""Training on several GPUs or machines with torchrun; without torchrun, one process does it all.
+"""Training on several GPUs or machines with torchrun; without torchrun, in one process.
 
 torchrun --nproc_per_node=2 train_sam2_proper.py --batch-size 8
 """
@@ -18,13 +18,13 @@ from sam2_utils import UserError
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(hours=6)  # others wait while rank 0 validates, or the slowest encodes
+TIMEOUT = timedelta(hours=6)  # processes wait while rank 0 validates or the slowest one encodes
 
 T = TypeVar("T")
 
 
 def rank() -> int:
-    """Return the number of this process; 0 is the one that validates, saves and prints."""
+    """Return this process's number; process 0 validates, saves and prints."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -34,10 +34,10 @@ def world_size() -> int:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return the device of this process: a GPU of its own, or the CPU, which all share.
+    """Return this process's device: its own GPU, or the shared CPU.
 
-    A Mac's GPU cannot be shared by processes, nor do they have a way to add up what is on it.
-    Raises UserError where there are more processes than GPUs.
+    Processes cannot share a Mac's GPU, and no backend sums tensors across processes on it.
+    Raises UserError if there are more processes than GPUs.
     """
     if world_size() == 1 or device.type == "cpu":
         return device
@@ -54,7 +54,7 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes, if torchrun has started any; only rank 0 prints."""
+    """Connect the processes that torchrun started, if any; only rank 0 prints."""
     if world_size() == 1:
         yield
         return
@@ -69,23 +69,23 @@ def process_group(device: torch.device) -> Iterator[None]:
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
             sys.stdout = printed if rank() == 0 else nowhere
             yield
-            wait_for_all()  # with torch 2.6 one that leaves before the others may wait forever
+            wait_for_all()  # in torch 2.6, a process that leaves early may hang
     finally:
         sys.stdout = printed
         dist.destroy_process_group()
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Wait until every process has reached this call."""
     if world_size() > 1:
         dist.barrier()
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Return what `make` returns in the first process, in all of them; the others do not call it.
+    """Call `make` in the first process only, and return its result in all of them.
 
-    All processes must come here, and the value must be one that can be pickled. A UserError or
-    OSError of the first is raised in all, so that none waits for it.
+    All processes must call this, and the result must be picklable. A UserError or OSError in the
+    first process is raised in all, so that none waits forever.
     """
     if world_size() == 1:
         return make()
@@ -104,7 +104,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def share(items: list) -> list:
-    """Return what this process has to do of `items`."""
+    """Return this process's share of `items`."""
     return items[rank() :: world_size()]
 
 
@@ -113,13 +113,14 @@ def sum_over_all(values: list[float], device: torch.device) -> list[float]:
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
-    total = total.to(device if dist.get_backend() == "nccl" else "cpu")
+    total = total.to(device if dist.get_backend() == "nccl" else "cpu")  # nccl sums on GPUs only
     dist.all_reduce(total)
     return total.tolist()
 
 
 def mean_over_all(values: dict[str, list[float]], device: torch.device) -> dict[str, float]:
-    """Return the mean of each list of values over all processes; one may have none to add."""
-    sums = [float(sum(of_name)) for of_name in values.values()]
+    """Return the mean of each list of values over all processes; a process's may be empty."""
+    sums = [float(sum(numbers)) for numbers in values.values()]
+    # One communication for all sums and the count
     *totals, count = sum_over_all([*sums, len(next(iter(values.values())))], device)
     return {name: total / count for name, total in zip(values, totals, strict=True)}

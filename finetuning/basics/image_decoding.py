@@ -1,7 +1,7 @@
-"""Image files of every format to pixel values: one page, upright, as stored or in colour.
+"""Decoding image files of every format: one page, upright, as stored or in colour.
 
-OpenCV decodes, and Pillow what OpenCV does not. What OpenCV gets wrong or passes over (orientation,
-pages, channels, missing ends) Pillow finds or, of TIFFs, tiff.py, whatever OpenCV's version.
+OpenCV decodes, and Pillow takes the formats that OpenCV lacks. Versions of OpenCV differ in
+orientation, pages, channels and truncated files, so Pillow or, for TIFFs, tiff.py checks these.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from finetuning.basics.tiff import (
     with_one_upright_page,
 )
 
-# Of these Pillow reads the header; and the pixels where OpenCV, or an older version of it, does not
-FORMATS = ["AVIF", "GIF", "JPEG", "PNG", "WEBP"]
+# Pillow reads these formats' headers, and the pixels of READ_BY_PILLOW where this OpenCV cannot
+PILLOW_FORMATS = ["AVIF", "GIF", "JPEG", "PNG", "WEBP"]
 with contextlib.suppress(ImportError):
     import pillow_heif
 
-    pillow_heif.register_heif_opener()  # turns images upright, and sets their EXIF orientation to 1
-    FORMATS.append("HEIF")
+    pillow_heif.register_heif_opener()  # turns images upright and sets their EXIF orientation to 1
+    PILLOW_FORMATS.append("HEIF")
 READ_BY_PILLOW = ("AVIF", "GIF", "HEIF")
-Image.MAX_IMAGE_PIXELS = None  # MAX_MEGAPIXELS is looked at here
-warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF, for one
+Image.MAX_IMAGE_PIXELS = None  # decode_image checks MAX_MEGAPIXELS instead
+warnings.filterwarnings("ignore", module="PIL")  # about damaged EXIF, for example
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 HEIC_START = rb".{4}ftyp(hei|hev|mif|msf)"
-# cv2.flip's code to turn an image upright by its EXIF orientation, after a transposition from 5 on
+# EXIF orientation: cv2.flip's code to turn an image upright, after transposing from 5 on
 FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}
 
-# What OpenCV does not read, by how the file begins
+# Kinds of files that OpenCV does not read, and patterns of their first bytes
 OTHER_KINDS = {
     "a CMYK JPEG 2000 image": rb"\0\0\0\x0cjP.{,500}colr\x01..\0\0\0\x0c",
     "a DICOM file": rb".{128}DICM",
@@ -60,12 +60,12 @@ OTHER_KINDS = {
 }
 
 
-def decode(path: Path, content: bytes, color: bool = False) -> np.ndarray:
+def decode_image(path: Path, content: bytes, color: bool = False) -> np.ndarray:
     """Decode the content of an image file, turned upright by its EXIF orientation.
 
-    Returns an HxW, HxWx3 (RGB) or HxWx4 (RGBA) array of the stored dtype and values; with `color`
-    HxWx3 where OpenCV makes colour of it, else as stored (some TIFFs of 32 and 64 bits). Raises
-    UserError, with `path` in it, when it cannot be decoded or holds more than one image.
+    Returns an HxW, HxWx3 (RGB) or HxWx4 (RGBA) array of the stored dtype and values. With `color`,
+    HxWx3 unless OpenCV cannot convert it to colour (some TIFFs of 32 and 64 bits). Raises
+    UserError, which names `path`, if it cannot be decoded or has more than one page.
     """
     pages, image = tiff_pages(content), _open(content)
     if image and image.width * image.height > MAX_MEGAPIXELS * 10**6:
@@ -77,25 +77,26 @@ def decode(path: Path, content: bytes, color: bool = False) -> np.ndarray:
         _require_known_channels(path, pages[0])
         content = with_one_upright_page(content, pages[0])
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH if color else cv2.IMREAD_UNCHANGED
+    # OpenCV would read a truncated JPEG without an error
     is_cut_off = content.startswith(JPEG_START) and _is_cut_off(content, image)
     values = None if is_cut_off else _imdecode(path, content, flags)
     if values is None and pages and color:
-        values = _imdecode(path, content, cv2.IMREAD_UNCHANGED)  # gray of 32 bits, for one
+        values = _imdecode(path, content, cv2.IMREAD_UNCHANGED)  # 32-bit gray, for example
     values = _load(image) if values is None else _in_rgb(values)
     if values is None:
         if re.match(HEIC_START, content, re.DOTALL):
             require_heic_reader(path)
         raise UserError(f"{path} is not a readable image {_reason_and_remedy(content, pages)}")
 
-    if turn > 4:
+    if turn > 4:  # 5 to 8 are quarter turns
         values = cv2.transpose(values)
     return cv2.flip(values, FLIPS[turn]) if turn in FLIPS else values
 
 
 def orientation(content: bytes) -> int:
-    """Return the EXIF orientation of an image file, 1 to 8; 1 where it has none, or a broken one.
+    """Return the EXIF orientation of an image file, 1 to 8; 1 if it is missing or invalid.
 
-    It names how to turn the stored pixels upright: 3 by a half, 6 by a quarter clockwise.
+    It says how to turn the stored pixels upright: 3 is half a turn, 6 a quarter turn clockwise.
     """
     return _orientation(content, tiff_pages(content), _open(content))
 
@@ -107,21 +108,21 @@ def _orientation(content: bytes, pages: list[Directory], image: Image.Image | No
 
 
 def is_lossy_format(content: bytes) -> bool:
-    """Say whether a file is of a format that changes the values that were saved."""
+    """Return whether a file's format is lossy, so that saved values change."""
     is_lossy_webp = content.startswith(b"RIFF") and b"VP8 " in content
     return is_lossy_webp or content.startswith(JPEG_START) or content[4:8] == b"ftyp"
 
 
 def require_heic_reader(path: Path) -> None:
-    """Raise UserError, with the path of a HEIC photo in it, where such cannot be read."""
-    if "HEIF" not in FORMATS:
+    """Raise UserError, which names the path of a HEIC photo, unless HEIC can be read."""
+    if "HEIF" not in PILLOW_FORMATS:
         raise UserError(f"{path} is HEIC; pip install pillow-heif, or save it as JPEG or PNG")
 
 
 def _open(content: bytes) -> Image.Image | None:
-    """Open an image of FORMATS, of which only the header is read; None for another file."""
-    with contextlib.suppress(Exception):  # of many kinds, where the file is damaged
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+    """Open an image of PILLOW_FORMATS, reading its header only; return None for other files."""
+    with contextlib.suppress(Exception):  # damaged files raise many kinds
+        return Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
     return None
 
 
@@ -129,40 +130,42 @@ def _exif(content: bytes, image: Image.Image | None) -> bytes:
     if not image:
         return b""
     if image.format == "PNG" and "exif" not in image.info and b"eXIf" in content:
-        # Behind the pixels
+        # The EXIF data may follow the pixels, which must then be read first
         with contextlib.suppress(Exception):
             image.load()
     return (image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
 
 
 def _count_frames(image: Image.Image | None) -> int:
-    """Return the number of frames of an animation; a JPEG has one, whatever lies behind it."""
+    """Return the number of frames of an animation, or 1."""
     with contextlib.suppress(Exception):
+        # MPO is a JPEG followed by further images, such as previews
         return 1 if image.format == "MPO" else image.n_frames
     return 1
 
 
 def _is_cut_off(content: bytes, image: Image.Image | None) -> bool:
-    """Say whether a JPEG has no end behind its header, where a thumbnail may have its own.
+    """Return whether a JPEG is truncated: no end marker follows its header.
 
-    Some versions of OpenCV fill what is missing with gray, and Pillow zeros at the end, too.
+    A thumbnail in the header has its own end marker. Some versions of OpenCV fill missing pixels
+    with gray; Pillow does so if the file ends in zeros.
     """
     return not image or content.find(JPEG_END, image.fp.tell()) < 0
 
 
 def _load(image: Image.Image | None) -> np.ndarray | None:
-    """Return the pixels, HxW, RGB or RGBA, of an image that OpenCV cannot read but Pillow may."""
+    """Return the HxW, RGB or RGBA pixels of a format in READ_BY_PILLOW, or None."""
     with contextlib.suppress(Exception):
         if image.format in READ_BY_PILLOW:
             is_known = image.mode in ("L", "RGB", "RGBA")
-            return np.array(image if is_known else image.convert("RGB"))  # writable
+            return np.array(image if is_known else image.convert("RGB"))  # a writable copy
     return None
 
 
 def _imdecode(path: Path, content: bytes, flags: int) -> np.ndarray | None:
     try:
         buffer = np.frombuffer(content, np.uint8)
-        # OpenCV's own turn depends on its version, the format and the flags.
+        # Whether OpenCV turns an image upright depends on its version, the format and the flags
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
         return cv2.imdecode(buffer, flags)
     except cv2.error as error:
@@ -179,7 +182,7 @@ def _too_large(path: Path, size: str = "") -> UserError:
 
 
 def _in_rgb(values: np.ndarray) -> np.ndarray:
-    """Return RGB or RGBA of OpenCV's BGR or BGRA; gray stays as it is."""
+    """Convert OpenCV's BGR or BGRA to RGB or RGBA; gray is unchanged."""
     if values.ndim == 2:
         return values
     if values.dtype == np.uint8:
@@ -189,7 +192,7 @@ def _in_rgb(values: np.ndarray) -> np.ndarray:
 
 
 def _require_known_channels(path: Path, page: Directory) -> None:
-    """Raise UserError for channels of a TIFF that OpenCV does not read, or mixes up."""
+    """Raise UserError for TIFF channels that OpenCV does not read, or mixes up."""
     samples, bits = page.first(SAMPLES), page.first(BITS)
     is_gray_and_alpha = samples == 2 and bits == 8 and page.first(EXTRA_SAMPLES, 0) in (1, 2)
     if samples > 4 or (samples == 2 and not is_gray_and_alpha):
@@ -202,7 +205,7 @@ def _require_known_channels(path: Path, page: Directory) -> None:
 
 
 def _reason_and_remedy(content: bytes, pages: list[Directory]) -> str:
-    """Say what a file is that cannot be read, as far as its header tells, and what to do."""
+    """Return what kind of unreadable file this is, according to its header, and what to do."""
     kinds = (kind for kind, start in OTHER_KINDS.items() if re.match(start, content, re.DOTALL))
     kind = _odd_tiff(pages[0]) if pages else next(kinds, None)
     if kind:
@@ -211,7 +214,7 @@ def _reason_and_remedy(content: bytes, pages: list[Directory]) -> str:
 
 
 def _odd_tiff(page: Directory) -> str | None:
-    """Name the values or the compression of a TIFF where they are not the usual ones."""
+    """Return the unusual values or compression of a TIFF, or None."""
     bits, kind = page.first(BITS), page.first(FORMAT)
     kinds = {1: "unsigned", 2: "signed", 3: "float", 5: "complex", 6: "complex"}
     usual = {1: (1, 2, 4, 8, 10, 12, 14, 16), 2: (8, 16, 32), 3: (32, 64)}

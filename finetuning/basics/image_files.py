@@ -1,4 +1,4 @@
-"""Reading images and masks, and writing them."""
+"""Reading and writing images and masks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import cv2
 import numpy as np
 
 from finetuning.basics.files import atomic_write, read_file
-from finetuning.basics.image_decoding import decode, is_lossy_format
+from finetuning.basics.image_decoding import decode_image, is_lossy_format
 
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
     ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 
-HUGE = 1e300  # differences of larger values are infinite
+MAX_VALUE = 1e300  # differences of larger values overflow
 
 
 def require_equal_sizes(
@@ -26,7 +26,7 @@ def require_equal_sizes(
     """Raise UserError unless an image and its mask have the same (H,W)."""
     if image_size != mask_size:
         turned = (
-            ": the image is turned upright by its EXIF orientation, perhaps, and the mask is not; "
+            ": perhaps the image is turned upright by its EXIF orientation and the mask is not; "
             "save the mask upright"
         )
         raise UserError(
@@ -37,12 +37,12 @@ def require_equal_sizes(
 
 
 def read_image(path: Path, value_range: tuple[float, float] | None = None) -> np.ndarray:
-    """Read any image that OpenCV knows, upright by its EXIF orientation; transparency is left out.
+    """Read an image, upright by its EXIF orientation and without transparency.
 
-    Returns an HxWx3 uint8 array in RGB. Values beyond 8 bits are stretched to 0..255, as
-    to_8_bits says. Raises UserError when it cannot be read or holds several pages.
+    Returns an HxWx3 uint8 array in RGB. Values beyond 8 bits are stretched to 0..255 by
+    to_8_bits. Raises UserError if it cannot be read or has several pages.
     """
-    image = decode(path, read_file(path), color=True)
+    image = decode_image(path, read_file(path), color=True)
     if image.ndim == 3:
         image = image[..., :3]
     image = to_8_bits(path, image, value_range)
@@ -52,31 +52,31 @@ def read_image(path: Path, value_range: tuple[float, float] | None = None) -> np
 def to_8_bits(
     path: Path, values: np.ndarray, value_range: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """Return uint8 of any array: stretched from `value_range` (low, high) to 0..255, if given.
+    """Convert any array to uint8, stretching `value_range` (low, high) to 0..255 if it is given.
 
-    Else values of 0 to 255 stay as they are, unless they are fractions up to 1; all others are
-    stretched from their own percentiles 0.5 and 99.5, of all channels together. What lies beyond
-    is clipped. Raises UserError, with `path` in it, for NaN and infinity.
+    Without it, values from 0 to 255 are unchanged, unless they are fractions up to 1; all others
+    are stretched from the 0.5 and 99.5 percentiles of all channels together. Values outside are
+    clipped. Raises UserError, which names `path`, for NaN and infinity.
     """
     if values.dtype == np.uint8 and value_range is None:
         return values
     least, most = float(values.min()), float(values.max())
-    if not (abs(least) < HUGE and abs(most) < HUGE):
-        raise UserError(f"{path} holds NaN or infinite values; save it without, or as 8-bit PNG")
+    if not (abs(least) < MAX_VALUE and abs(most) < MAX_VALUE):
+        raise UserError(f"{path} holds NaN or infinite values; remove them, or save an 8-bit PNG")
     is_8_bits = least >= 0 and most <= 255 and (values.dtype.kind != "f" or most > 1)
     if is_8_bits and value_range is None:
         return np.rint(values).astype(np.uint8)
 
-    # Each level of 16 bits once, which is quicker than each pixel
+    # Map each 16-bit level once, which is faster than mapping each pixel
     is_table = values.dtype == np.uint16
     kind = np.uint16 if is_table else np.float64
-    # In place where an array of all pixels is new: each takes 2 GB for 100 megapixels
+    # Work in place on new arrays: one of 100 megapixels in float64 takes 2 GB
     low, high = (
         value_range
         or np.percentile(values.astype(kind), (0.5, 99.5), overwrite_input=True).tolist()
     )
     levels = np.arange(1 << 16, dtype=np.float64) if is_table else values.astype(kind)
-    if value_range is None and low == high:  # but for a few spots
+    if value_range is None and low == high:  # an even image with a few spots
         low, high = least, most
     if low < high:
         np.clip(levels, low, high, out=levels)
@@ -89,25 +89,26 @@ def to_8_bits(
 
 
 def read_values(path: Path) -> tuple[np.ndarray, bool]:
-    """Read the values of a mask file as they are stored, but upright by its EXIF orientation.
+    """Read the stored values of a mask file, upright by its EXIF orientation.
 
-    Returns an HxW, HxWx3 (RGB) or HxWx4 (RGBA) array, a palette's colours for its indices, and
-    whether the format is lossy. Raises UserError when it cannot be read or holds several pages.
+    Returns an HxW, HxWx3 (RGB) or HxWx4 (RGBA) array, with a palette's colours in place of its
+    indices, and whether the format is lossy. Raises UserError if it cannot be read or has several
+    pages.
     """
     content = read_file(path)
-    return decode(path, content), is_lossy_format(content)
+    return decode_image(path, content), is_lossy_format(content)
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read a mask: gray > 127, or gray == 1 where a lossless file holds only 0 and 1.
+    """Read a mask: gray > 127, or gray == 1 if a lossless file holds only 0 and 1.
 
-    Returns an HxW bool array, upright by the file's EXIF orientation. Raises UserError when it
-    cannot be read, or is no binary mask: in colour, in the alpha channel, or a label map, which a
-    threshold would silently misread.
+    Returns an HxW bool array, upright by the file's EXIF orientation. Raises UserError if it
+    cannot be read or is not a binary mask: a colour mask, one in the alpha channel, or a label
+    map, which a threshold would silently misread.
     """
     mask, is_lossy = read_values(path)
     if not (mask.min() >= 0 and mask.max() <= (65535 if mask.dtype == np.uint16 else 255)):
-        raise UserError(f"{path} holds values that are not 0 to 255; save it in black and white")
+        raise UserError(f"{path} holds values outside 0 to 255; save it in black and white")
     gray = _single_channel(path, mask, is_lossy)
 
     if gray.dtype.kind == "f":
@@ -127,11 +128,12 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def _single_channel(path: Path, mask: np.ndarray, is_lossy: bool) -> np.ndarray:
-    """Return the HxW values of a mask that may have been saved with 3 or 4 equal channels."""
+    """Return the HxW values of a mask, which may be saved as 3 equal channels, or 4 with alpha."""
     if mask.ndim == 2:
         return mask
     if mask.shape[2] == 4 and mask[..., 3].min() < mask[..., 3].max():
         raise UserError(f"{path} has a transparent part; save the mask in black and white")
+    # Lossy compression makes equal channels differ, also in a PNG that was once a JPEG
     colors = mask[..., :3]
     if (colors.max(axis=2) - colors.min(axis=2)).max() > (64 if is_lossy else 8):
         raise UserError(f"{path} is a mask in colour; save it in black and white (0 and 255)")
@@ -139,20 +141,21 @@ def _single_channel(path: Path, mask: np.ndarray, is_lossy: bool) -> np.ndarray:
 
 
 def _is_binary(gray: np.ndarray, is_lossy: bool) -> bool:
-    """Say whether an HxW uint8 mask has no even areas but background and one bright value.
+    """Return whether the even areas of an HxW uint8 mask are background or one bright value.
 
-    The soft edges of smoothed masks and the noise of lossy ones are no even areas.
+    The soft edges of smoothed masks and the noise of lossy ones are not even areas.
     """
     noise, brightest = 32 if is_lossy else 0, int(gray.max())
     kernel = np.ones((3, 3), np.uint8)
     is_even = cv2.erode(gray, kernel) == cv2.dilate(gray, kernel)
     is_between = (gray > noise) & (gray < brightest - noise)
     between = np.count_nonzero(is_even & is_between)
+    # A few even pixels happen by chance; a label map has whole areas of other values
     return brightest > 127 and between <= max(16, 0.01 * np.count_nonzero(gray))
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write an HxWx3 RGB or HxW gray uint8 array; the suffix of `path` names the format."""
+    """Write an HxWx3 RGB or HxW gray uint8 array, in the format of the path's suffix."""
     if image.ndim == 3:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     encoded = cv2.imencode(path.suffix, image)[1]

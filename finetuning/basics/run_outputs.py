@@ -1,4 +1,4 @@
-"""The files that a training leaves, by name, and the table of several runs."""
+"""The names of a training run's files, and the table of repeated runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MODEL_FILES = (BEST_FILE, FINAL_FILE)
 RESULT_FILES = (*MODEL_FILES, *LOG_FILES)  # all but the training state
 
 RUNS_FILE, FOLDS_FILE = "runs.csv", "folds.csv"
-MAX_RUNS = 10_000  # more are no runs
+MAX_RUNS = 10_000  # a table with more rows is not one of runs
 RUN_COLUMNS = ("run", "seed", "best_val_iou", "last_val_iou")
 
 
 def read_runs(path: Path) -> np.ndarray:
-    """Return the best and the last val IoU of R >= 2 runs, Rx2.
+    """Return the best and last validation IoU of R >= 2 runs, Rx2.
 
-    Raises ValueError, or UserError, for anything else.
+    Raises ValueError or UserError for any other content.
     """
     rows = read_with_digest(path, RUN_COLUMNS)
     ious = np.array([[float(iou) for iou in row[2:]] for row in rows])

@@ -1,4 +1,4 @@
-"""Many files read at the same time, in threads."""
+"""Reading many files at once, in threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 THREADS = min(8, os.cpu_count() or 1)
-CHUNK = 16  # items that a thread takes at a time: handing over one costs as much as a small file
+CHUNK = 16  # items per task: handing a task to a thread costs as much as reading a small file
 
 T, Result = TypeVar("T"), TypeVar("Result")
 
@@ -19,11 +19,10 @@ T, Result = TypeVar("T"), TypeVar("Result")
 def in_threads(
     function: Callable[[T], Result], items: Sequence[T], description: str, unit: str
 ) -> list[Result]:
-    """Return what a function returns for each item, in their order; `description`: of the bar.
+    """Return a function's result for each item, in order, with a bar called `description`.
 
-    Worth it where the function mostly reads files, hashes, or decodes images, which leave the
-    interpreter to other threads. Raises what the first item that fails raises; the items that are
-    not begun by then are left out.
+    Faster than a loop if the function mostly reads files, hashes or decodes images, which release
+    the interpreter lock. Raises the error of the first failing item and skips items not yet begun.
     """
     threads = ThreadPoolExecutor(THREADS)
     try:

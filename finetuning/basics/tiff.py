@@ -1,4 +1,4 @@
-"""What the directories of a TIFF, and of EXIF data, say; no pixels are decoded."""
+"""Reading the directories of TIFF and EXIF data, without decoding pixels."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import contextlib
 import struct
 from typing import NamedTuple
 
-# Tags of TIFF and EXIF: https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf
+# Tags as in https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf
 TAGS = SUBFILE_TYPE, BITS, COMPRESSION, ORIENTATION, SAMPLES, PLANES, EXTRA_SAMPLES, FORMAT = (
     254, 258, 259, 274, 277, 284, 338, 339,
 )  # fmt: skip
-# The byte order, for struct, and whether it is a BigTIFF
+# First bytes: the byte order as in struct, and whether the file is a BigTIFF
 TIFF_STARTS = {
     b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True),
 }  # fmt: skip
-INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # codes of TIFF, and of struct
-NO_PAGE = 0b101  # the bits of SUBFILE_TYPE for a thumbnail and for a transparency mask
+INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # TIFF's type codes and struct's
+NOT_A_PAGE = 0b101  # SUBFILE_TYPE's bits for a thumbnail and a transparency mask
 
 
 class Directory(NamedTuple):
-    """One page of a TIFF, or the head of EXIF data: where it lies, and what its TAGS say."""
+    """One page of a TIFF, or the first directory of EXIF data."""
 
-    start: int
-    tags: dict[int, tuple[int, ...]]
-    places: dict[int, tuple[str, int]]  # of the values: their format for struct, and offset
+    start: int  # offset in the file
+    tags: dict[int, tuple[int, ...]]  # the values of TAGS
+    places: dict[int, tuple[str, int]]  # of these values: their struct format and offset
 
     def first(self, tag: int, default: int = 1) -> int:
         return self.tags.get(tag, (default,))[0]
 
 
 def tiff_pages(content: bytes) -> list[Directory]:
-    """Return the pages of a TIFF, without thumbnails and the like; none of any other file."""
+    """Return the pages of a TIFF, without thumbnails and masks; none for any other file."""
     directories = tiff_directories(content)
-    pages = [page for page in directories if not page.first(SUBFILE_TYPE, 0) & NO_PAGE]
+    pages = [page for page in directories if not page.first(SUBFILE_TYPE, 0) & NOT_A_PAGE]
     return pages or directories[:1]
 
 
 def tiff_directories(content: bytes) -> list[Directory]:
-    """Return the directories of a TIFF, a BigTIFF or EXIF data as far as they can be read.
+    """Return the directories of a TIFF, a BigTIFF or EXIF data.
 
-    No pixels are decoded. What is broken ends the list, and so does a directory met before.
+    The list ends at a broken directory, or at one that is already in it.
     """
     order, is_big = TIFF_STARTS.get(content[:4], ("<", False))
     directories: dict[int, Directory] = {}
@@ -51,7 +51,7 @@ def tiff_directories(content: bytes) -> list[Directory]:
 
 
 def _read_directory(content: bytes, start: int, order: str, is_big: bool) -> tuple[Directory, int]:
-    """Return the directory at an offset, and the offset of the next one, 0 for none."""
+    """Return the directory at an offset, and the offset of the next one, or 0."""
     count_code, offset_code, room = ("Q", "Q", 8) if is_big else ("H", "I", 4)
     entry_format, entry_size = f"{order}HH{offset_code}{room}s", 4 + 2 * room
     (count,) = struct.unpack_from(order + count_code, content, start)
@@ -64,6 +64,7 @@ def _read_directory(content: bytes, start: int, order: str, is_big: bool) -> tup
         if tag not in TAGS or kind not in INTEGER_TYPES or not length:
             continue
         layout, place = f"{order}{min(length, 4)}{INTEGER_TYPES[kind]}", position - room
+        # Values that do not fit into the entry lie elsewhere, at an offset
         if length * struct.calcsize(order + INTEGER_TYPES[kind]) > room:
             (place,) = struct.unpack(order + offset_code, value)
         directory.tags[tag] = struct.unpack_from(layout, content, place)
@@ -72,7 +73,10 @@ def _read_directory(content: bytes, start: int, order: str, is_big: bool) -> tup
 
 
 def with_one_upright_page(content: bytes, page: Directory) -> bytearray:
-    """Return a TIFF that begins with `page` and has no orientation: OpenCV obeys both."""
+    """Return a TIFF whose first page is `page`, without an orientation, as OpenCV needs it.
+
+    OpenCV decodes the first directory, even if it is a thumbnail, and applies its orientation.
+    """
     order, is_big = TIFF_STARTS[content[:4]]
     changed = bytearray(content)
     struct.pack_into(order + ("Q" if is_big else "I"), changed, 8 if is_big else 4, page.start)

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 import torch
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief
 from finetuning.basics.files import DATASET_URL, atomic_write, content_sha256
 from finetuning.basics.image_files import read_image
 from finetuning.basics.language import current_language, say
@@ -146,7 +146,7 @@ def _data_url(kind: str, content: bytes) -> str:
 
 def short(value: Any) -> str:
     """Return a value as one printable line of limited length."""
-    return quoted(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
+    return brief(value if isinstance(value, Path) else str(value), LONGEST_VALUE)
 
 
 def describe_models(files: Files, setup: Setup, overlap: Overlap) -> dict[str, str]:

@@ -9,7 +9,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief
 from finetuning.basics.language import say
 from finetuning.basics.run_outputs import read_runs
 from finetuning.evaluation.measuring import Comparison, Result, find_in_empty
@@ -123,7 +123,7 @@ def runs_sentence(path: Path) -> str:
     except (OSError, ValueError, UserError):
         return say(
             "warning: {path} was not written by train_sam2_proper.py --runs; it is ignored",
-            path=quoted(path),
+            path=brief(path),
         )
     (best, last), (best_spread, last_spread) = ious.mean(axis=0), ious.std(axis=0, ddof=1)
     lowest, highest = ious[:, 0].min(), ious[:, 0].max()

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief
 from finetuning.basics.files import write_csv
 
 COPIES_FILE = "copies.csv"
@@ -108,7 +108,7 @@ def describe_copies(path: Path, names: Sequence[tuple[str, str]], copies: list[C
     The arguments are those of write_copies.
     """
     apart = [copy for copy in copies if names[copy.first][0] != names[copy.second][0]]
-    shown = [f"{quoted(names[a][1])} = {quoted(names[b][1])}" for a, b, _ in (apart or copies)[:3]]
+    shown = [f"{brief(names[a][1])} = {brief(names[b][1])}" for a, b, _ in (apart or copies)[:3]]
     more = ", ..." if len(apart or copies) > 3 else ""
     what = f"{len(copies)} pair{'s' * (len(copies) > 1)} of (nearly) identical images"
     which = f"{', '.join(shown)}{more} ({path})"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import unicodedata
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, tell
-from finetuning.basics.files import LARGEST, only_run_in, require_file
+from finetuning.basics.command_line import listed, nfc, tell
+from finetuning.basics.files import MAX_FILE_BYTES, only_run_in, require_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.dataset.copies import COPIES_FILE, describe_copies, find_copies, write_copies
 from finetuning.dataset.demo_images import write_demo_dataset
@@ -41,7 +40,7 @@ from finetuning.dataset.pairs import (
 )
 from finetuning.dataset.splitting import split_names
 from finetuning.sources.mask_values import MaskRule
-from finetuning.sources.pairing import Example
+from finetuning.sources.pairing import SourceExample
 
 MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # a data set, except its SPLIT_FILE
 BEGUN_FILE = "begun.json"  # identifies a temporary folder as this program's
@@ -173,19 +172,19 @@ def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool
     return True
 
 
-def check_files(examples: list[Example]) -> None:
+def check_files(examples: list[SourceExample]) -> None:
     """Raise UserError, before any file is copied, if one is not a file or is too large."""
     for example in examples:
         for source in (example.image, *example.masks):
             if isinstance(source, Path):  # members of an archive have been checked already
-                require_file(source, LARGEST)
+                require_file(source, MAX_FILE_BYTES)
 
 
-def check_cases(examples: list[Example]) -> None:
+def check_cases(examples: list[SourceExample]) -> None:
     """Raise UserError for two names that Windows and macOS treat as the same."""
-    seen: dict[tuple[str | None, str], Example] = {}
+    seen: dict[tuple[str | None, str], SourceExample] = {}
     for example in examples:
-        key = example.split, unicodedata.normalize("NFC", example.name.casefold())
+        key = example.split, nfc(example.name.casefold())
         if key in seen:
             raise UserError(
                 f"{seen[key].image} and {example.image} differ only in upper and lower case, which "
@@ -196,7 +195,7 @@ def check_cases(examples: list[Example]) -> None:
 
 def fill_folder(
     data: Path,
-    examples: list[Example],
+    examples: list[SourceExample],
     rule: MaskRule,
     value_range: tuple[float, float] | None,
     grouping: Grouping,

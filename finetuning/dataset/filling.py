@@ -20,7 +20,7 @@ from finetuning.basics.image_files import read_image, read_mask, require_equal_s
 from finetuning.dataset.copies import make_thumbnail
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.sources.mask_values import MaskReader, MaskRule
-from finetuning.sources.pairing import Example
+from finetuning.sources.pairing import SourceExample
 
 UNSPLIT = "unsplit"  # the folder of images that are in no split yet
 MAX_LABEL = 65535  # largest value of a 16-bit label map, so the most objects in an image
@@ -58,7 +58,7 @@ class Filler:
         self.folder, self.per_object, self.value_range = folder, per_object, value_range
         self.reader = MaskReader(rule)
 
-    def fill(self, examples: list[Example]) -> list[Filled]:
+    def fill(self, examples: list[SourceExample]) -> list[Filled]:
         """Copy each example into its split, or into UNSPLIT if it has none.
 
         Raises UserError, which names the user's own file, for an example that cannot be trained on.
@@ -68,7 +68,7 @@ class Filler:
             filled.append(self._fill_one(example, example.split or UNSPLIT))
         return filled
 
-    def _fill_one(self, example: Example, split: str) -> Filled:
+    def _fill_one(self, example: SourceExample, split: str) -> Filled:
         copy = self.folder / "images" / split / (example.name + PurePath(example.image.name).suffix)
         copy_file(example.image, copy)
         with errors_naming(example.image, copy):
@@ -89,7 +89,7 @@ class Filler:
         sha256 = hashlib.sha256(content).hexdigest()
         return Filled(example.name, split, areas, parts, is_turned, sha256, make_thumbnail(image))
 
-    def _copy_mask(self, example: Example, to: Path, size: tuple[int, int]) -> np.ndarray:
+    def _copy_mask(self, example: SourceExample, to: Path, size: tuple[int, int]) -> np.ndarray:
         """Copy an example's only mask, rewritten in black and white if necessary; return it."""
         source = example.masks[0]
         copy = to.with_name(to.name + PurePath(source.name).suffix)
@@ -102,7 +102,7 @@ class Filler:
                 write_image(to.with_name(f"{to.name}.png"), mask.astype(np.uint8) * 255)
         return mask
 
-    def _read_objects(self, example: Example, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    def _read_objects(self, example: SourceExample, size: tuple[int, int]) -> Iterator[np.ndarray]:
         """Yield the HxW bool masks of an example's objects, from outlines or mask files."""
         if example.annotated is not None:
             yield from example.annotated.masks(size)

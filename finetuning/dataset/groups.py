@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.csv_files import read_table
-from finetuning.sources.folder_layouts import SPLITS, stem_of
-from finetuning.sources.pairing import Example
+from finetuning.sources.folder_layouts import SPLIT_NAMES, stem_of
+from finetuning.sources.pairing import SourceExample
 
 FRAME = re.compile(r"(.+)[_-](?:frame)?\d+")  # names like video3_000124
 FRAME_OPTION = '--group-regex "(.+)[_-]"'
@@ -40,7 +40,7 @@ class Grouping(NamedTuple):
         return {name: value for name, value in chosen.items() if value}
 
 
-def find_groups(examples: Sequence[Example], grouping: Grouping) -> list[str | None]:
+def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[str | None]:
     """Return the user's group of each example, or None if it has none.
 
     Prints the number of groups, or a warning if names look like frames of videos. Raises UserError
@@ -59,13 +59,13 @@ def find_groups(examples: Sequence[Example], grouping: Grouping) -> list[str | N
     return groups
 
 
-def _match_groups(pattern: str, examples: Sequence[Example]) -> list[str | None]:
+def _match_groups(pattern: str, examples: Sequence[SourceExample]) -> list[str | None]:
     """Search the file names for the pattern, or FOLDER/NAME if no file name contains it."""
     try:
         search = re.compile(pattern).search
     except re.error as error:
         raise UserError(
-            f"--group-regex {shown(pattern)} is not a valid pattern: {error}"
+            f"--group-regex {brief_path(pattern)} is not a valid pattern: {error}"
         ) from error
     names = [nfc(example.image.name) for example in examples]
     if not any(map(search, names)):
@@ -79,13 +79,13 @@ def _match_groups(pattern: str, examples: Sequence[Example]) -> list[str | None]
         groups.append(next(filter(None, parts[1:] or parts), None))
     if not any(groups):
         raise UserError(
-            f"--group-regex {shown(pattern)} is in no image's name: "
+            f"--group-regex {brief_path(pattern)} is in no image's name: "
             f"{listed([example.image for example in examples])}"
         )
     return groups
 
 
-def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
+def _read_groups(table: Path, examples: Sequence[SourceExample]) -> list[str | None]:
     """Look up each image in a table, by FOLDER/NAME, by its file name, or by its stem."""
     group_of: dict[str, str] = {}
     for number, row in enumerate(read_table(table, ("image", "group")), 2):
@@ -93,7 +93,9 @@ def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
         group = row.get("group", "")
         tail = "/".join(image.split("/")[-2:])
         if image and group_of.setdefault(tail, group) != group:
-            raise UserError(f"{shown(table)}, row {number}: {shown(tail)} is in two groups")
+            raise UserError(
+                f"{brief_path(table)}, row {number}: {brief_path(tail)} is in two groups"
+            )
     groups = []
     for example in examples:
         name = nfc(example.image.name)
@@ -102,7 +104,7 @@ def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
     missing = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     if missing:
         raise UserError(
-            f"{shown(table)} has no group for {len(missing)} of {len(examples)} images: "
+            f"{brief_path(table)} has no group for {len(missing)} of {len(examples)} images: "
             f"{listed(missing)}; add them (an image that belongs to no other gets its own group)"
         )
     return groups
@@ -110,7 +112,7 @@ def _read_groups(table: Path, examples: Sequence[Example]) -> list[str | None]:
 
 def _warn_of_frames(stems: Sequence[str]) -> None:
     videos = Counter(found[1] for stem in stems if (found := FRAME.fullmatch(stem)))
-    for name in SPLITS.keys() & videos.keys():  # train_001, val_001
+    for name in SPLIT_NAMES.keys() & videos.keys():  # train_001, val_001
         del videos[name]
     if len(videos) > 1 and videos.total() >= max(FRAMES * len(videos), len(stems) / 2):
         print(

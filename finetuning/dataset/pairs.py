@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.files import DEMO_DATA, LARGEST, lies_in, read_file, require_file
+from finetuning.basics.command_line import nfc
+from finetuning.basics.files import DEMO_DATA, MAX_FILE_BYTES, lies_in, read_file, require_file
 from finetuning.basics.image_decoding import require_heic_reader
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 
@@ -71,14 +71,14 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
         if path.name.startswith(".") or not (is_folder or name.suffix.lower() in IMAGE_SUFFIXES):
             continue
         # macOS decomposes accents and 한글 in file names
-        stem = unicodedata.normalize("NFC", name.name if is_folder else name.stem)
+        stem = nfc(name.name if is_folder else name.stem)
         if stem in files:
             raise UserError(
                 f"{files[stem].name} and {path.name} in {folder} have the same name, except for "
                 "the suffix; rename one of them, or move it to another folder"
             )
         if not is_folder:
-            require_file(path, LARGEST)
+            require_file(path, MAX_FILE_BYTES)
             if name.suffix.lower() in (".heic", ".heif"):
                 require_heic_reader(path)
         files[stem] = path

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief
 from finetuning.basics.csv_files import read_with_digest
 from finetuning.basics.files import hash_contents
 from finetuning.basics.run_outputs import FINAL_FILE, FOLDS_FILE
@@ -146,7 +146,7 @@ def read_folds(output: Path, pairs: dict[str, list[Pair]]) -> dict[Path, list[Pa
     for fold, key, sha256 in read_with_digest(file, FOLD_COLUMNS):
         same = by_content.get(sha256)
         if not same or not fold.isdecimal():
-            raise UserError(f"{file} has {quoted(key)}, which is not in this --data; train again")
+            raise UserError(f"{file} has {brief(key)}, which is not in this --data; train again")
         pair = same.pop(key if key in same else next(iter(same)))
         folds.setdefault(fold_folder(output, int(fold)) / FINAL_FILE, []).append(pair)
     if left := sum(map(len, by_content.values())):

@@ -13,7 +13,13 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.csv_files import read_table
-from finetuning.basics.files import as_it_was, atomic_write, content_sha256, read_file, write_csv
+from finetuning.basics.files import (
+    atomic_write,
+    content_sha256,
+    read_file,
+    without_apostrophe,
+    write_csv,
+)
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.inference.coco_files import coco_files
 from finetuning.inference.result_files import file_names, remove_outdated, write_files
@@ -202,10 +208,10 @@ def _read_rows(file: Path) -> dict[str, list[dict[str, str]]]:
         for row in read_table(file, RESULT_COLUMNS):
             if row.keys() != set(RESULT_COLUMNS):
                 raise UserError(foreign)
-            found.setdefault(as_it_was(row.pop("image")), []).append(row)
+            found.setdefault(without_apostrophe(row.pop("image")), []).append(row)
     except UserError as error:
         raise UserError(foreign) from error
     for rows in found.values():
         for row in rows:
-            row["object"] = as_it_was(row["object"])
+            row["object"] = without_apostrophe(row["object"])
     return found

@@ -15,11 +15,11 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import (
     ArgumentParser,
-    normal,
+    brief,
+    nfc,
     number,
     parse_numbers,
     plain_number,
-    quoted,
 )
 from finetuning.basics.csv_files import read_table
 from finetuning.model.prompts import Prompt, make_prompt
@@ -120,12 +120,12 @@ def read_prompts(file: Path, images: Iterable[str]) -> dict[str, dict[str, Promp
 
     images: the names of the images in the folder. Raises UserError, with the row, for a mistake.
     """
-    known = {normal(name): name for name in images}
+    known = {nfc(name): name for name in images}
     found: dict[str, dict[tuple[str, int], PromptParts]] = {}
     for where, cells in _rows_of(file):
-        image = known.get(normal(cells.get("image", "")))
+        image = known.get(nfc(cells.get("image", "")))
         if image is None:
-            name = quoted(cells.get("image", ""))
+            name = brief(cells.get("image", ""))
             raise UserError(f'{where}: there is no image "{name}" in the folder; correct its name')
         point, box = (_numbers(cells, columns, where) for columns in (POINT, BOX))
         if not point and not box:
@@ -133,21 +133,21 @@ def read_prompts(file: Path, images: Iterable[str]) -> dict[str, dict[str, Promp
                 f"{where}: neither a point nor a box; fill in the columns x,y or x1,y1,x2,y2"
             )
         objects = found.setdefault(image, {})
-        name = normal(cells.get("object", ""))
+        name = nfc(cells.get("object", ""))
         # Unnamed boxes get a number each, so that none joins another row's object
         parts = objects.setdefault((name, 0 if name or not box else len(objects) + 1), {})
         if point:
             kind = "foreground" if _label(cells, where) else "background"
             parts.setdefault(kind, []).append(point)
         if box and "box" in parts:
-            raise UserError(f"{where}: a second box of object {quoted(name)}; give it another name")
+            raise UserError(f"{where}: a second box of object {brief(name)}; give it another name")
         if box and not (box[0] < box[2] and box[1] < box[3]):
             raise UserError(
                 f"{where}: the box is empty or has swapped corners; give x1<x2 and y1<y2"
             )
         parts.update({"box": box} if box else {})
     if not found:
-        raise UserError(f"{quoted(file)} has no rows below its header; add some")
+        raise UserError(f"{brief(file)} has no rows below its header; add some")
     return {image: _named(objects) for image, objects in found.items()}
 
 
@@ -155,7 +155,7 @@ def _rows_of(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield where each row is, and its cells; blank rows are skipped."""
     for row, cells in enumerate(read_table(file, ("image",)), 2):
         if any(cells.values()):
-            yield f"{quoted(file)}, row {row}", cells
+            yield f"{brief(file)}, row {row}", cells
 
 
 def _numbers(cells: dict[str, str], columns: tuple[str, ...], where: str) -> tuple[float, ...]:
@@ -168,7 +168,7 @@ def _numbers(cells: dict[str, str], columns: tuple[str, ...], where: str) -> tup
     except ValueError:
         numbers = (math.nan,)
     if not all(abs(number) < MAX_COORDINATE for number in numbers):
-        named = ", ".join(f'{column} "{quoted(cells.get(column, ""))}"' for column in columns)
+        named = ", ".join(f'{column} "{brief(cells.get(column, ""))}"' for column in columns)
         raise UserError(f"{where}: {named}: give a number of pixels for each")
     return numbers
 
@@ -176,7 +176,7 @@ def _numbers(cells: dict[str, str], columns: tuple[str, ...], where: str) -> tup
 def _label(cells: dict[str, str], where: str) -> bool:
     text = cells.get("label", "") or "1"
     if text not in ("0", "1", "0.0", "1.0"):
-        raise UserError(f'{where}: label "{quoted(text)}": write 1 (object) or 0 (background)')
+        raise UserError(f'{where}: label "{brief(text)}": write 1 (object) or 0 (background)')
     return text.startswith("1")
 
 

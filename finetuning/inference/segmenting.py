@@ -16,7 +16,7 @@ from sam2_utils import UserError
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief
 from finetuning.basics.image_files import read_image, read_values
 from finetuning.inference.folder_results import FolderImage, FolderResults
 from finetuning.inference.given_prompts import check_inside
@@ -142,7 +142,7 @@ def segment_folder(
             except READ_ERRORS as error:
                 failed.append(image.name)
                 results.fail(image, str(error) or "the memory is full")
-                bar.write(f"failed: {quoted(image.name)}: {quoted(str(error), 300)}", sys.stderr)
+                bar.write(f"failed: {brief(image.name)}: {brief(str(error), 300)}", sys.stderr)
                 continue
             image_prompts = prompts and prompts[image.name]
             title = f"{image.name} ({number} of {len(todo)})"

@@ -1,12 +1,12 @@
 """The user's own files: folders, zips, tables and annotations of images and masks.
 
-annotation_formats: COCO, YOLO and labelme
-annotations: which objects are outlined in which image
-archives: zip archives: what they may hold
-folder_layouts: where images and masks lie in folders
+annotation_formats: COCO, YOLO and labelme files to entries
+annotations: the outlined objects of each image
+archives: zip archives, checked before anything is unpacked
+folder_layouts: finding images and masks in folders
 mask_values: what the values and colours of a mask file mean
-name_matching: which names of masks belong to which names of images
-outlines: polygons and run lengths: checked and drawn
+name_matching: matching the names of masks to the names of images
+outlines: polygons and run lengths, checked and drawn
 pairing: which masks belong to which image
-source: where pairs come from, and the options that say it
+source: where examples come from, and the options for it
 """

@@ -1,4 +1,4 @@
-"""What the files of an annotation tool hold: which objects are outlined in which image file."""
+"""Reading an annotation tool's export: the outlined objects of each image."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.basics.command_line import normal, quoted
+from finetuning.basics.command_line import brief, brief_path, listed, nfc
 from finetuning.basics.files import require_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.annotation_formats import (
     BOXES,
-    FORMATS,
+    SUPPORTED_FORMATS,
     Entry,
     read_coco,
     read_json,
     read_labelme,
     read_yolo,
 )
-from finetuning.sources.outlines import PATH_LIMIT, Outline, draw_outline, refuse_size
+from finetuning.sources.outlines import Outline, draw_outline, refuse_size
 
 OTHER_CLASSES = "objects of other classes"
-NOT_ANNOTATIONS = {"classes.txt", "notes.json"}  # what Label Studio writes beside them
+NOT_ANNOTATIONS = {"classes.txt", "notes.json"}  # Label Studio writes these beside them
 
 
 class AnnotatedImage(NamedTuple):
     """An image file and the outlines of its objects.
 
-    size: (H,W) that the annotation file states, or None.
+    size: (H,W) stated in the annotation file, or None.
     source: the annotation file.
     has_fractions: polygons are in fractions of the image, not in pixels.
     """
@@ -46,29 +46,29 @@ class AnnotatedImage(NamedTuple):
     has_fractions: bool = False
 
     def masks(self, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Draw the objects one after another, as HxW bool masks, for an image of `size` (H,W).
+        """Yield the HxW bool mask of each object, for an image of `size` (H,W).
 
-        What lies outside of the image is cut off, so that a mask may be empty. Raises UserError
-        when the annotations are not for an image of that size.
+        Parts outside the image are cut off, so a mask may be empty. Raises UserError if the
+        annotations are for an image of another size.
         """
         if self.size not in (None, size):
             refuse_size(self.image, self.source, self.size, size)
-        source = quoted(self.source, PATH_LIMIT)
+        source = brief_path(self.source)
         for number, outline in enumerate(self.outlines, start=1):
             for part in outline:
                 if isinstance(part, dict) and tuple(part["size"]) != size:
                     refuse_size(self.image, self.source, tuple(part["size"]), size)
-            where = f"{source}: object {number} of {quoted(self.image.name)}"
+            where = f"{source}: object {number} of {brief(self.image.name)}"
             yield draw_outline(outline, size, self.has_fractions, where)
 
 
 class Annotations(NamedTuple):
-    """What the files of an annotation tool hold.
+    """The annotations of a set of images.
 
     images: those with at least one object of the wanted classes, sorted by name.
-    unlabelled: the image files in which nothing at all is annotated, sorted.
-    counts: objects of the wanted classes by class name.
-    left_out: how many of what was not taken.
+    unlabelled: the image files without any annotation, sorted.
+    counts: the number of objects of each wanted class.
+    left_out: the number of annotations left out, by reason.
     """
 
     format: str
@@ -81,11 +81,11 @@ class Annotations(NamedTuple):
 def read_annotations(
     path: Path, images: Path | None = None, classes: Sequence[str] = ()
 ) -> Annotations:
-    """Read a COCO or labelme file, or a folder of COCO, YOLO or labelme, known by its content.
+    """Read a COCO or labelme file, or a folder of COCO, YOLO or labelme files.
 
-    images: the folder of the images; by default that of the annotations, or the folder "images"
-        beside "labels". classes: the names of the wanted classes; by default all.
-    Raises UserError, in one line, for whatever is wrong with the files.
+    The format is recognized by the content. images: the folder of the images; by default that of
+    the annotations, or the folder "images" beside "labels". classes: the names of the wanted
+    classes; by default all. Raises UserError for anything wrong with the files.
     """
     try:
         import pycocotools.mask  # noqa: F401
@@ -96,15 +96,16 @@ def read_annotations(
     kind, entries, names = _read_files(files)
     folder = images or _image_folder(path, files[0])
     if not folder.is_dir():
-        shown = quoted(folder, PATH_LIMIT)
+        shown = brief_path(folder)
         raise UserError(f"no such folder: {shown}; name that of the images with --images")
+    # Labelme files, and some COCO files, do not list their classes
     names = names | {name for entry in entries for name, _ in entry.objects}
     wanted = _wanted_classes(path, classes, names)
     return _assemble(path, kind, entries, wanted, _ImageFinder(folder))
 
 
 def _annotation_files(path: Path) -> list[Path]:
-    """Return the JSON files, or else the text files, that a path stands for."""
+    """Return the JSON files at a path or, if there are none, its text files."""
     if not path.is_dir():
         require_file(path, what="file or folder")
     if path.is_file() and path.suffix.lower() == ".json":
@@ -116,12 +117,12 @@ def _annotation_files(path: Path) -> list[Path]:
                 for file in candidates
                 if file.suffix.lower() == suffix
                 and file.name not in NOT_ANNOTATIONS
-                and not file.name.lower().startswith("readme")  # Roboflow's
+                and not file.name.lower().startswith("readme")  # Roboflow adds one
                 if not _is_hidden(file.relative_to(folder)) and file.is_file()
             ]
             if files:
                 return sorted(files)
-    raise UserError(f"no annotations in {quoted(path, PATH_LIMIT)}; {FORMATS}")
+    raise UserError(f"no annotations in {brief_path(path)}; {SUPPORTED_FORMATS}")
 
 
 def _is_hidden(path: Path) -> bool:
@@ -129,7 +130,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _read_files(files: list[Path]) -> tuple[str, list[Entry], set[str]]:
-    """Return the format, the entries and the class names of files of YOLO, labelme or COCO."""
+    """Return the format, the entries and the class names of YOLO, labelme or COCO files."""
     if files[0].suffix.lower() == ".txt":
         return ("YOLO", *read_yolo(files))
     entries = []
@@ -138,22 +139,23 @@ def _read_files(files: list[Path]) -> tuple[str, list[Entry], set[str]]:
         keys = document.keys() if isinstance(document, dict) else set()
         if {"images", "annotations"} <= keys:
             if len(files) > 1:
-                folder = quoted(file.parent, PATH_LIMIT)
-                names = ", ".join(quoted(file.name) for file in files[:3])
+                folder = brief_path(file.parent)
+                names = ", ".join(brief(file.name) for file in files[:3])
                 raise UserError(f"{folder} holds {names}; name one COCO file of them")
             return ("COCO", *read_coco(file, document))
         if "shapes" not in keys:
-            raise UserError(f"{quoted(file, PATH_LIMIT)} is not of COCO or labelme; {FORMATS}")
+            file_name = brief_path(file)
+            raise UserError(f"{file_name} is neither COCO nor labelme; {SUPPORTED_FORMATS}")
         entries.append(read_labelme(file, document))
     return "labelme", entries, set()
 
 
 def _image_folder(path: Path, file: Path) -> Path:
-    """Return where the images of annotations are expected: in a folder "images", or beside them."""
+    """Return the folder where the images are expected: "images", or that of the annotations."""
     folder = path if path.is_dir() else path.parent
     if file.suffix.lower() == ".txt" and (folder / "labels").is_dir():
         folder = folder / "labels"
-    # The last "labels" or "annotations", as in labels/train
+    # Replace the last "labels" or "annotations" in the path: labels/train becomes images/train
     for depth, name in enumerate(reversed(folder.parts)):
         if name in ("labels", "annotations"):
             start = len(folder.parts) - 1 - depth
@@ -163,27 +165,20 @@ def _image_folder(path: Path, file: Path) -> Path:
 
 
 def _wanted_classes(path: Path, classes: Sequence[str], names: set[str]) -> set[str]:
-    """Return the names of the wanted classes, which must exist; all, if none is named."""
-    wanted = {normal(name) for name in classes}
+    """Return the names of the wanted classes, which must exist; all if none is named."""
+    wanted = {nfc(name) for name in classes}
     if wanted - names:
-        unknown = ", ".join(quoted(name) for name in sorted(wanted - names))
-        found = _first(sorted(names), 20) or "none"
-        raise UserError(
-            f"no class {unknown} in {quoted(path, PATH_LIMIT)}; its classes are: {found}"
-        )
+        unknown = ", ".join(brief(name) for name in sorted(wanted - names))
+        found = listed(sorted(names), 20) or "none"
+        raise UserError(f"no class {unknown} in {brief_path(path)}; its classes are: {found}")
     return wanted or names
 
 
-def _first(names: Sequence[str], count: int) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(quoted(name) for name in names[:count]) + more
-
-
 class _ImageFinder:
-    """Finds image files below a folder, and never elsewhere, by the names that tools write."""
+    """Finds image files below a folder, and only there, by the names in annotation files."""
 
     def __init__(self, folder: Path) -> None:
-        """List the images below `folder`, by each tail of their path: b/a.jpg and a.jpg."""
+        """Index the images below `folder` by each tail of their path: b/a.jpg and a.jpg."""
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.by_tail: dict[str, list[str]] = {}
@@ -192,33 +187,34 @@ class _ImageFinder:
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
             if not is_image or _is_hidden(path) or not file.is_file():
                 continue
-            name = normal(path.as_posix())
+            name = nfc(path.as_posix())
             self.files[name] = file
             for tail in {*_tails(name), *_tails(name.removesuffix(path.suffix))}:
                 self.by_tail.setdefault(tail, []).append(name)
 
     def find(self, entry: Entry) -> Path | None:
-        """Return the image of an entry: by its path, the end of its path, or the entry's own name.
+        """Return an entry's image: by its path, the end of its path, or the entry's file name.
 
-        Raises UserError where there is more than one such image.
+        Raises UserError if several images match.
         """
         names = [entry.source.with_suffix("").as_posix()]
         if entry.file_name is not None:
             plain = unquote(entry.file_name.partition("?")[0])
-            # Label Studio puts 8 digits before the names of uploads
+            # Label Studio prefixes the names of uploads with 8 hexadecimal digits
             original = re.sub(r"^(.*[/\\])?[0-9a-f]{8}-", "", plain)
             names = [entry.file_name, plain, unquote(entry.file_name), original, *names]
+        # The names go from the literal one to guesses; the longest tail that fits decides
         for name in names:
-            name = normal(name).replace("\\", "/")
+            name = nfc(name).replace("\\", "/")
             if name in self.files:
                 return self.files[name]
             for tail in _tails(name):
                 found = self.by_tail.get(tail, [])
                 if len(found) > 1:
-                    folder, source = (quoted(p, PATH_LIMIT) for p in (self.folder, entry.source))
+                    folder, source = (brief_path(p) for p in (self.folder, entry.source))
                     raise UserError(
-                        f"{quoted(found[0])} and {quoted(found[1])} in {folder} could both be "
-                        f"{quoted(name)} of {source}; rename or remove one"
+                        f"{brief(found[0])} and {brief(found[1])} in {folder} could both be "
+                        f"{brief(name)} of {source}; rename or remove one"
                     )
                 if found:
                     return self.files[found[0]]
@@ -233,7 +229,7 @@ def _tails(name: str) -> list[str]:
 def _assemble(
     path: Path, kind: str, entries: list[Entry], wanted: set[str], finder: _ImageFinder
 ) -> Annotations:
-    """Join the entries with their image files, and count what is taken and what is not."""
+    """Find the entries' image files, and count the objects that are used and left out."""
     images: list[AnnotatedImage] = []
     counts, left_out = Counter(), Counter()
     sources: dict[Path, Path] = {}
@@ -265,21 +261,21 @@ def _assemble(
 
 
 def _refuse_twice(image: Path, sources: set[Path]) -> NoReturn:
-    files = " and ".join(quoted(file, PATH_LIMIT) for file in sorted(sources))
-    image_file = quoted(image, PATH_LIMIT)
+    files = " and ".join(brief_path(file) for file in sorted(sources))
+    image_file = brief_path(image)
     raise UserError(f"{image_file} is annotated twice, in {files}; keep one of the two")
 
 
 def _refuse_missing(missing: list[Entry], folder: Path) -> NoReturn:
-    names = _first([entry.file_name or entry.source.stem for entry in missing], 3)
+    names = listed([entry.file_name or entry.source.stem for entry in missing])
     raise UserError(
-        f"{names}: annotated, but no such image in {quoted(folder, PATH_LIMIT)}; "
+        f"{names}: annotated, but no such image in {brief_path(folder)}; "
         "name the folder of the images with --images"
     )
 
 
 def _refuse_without_outlines(path: Path, left_out: Counter[str]) -> NoReturn:
-    file = quoted(path, PATH_LIMIT)
+    file = brief_path(path)
     if left_out[BOXES] and left_out.keys() <= {BOXES, OTHER_CLASSES}:
         raise UserError(f"{file} holds boxes (detection), not outlines; export it for segmentation")
     found = ", ".join(f"{count} {what}" for what, count in left_out.items()) or "nothing"

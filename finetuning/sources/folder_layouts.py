@@ -1,4 +1,4 @@
-"""Where images and masks lie, in folders and archives as people have them."""
+"""Finding images and masks in folders and archives, by the usual layouts of data sets."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from typing import NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 
-# What folders are called, in lower case; of images and masks also without blanks and the like
-SPLITS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-SPLITS |= {split: split for split in ("train", "val", "test")}
+# Names of folders in lower case; those of images and masks also without " ", "_" and "-"
+SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+SPLIT_NAMES |= {split: split for split in ("train", "val", "test")}
 IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "original"}
 MASK_FOLDERS = {"masks", "mask", "labels", "label", "annotations", "annotation", "ann", "gt"}
 MASK_FOLDERS |= {"groundtruth", "segmentationclass", "segmentationobject"}
 CHALLENGE = re.compile(r".*_(training|validation|test)(?:_part1)?_(input|data|groundtruth)")
 IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}
 BY_TABLE = "pair them by a table: --pairs FILE.csv (image,mask)"
-MAX_DEPTH = 6  # folders within folders
+SEARCH_DEPTH = 6  # folders within folders
 
 
 class Folder(NamedTuple):
-    """What is in a folder, sorted by name, but for hidden files."""
+    """The content of a folder, sorted by name, without hidden files."""
 
     path: Path
-    files: list[Path]  # images and masks, by their suffixes
+    files: list[Path]  # with the suffix of an image
     others: list[Path]
     folders: list[Folder]
 
 
 class Level(NamedTuple):
-    """Two folders of which the files are paired with each other."""
+    """A folder of images and the folder of their masks."""
 
     images: Folder
     masks: Folder | None
     split: str | None = None
-    item: str | None = None  # the name of the folder of one image and its masks only
+    item: str | None = None  # the name of a folder that holds one image and its masks
 
 
 def read_folder(root: Path) -> Folder:
-    """Read what is in a folder, on disk or in an archive, down to MAX_DEPTH."""
+    """List a folder, on disk or in an archive, down to SEARCH_DEPTH."""
     if not root.is_dir():
-        raise UserError(f"no such folder: {shown(root)}; check the path")
+        raise UserError(f"no such folder: {brief_path(root)}; check the path")
     on_disk, members = isinstance(root, Path), defaultdict(list)
-    if not on_disk:  # its iterdir goes through the whole archive each time
+    if not on_disk:  # zipfile.Path.iterdir would go through the whole archive each time
         for name in root.root.namelist():
             members[posixpath.dirname(name.rstrip("/"))].append(zipfile.Path(root.root, name))
 
@@ -63,8 +63,10 @@ def read_folder(root: Path) -> Folder:
             if child.is_dir():
                 real = child.resolve() if on_disk else child
                 if real in above:
-                    raise UserError(f"{shown(child)} is a link to a folder around it; remove it")
-                if depth < MAX_DEPTH:
+                    raise UserError(
+                        f"{brief_path(child)} is a link to a folder around it; remove it"
+                    )
+                if depth < SEARCH_DEPTH:
                     folder.folders.append(read(child, depth + 1, (*above, real)))
             else:
                 is_image = suffix_of(child) in IMAGE_SUFFIXES
@@ -75,7 +77,7 @@ def read_folder(root: Path) -> Folder:
 
 
 def find_places(folder: Folder) -> Iterator[tuple[Path, list[Level]]]:
-    """Yield where below a folder images and masks lie, and how they are laid out there."""
+    """Yield each folder that has images and masks in one of the usual layouts, and its levels."""
     levels = _layout(folder)
     if levels:
         yield folder.path, levels
@@ -87,7 +89,7 @@ def find_places(folder: Folder) -> Iterator[tuple[Path, list[Level]]]:
 
 
 def _layout(folder: Folder) -> list[Level]:
-    """Return what is to be paired in a folder: nothing, or by one of the usual layouts."""
+    """Return the levels to pair in a folder, by the first usual layout that fits, or none."""
     images, masks = _called(folder, IMAGE_FOLDERS), _called(folder, MASK_FOLDERS)
     if images and masks:
         return pair_levels(images, masks)
@@ -96,7 +98,7 @@ def _layout(folder: Folder) -> list[Level]:
     for child in folder.folders:
         if (match := CHALLENGE.fullmatch(child.path.name.lower())) and child.files:
             kind = "masks" if match[2] == "groundtruth" else "images"
-            _put(challenge.setdefault(SPLITS[match[1]], {}), kind, child)
+            _put_once(challenge.setdefault(SPLIT_NAMES[match[1]], {}), kind, child)
     if any(len(kinds) == 2 for kinds in challenge.values()):
         return [
             Level(kinds.get("images", Folder(folder.path, [], [], [])), kinds.get("masks"), split)
@@ -112,67 +114,72 @@ def _layout(folder: Folder) -> list[Level]:
             levels += [level._replace(split=split) for level in inside]
         return levels
 
+    # DSB 2018: ID/images/ID.png, ID/masks/*.png
     items = [(child, _called(child, IMAGE_FOLDERS)) for child in folder.folders]
     levels = [Level(images, _called(child, MASK_FOLDERS), None, child.path.name)
               for child, images in items if images and len(images.files) == 1]  # fmt: skip
-    # DSB 2018: ID/images/ID.png, ID/masks/*.png
     return levels if len(levels) > 1 and any(level.masks for level in levels) else []
 
 
 def _called(folder: Folder, names: set[str]) -> Folder | None:
-    """Return the one folder inside that has one of these names, and anything in it."""
+    """Return the one folder inside that has one of these names, preferably one with files."""
     found = [c for c in folder.folders if re.sub("[ _-]", "", c.path.name.casefold()) in names]
     with_files = [c for c in found if c.files or any(inside.files for inside in c.folders)]
     found = with_files or found
+    # The names that this project uses itself win over others, such as annotations/ beside masks/
     found = [child for child in found if child.path.name in ("images", "masks")] or found
     kinds: dict[str, Folder] = {}
     for child in found:
-        _put(kinds, "kind", child)
+        _put_once(kinds, "kind", child)
     return kinds.get("kind")
 
 
 def _by_split(folder: Folder) -> dict[str, Folder]:
     found: dict[str, Folder] = {}
     for child in folder.folders:
-        if split := SPLITS.get(child.path.name.casefold()):
-            _put(found, split, child)
+        if split := SPLIT_NAMES.get(child.path.name.casefold()):
+            _put_once(found, split, child)
     return found
 
 
-def _put(found: dict[str, Folder], key: str, folder: Folder) -> None:
-    """Note a folder, which must be the only one of its kind."""
+def _put_once(found: dict[str, Folder], key: str, folder: Folder) -> None:
+    """Add a folder under a key; raise UserError if there is one already."""
     if key in found:
         raise UserError(
-            f"{shown(found[key].path)} or {shown(folder.path)}: it is not clear which to take; "
-            "choose two folders by --images and --masks"
+            f"{brief_path(found[key].path)} or {brief_path(folder.path)}: it is not clear which to "
+            "take; choose two folders by --images and --masks"
         )
     found[key] = folder
 
 
 def pair_levels(images: Folder, masks: Folder) -> list[Level]:
-    """Return what is to be paired in two folders: they themselves, or train/, val/ and test/."""
+    """Return the levels to pair in two folders: the folders, or their train/, val/ and test/."""
     splits = {} if images.files else _by_split(images)
     mask_splits = {} if masks.files else _by_split(masks)
     if not splits or not mask_splits:
         return [Level(images, masks)]
     for split in mask_splits.keys() - splits.keys():
-        raise UserError(f"{shown(mask_splits[split].path)} has no partner in {shown(images.path)}")
+        raise UserError(
+            f"{brief_path(mask_splits[split].path)} has no partner in {brief_path(images.path)}; "
+            "add its images"
+        )
     return [Level(folder, mask_splits.get(split), split) for split, folder in splits.items()]
 
 
 def by_stem(folder: Folder) -> dict[str, Path]:
+    """Map each stem to its file; raise UserError if two files differ only in their suffix."""
     files: dict[str, Path] = {}
     for path in folder.files:
         if (other := files.setdefault(stem_of(path), path)) is not path:
             raise UserError(
-                f"{listed([other, path])} in {shown(folder.path)} have the same name but for the "
-                f"suffix; move one kind into a folder of its own, or {BY_TABLE}"
+                f"{listed([other, path])} in {brief_path(folder.path)} have the same name but for "
+                f"the suffix; move one kind into a folder of its own, or {BY_TABLE}"
             )
     return files
 
 
 def suffix_of(path: Path) -> str:
-    """Return a file's suffix in lower case; pathlib's own takes long for many thousand files."""
+    """Return a file's suffix in lower case; pathlib's is slow for many thousands of files."""
     return "".join(path.name.rpartition(".")[1:]).lower() if "." in path.name else ""
 
 
@@ -181,14 +188,14 @@ def stem_of(path: Path) -> str:
 
 
 def annotation_hint(folder: Folder) -> str:
-    """Say how to go on where the files of an annotation tool lie beside images; or nothing."""
+    """Return a hint at --annotations if a folder has files of an annotation tool, else ""."""
     kinds = {suffix_of(path) for path in folder.others}
     is_annotated = kinds & {".json", ".txt", ".xml"}
-    return "; COCO, YOLO and labelme files are read by --annotations" if is_annotated else ""
+    return "; use --annotations for COCO, YOLO and labelme files" if is_annotated else ""
 
 
-def left_out(levels: list[Level]) -> list[str]:
-    """Say which files and folders are not used."""
+def notes_on_unused(levels: list[Level]) -> list[str]:
+    """Return notes on the files and folders that are not used."""
     folders = [folder for level in levels for folder in level[:2] if folder]
     others = [path for folder in folders for path in folder.others]
     used = {str(folder.path) for folder in folders}
@@ -198,12 +205,12 @@ def left_out(levels: list[Level]) -> list[str]:
         for child in folder.folders
         if folder.files and str(child.path) not in used
     ]
-    notes = [f"folders inside left out: {listed(unused)}"] if unused else []
+    notes = [f"left out folders: {listed(unused)}"] if unused else []
     if others:
         kinds = ", ".join(sorted({suffix_of(p) or "no suffix" for p in others}))
         what = (
             "1 file of another kind" if len(others) == 1 else f"{len(others)} files of other kinds"
         )
         hint = max(map(annotation_hint, folders), key=len)
-        notes.append(f"{what} left out: {shown(kinds)}{hint}")
+        notes.append(f"left out {what}: {brief_path(kinds)}{hint}")
     return notes

@@ -1,35 +1,35 @@
-"""Which names of masks belong to which names of images."""
+"""Matching the names of masks to the names of images."""
 
 from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import shown
+from finetuning.basics.command_line import brief_path, nfc
 from finetuning.sources.folder_layouts import BY_TABLE
 
-MAX_GUESSES = 50  # where more endings are as frequent, none of them is a mask's
+MAX_GUESSES = 50  # if more endings are equally frequent, none of them marks masks
 
 OBJECT_NUMBER = re.compile(r"[ _.-]?\(\d+\)$|[ _.-]?\d+$")  # at the end of a mask's name
-Affix = tuple[str, str]  # what stands before and after a name
+Affix = tuple[str, str]  # the prefix and the suffix around a name
 
 
 def match_names(images: list[str], masks: list[str]) -> tuple[dict[str, str], str]:
-    """Return the image's name for each mask's name, and how they were matched, if not by equality.
+    """Return the image's name for each mask's name, and a note on how, unless they are equal.
 
-    Returns no names where there is no way in which each mask belongs to an image. Raises UserError
-    where there are several: a name that could be either's is never matched by luck.
+    Returns no names if no way assigns every mask to an image. Raises UserError if several ways
+    do: an ambiguous name is never matched by luck.
     """
-    for fold, note in ((str, ""), (_fold, "names are compared without upper and lower case")):
+    for fold, note in ((str, ""), (_fold, "names are compared ignoring case")):
         image_of, mask_of = {fold(n): n for n in images}, {fold(n): n for n in masks}
         is_unique = len(image_of) == len(images) and len(mask_of) == len(masks)
         if is_unique and mask_of.keys() <= image_of.keys():
             return {mask: image_of[key] for key, mask in mask_of.items()}, note
+    # Only if names are not equal: an affix
     for fold in (str, _fold):
         image_of, mask_of = {fold(n): n for n in images}, {fold(n): n for n in masks}
         if len(image_of) == len(images) and len(mask_of) == len(masks):
@@ -40,18 +40,20 @@ def match_names(images: list[str], masks: list[str]) -> tuple[dict[str, str], st
 
 
 def _fold(name: str) -> str:
-    return unicodedata.normalize("NFC", name.casefold())
+    return nfc(name.casefold())
 
 
 def _choose(images: list[str], masks: list[str]) -> tuple[dict[str, str], str]:
-    """Return the one way in which all masks belong to images, or nothing."""
+    """Return the one way to assign all masks to images, or nothing."""
     chosen, rivals = ({}, ""), []
     for owners, note, is_doubtful in _ways(images, masks):
         count = len(set(owners.values()))
         is_complete = count == len(images)
-        if not is_doubtful and (is_complete or count > 1):  # one alone may be luck
+        if not is_doubtful and (is_complete or count > 1):  # a single image may match by luck
             chosen = chosen if chosen[0] else (owners, note)
             rivals.append(owners)
+        # A doubtful way is never chosen, but makes the choice ambiguous if it is as plausible: if
+        # every image has a mask, or so few have one that luck cannot be told from a rule
         elif is_complete or count < 3:
             rivals.append(owners)
     for owners in rivals if chosen[0] else []:
@@ -61,30 +63,34 @@ def _choose(images: list[str], masks: list[str]) -> tuple[dict[str, str], str]:
 
 def _require_equal(owners: dict[str, str], others: dict[str, str]) -> None:
     for mask in sorted(owners.keys() | others.keys()):
-        pair = [shown(way[mask]) if mask in way else "none" for way in (owners, others)]
+        pair = [brief_path(way[mask]) if mask in way else "none" for way in (owners, others)]
         if pair[0] != pair[1]:
             raise UserError(
-                f"the names are ambiguous: {shown(mask)} may be a mask of {' or '.join(pair)}; "
-                + BY_TABLE
+                f"the names are ambiguous: {brief_path(mask)} may be a mask of "
+                f"{' or '.join(pair)}; {BY_TABLE}"
             )
 
 
 def _ways(images: list[str], masks: list[str]) -> Iterator[tuple[dict[str, str], str, bool]]:
-    """Yield every way in which all masks are called by an image, an affix, and perhaps a number.
+    """Yield every way to read all masks' names as an image's name, an affix, perhaps a number.
 
-    Of an image its whole name counts (x, x_mask), or what all images do not have in common
-    (x_sat, x_mask). With each way comes a note, and whether it is doubtful.
+    An image's name is the whole name (x, x_mask), or the part that differs between images
+    (x_sat, x_mask). Each way comes with a note, and whether it is doubtful.
     """
     head = _common_start(images)
     tail = _common_start([name[len(head) :][::-1] for name in images])[::-1]
     for own in dict.fromkeys([("", ""), (head, tail)]):
         image_of = {name[len(own[0]) : len(name) - len(own[1])]: name for name in images}
+        # With shortened names, or a single mask, an affix that continues a word is doubtful, too
         is_strict = any(own) or len(masks) == 1
+        # An affix of all masks is in any sample of them, which is much faster to search
         sample = masks[:: len(masks) // 8 + 1]
         affixes = set.intersection(*(affixes_in(mask, image_of) for mask in sample))
         for affix in sorted(affixes):
+            # x_2 may be the mask of image x_2, or the second mask of image x: try both
             for with_exact in (True, False):
                 every = (core_of(mask, affix, image_of, with_exact) for mask in masks)
+                # Stops at the first mask that does not fit
                 cores = list(itertools.takewhile(lambda core: core is not None, every))
                 if len(cores) < len(masks):
                     continue
@@ -93,14 +99,15 @@ def _ways(images: list[str], masks: list[str]) -> Iterator[tuple[dict[str, str],
                 length = len(affix[0]) + len(affix[1])
                 pairs = zip(masks, cores, strict=True)
                 is_numbered = any(len(mask) > len(core) + length for mask, core in pairs)
-                note = f"masks are called {shown('NAME'.join(affix))}"
+                note = f"masks are called {brief_path('NAME'.join(affix))}"
                 note += " and a number" if is_numbered else ""
-                note += f", images {shown('NAME'.join(own))}" if any(own) else ""
+                note += f", images {brief_path('NAME'.join(own))}" if any(own) else ""
                 yield {m: image_of[c] for m, c in zip(masks, cores, strict=True)}, note, doubtful
 
 
 def _common_start(names: list[str]) -> str:
-    """Return what all names begin with, without a part of a run of letters or of digits."""
+    """Return the common start of all names, ending between words and numbers, not inside one."""
+    # What the first and the last name in order have in common, all names have
     first, last = (min(names), max(names)) if len(names) > 1 else ("", "")
     equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     start = "".join(left for left, _ in equal)
@@ -110,25 +117,26 @@ def _common_start(names: list[str]) -> str:
 
 
 def _is_run(left: str, right: str, letters: bool = True) -> bool:
-    """Say whether two characters, or none, are both digits, or both letters."""
+    """Return whether two characters are both digits, or both letters; one may be empty."""
     is_letters = letters and left.isalpha() and right.isalpha()
     return is_letters or (left.isdecimal() and right.isdecimal())
 
 
 def _is_glued(core: str, affix: Affix, letters: bool) -> bool:
-    """Say whether a name and its affix meet inside a run of digits, or of letters if they count."""
+    """Return whether a name and its affix meet inside a number or, if `letters`, inside a word."""
     return _is_run(affix[0][-1:], core[:1], letters) or _is_run(core[-1:], affix[1][:1], letters)
 
 
 def _numbers_differ(own: Affix, affix: Affix) -> bool:
-    """Say whether numbers that images have in common are others than those of masks: p1_, p2_."""
+    """Return whether images and masks differ in the numbers that all share: p1_ and p2_."""
     heads, tails = ([re.findall(r"\d+", way[i]) for way in (own, affix)] for i in (0, 1))
+    # Compare from the name outwards: prefixes backwards, suffixes forwards
     pairs = [*zip(heads[0][::-1], heads[1][::-1], strict=False), *zip(*tails, strict=False)]
     return any(left != right for left, right in pairs)
 
 
 def affixes_in(mask: str, cores: Collection[str]) -> set[Affix]:
-    """Return what stands around each name that is found in a mask's, with or without its number."""
+    """Return the affix around each of `cores` in a mask's name, with or without its number."""
     names = {mask, OBJECT_NUMBER.sub("", mask)}
     return {
         (name[:start], name[end:])
@@ -140,9 +148,10 @@ def affixes_in(mask: str, cores: Collection[str]) -> set[Affix]:
 
 
 def core_of(mask: str, affix: Affix, cores: Collection[str], with_exact: bool = True) -> str | None:
-    """Return the one of `cores` that a mask is called by: with the affix, and perhaps a number."""
+    """Return the one of `cores` that is a mask's name without the affix and perhaps a number."""
     number = OBJECT_NUMBER.search(mask) if mask[-1:] == ")" or mask[-1:].isdecimal() else None
     names = [mask] if with_exact else []
+    # Before the number there must be a separator or the affix's letter: x12 is not mask 2 of x1
     if number and (affix[1][-1:].isalpha() or not number[0][0].isdecimal()):
         names.append(mask[: number.start()])
     for name in names:
@@ -155,19 +164,22 @@ def core_of(mask: str, affix: Affix, cores: Collection[str], with_exact: bool = 
 
 
 def marked_masks(stems: list[str]) -> set[str]:
-    """Return the names that are another's with one and the same addition, as _mask; or none."""
+    """Return the names that are another name with one fixed addition, such as _mask; or none."""
     names, ways = set(stems), []
-    # The longest name is a mask's where all images have masks; else what is frequent is tried.
+    # If all images have masks, the longest name is a mask's; otherwise try the frequent additions
     sample = [max(stems, key=len), *stems[:: len(stems) // 50 + 1]]
     found = [affix for stem in sample for affix in affixes_in(stem, names)]
-    counts = Counter(a for a in found if any(map(str.isalpha, a[0] + a[1])))  # not as x_1 beside x
+    # With letters: x_1 beside x need not be its mask
+    counts = Counter(affix for affix in found if any(map(str.isalpha, affix[0] + affix[1])))
     often = {affix for affix, count in counts.items() if 2 * count >= max(counts.values())}
     longest = affixes_in(sample[0], names) & counts.keys()
     for affix in sorted(longest | (often if len(often) <= MAX_GUESSES else set())):
         owners = {stem: core for stem in stems if (core := core_of(stem, affix, names)) is not None}
         glued = any(_is_glued(core, affix, letters=True) for core in owners.values())
+        # A name cannot be a mask and an image at once
         if owners and not glued and not owners.keys() & set(owners.values()):
             ways.append((len(owners.keys() | set(owners.values())) == len(names), owners))
+    # Ways that use every name win over ways that leave names over
     best = max((is_all for is_all, _ in ways), default=False)
     ways = [owners for is_all, owners in ways if is_all == best]
     for owners in ways[1:]:

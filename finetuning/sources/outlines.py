@@ -1,4 +1,4 @@
-"""Outlines of objects: what they are made of, how they are checked, and how they are drawn."""
+"""Outlines of objects: polygons, run lengths and masks, checked and drawn."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.basics.command_line import quoted
+from finetuning.basics.command_line import brief, brief_path
 
-# The parts of one object, to unite: polygons (Nx2 float in (X,Y), in pixels or in fractions of
-# the image), RLE dicts of COCO, and (mask, x, y), an HxW bool mask and where its corner lies.
+# The parts of one object, whose union it is: polygons (Nx2 float in (X,Y), in pixels or fractions
+# of the image), COCO's RLE dicts, and (mask, x, y), an HxW bool mask and its upper left corner.
 Outline = list[np.ndarray | dict[str, Any] | tuple[np.ndarray, int, int]]
 
-# In pixels; the C code of pycocotools takes 50 bytes for each, and checks no limits.
+# In pixels: pycocotools' C code takes 50 bytes for each, and checks no limits
 LONGEST_OUTLINE = 2_000_000
-PATH_LIMIT = 300  # characters of a path in a message, which shows its file at the end
 
 
 def parse_polygon(numbers: Any, where: str) -> np.ndarray:
-    """Return the polygon, Nx2 float, of a list x1, y1, x2, y2, ... of at least three points."""
+    """Convert a list x1, y1, x2, y2, ... of at least three points to an Nx2 float polygon."""
     try:
-        if not all(type(value) in (int, float) for value in numbers):
+        if not all(type(value) in (int, float) for value in numbers):  # bool is not a number here
             raise TypeError
         coords = np.array(numbers, np.float64)
     except (TypeError, OverflowError):
         coords = np.array([np.nan])
     if not (np.abs(coords) < 1e9).all():
         raise UserError(
-            f"{where}: an outline has coordinates that are no numbers, or huge; draw it again"
+            f"{where}: an outline has coordinates that are not numbers, or huge; draw it again"
         )
     if coords.size % 2 or coords.size < 6:
         raise UserError(
@@ -41,7 +40,7 @@ def parse_polygon(numbers: Any, where: str) -> np.ndarray:
 
 
 def parse_rle(rle: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return an RLE of COCO whose runs fill its size, so that the C code can be trusted with it."""
+    """Check that a COCO RLE's runs fill its size: pycocotools' C code does not check."""
     size, counts = rle.get("size"), rle.get("counts")
     try:
         runs = _decode_runs(counts) if isinstance(counts, str) else counts
@@ -55,10 +54,12 @@ def parse_rle(rle: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _decode_runs(text: str) -> list[int]:
-    """Return the run lengths in a compressed RLE, as rleFrString of pycocotools reads them.
+    """Return the run lengths in a compressed RLE, as pycocotools' rleFrString reads them.
 
-    Raises ValueError where that function would read on past the end of the text.
+    Raises ValueError where that function would read past the end of the text.
     """
+    # Each character holds 5 bits of a number, lowest first, and a bit if more follow. From the
+    # fourth on, a number is the difference from the run two before.
     runs: list[int] = []
     value = shift = 0
     for char in text:
@@ -79,10 +80,10 @@ def _decode_runs(text: str) -> list[int]:
 def draw_outline(
     outline: Outline, size: tuple[int, int], has_fractions: bool, where: str
 ) -> np.ndarray:
-    """Return the HxW bool union of the parts of an outline, in an image of `size` (H,W).
+    """Draw the union of an outline's parts as an HxW bool mask, for an image of `size` (H,W).
 
-    has_fractions: polygons are in fractions of the image. The RLEs must be of that size. Raises
-    UserError, which begins with `where`, for what cannot be drawn.
+    has_fractions: polygons are in fractions of the image. RLEs must have that size. Raises
+    UserError, which begins with `where`, if a part cannot be drawn.
     """
     from pycocotools import mask as coco_mask
 
@@ -103,12 +104,12 @@ def draw_outline(
     except (UserError, MemoryError):
         raise
     except Exception as error:  # pycocotools raises nothing more precise
-        message = f"{where} cannot be drawn ({quoted(str(error))}); draw it again"
+        message = f"{where} cannot be drawn ({brief(str(error))}); draw it again"
         raise UserError(message) from error
 
 
 def _check_polygon(polygon: np.ndarray, size: tuple[int, int], where: str) -> None:
-    """Keep from the C code what would take all memory: an outline in other units, or endless."""
+    """Raise UserError for polygons that would fill the memory: in other units, or too long."""
     sides = np.array(size[::-1])
     if (polygon < -sides).any() or (polygon > 2 * sides).any():
         raise UserError(
@@ -121,8 +122,8 @@ def _check_polygon(polygon: np.ndarray, size: tuple[int, int], where: str) -> No
 
 
 def _place(mask: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.ndarray:
-    """Return the HxW uint8 canvas, column by column, with a mask at (x,y); its rest is cut off."""
-    canvas = np.zeros(size, np.uint8, order="F")
+    """Return an HxW uint8 canvas with a mask at (x,y), cut off at its borders."""
+    canvas = np.zeros(size, np.uint8, order="F")  # column by column, as pycocotools needs it
     inside = mask[max(-y, 0) : max(size[0] - y, 0), max(-x, 0) : max(size[1] - x, 0)]
     top, left = max(y, 0), max(x, 0)
     canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
@@ -132,10 +133,10 @@ def _place(mask: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.ndarra
 def refuse_size(
     image: Path, source: Path, stated: tuple[int, int], size: tuple[int, int]
 ) -> NoReturn:
-    """Raise UserError: an image is of `size` (H,W), but its annotations are for another."""
+    """Raise UserError: an image has `size` (H,W), but its annotations state another."""
     is_transposed = stated == size[::-1]
     raise UserError(
-        f"{quoted(image, PATH_LIMIT)} is {size[1]}x{size[0]} but {quoted(source, PATH_LIMIT)} "
+        f"{brief_path(image)} is {size[1]}x{size[0]} but {brief_path(source)} "
         f"states {stated[1]}x{stated[0]}; "
         + ("the EXIF orientation of the photo may be the cause: " if is_transposed else "")
         + "annotate the image as it is now"

@@ -1,4 +1,4 @@
-"""Which masks belong to which image, in folders, archives and tables as people have them."""
+"""Finding out which masks belong to which image, in folders, archives and tables."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, nfc, shown
+from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.csv_files import read_table
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.folder_layouts import (
     BY_TABLE,
-    SPLITS,
+    SPLIT_NAMES,
     Folder,
     Level,
     annotation_hint,
     by_stem,
     find_places,
-    left_out,
+    notes_on_unused,
     pair_levels,
     read_folder,
     stem_of,
@@ -30,44 +30,44 @@ from finetuning.sources.folder_layouts import (
 from finetuning.sources.name_matching import affixes_in, core_of, marked_masks, match_names
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
-# What Windows refuses, control characters, and those that turn the direction of writing
+# Characters that Windows refuses, control characters, and those that set the writing direction
 UNSAFE = re.compile(
     r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
 )
 
 
-class Example(NamedTuple):
+class SourceExample(NamedTuple):
     """An image and its masks: files on disk, or members of a zip archive (zipfile.Path)."""
 
-    name: str  # the image's, unique in its split, NFC, safe as a file stem
+    name: str  # of the image: unique in its split, NFC, safe as a file stem
     image: Path
-    masks: tuple[Path, ...]  # one or more; several are the image's objects
-    split: str | None = None  # "train", "val" or "test" where the files are split already
-    annotated: Any = None  # an AnnotatedImage, whose objects are drawn; there are no masks then
+    masks: tuple[Path, ...]  # one or more; each of several is an object
+    split: str | None = None  # "train", "val" or "test" if the files are split already
+    annotated: Any = None  # an AnnotatedImage, whose objects are drawn, in place of masks
 
 
 class Found(NamedTuple):
-    """Examples by split and name, and what the user should know of how they were found."""
+    """Examples sorted by split and name, and notes for the user on how they were found."""
 
-    examples: list[Example]
+    examples: list[SourceExample]
     notes: list[str]
 
 
-class Row(NamedTuple):
-    """An image on its way to an Example."""
+class UnnamedExample(NamedTuple):
+    """An image and its masks before the image has a unique name."""
 
     image: Path
     masks: tuple[Path, ...]
-    folder: str  # what tells it from images of the same name
+    folder: str  # distinguishes images of the same name
     split: str | None
-    annotated: Any = None  # as in Example
+    annotated: Any = None  # as in SourceExample
 
 
 def find_examples(images: Path, masks: Path, skip_unlabelled: bool = False) -> Found:
     """Pair the images and masks of two folders, or of one folder given twice, by their names.
 
-    Raises UserError where a mask or, unless they are skipped, an image is left over, and where the
-    names allow more than one pairing.
+    Raises UserError if a mask, or an image unless skip_unlabelled, is left over, or if the names
+    allow more than one pairing.
     """
     image_folder, mask_folder = read_folder(images), read_folder(masks)
     on_disk = isinstance(images, Path) and isinstance(masks, Path)
@@ -79,9 +79,9 @@ def find_examples(images: Path, masks: Path, skip_unlabelled: bool = False) -> F
 
 
 def find_in_folder(root: Path, skip_unlabelled: bool = False) -> Found:
-    """Pair the files of the one place below a folder, or in an archive, that has images and masks.
+    """Pair the files of the one place in a folder or archive that has images and masks.
 
-    Raises UserError for no place or several, and as find_examples does.
+    Raises UserError if there is no such place or several, and like find_examples.
     """
     return _find_in(read_folder(root), skip_unlabelled)
 
@@ -89,64 +89,71 @@ def find_in_folder(root: Path, skip_unlabelled: bool = False) -> Found:
 def _find_in(root: Folder, skip_unlabelled: bool) -> Found:
     places = list(find_places(root))
     if len(places) == 1:
-        return _pair_all(places[0][1], [f"found in {shown(places[0][0])}"], skip_unlabelled)
+        return _pair_all(places[0][1], [f"found in {brief_path(places[0][0])}"], skip_unlabelled)
     inside = listed([f"{folder.path.name}/" for folder in root.folders])
     what = "has no folders like images/ and masks/ side by side in it"
     what += f" (the folders inside are {inside})" if inside else ""
     if places:
         what = f"has images and masks in several places: {listed([path for path, _ in places])}"
-    raise UserError(f"{shown(root.path)} {what}; choose two folders by --images and --masks")
+    raise UserError(f"{brief_path(root.path)} {what}; choose two folders by --images and --masks")
 
 
 def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Found:
-    """Read pairs from a CSV file with the columns image and mask, and perhaps split.
+    """Read pairs from a CSV file with the columns image and mask, and optionally split.
 
-    Files are looked for in `images` or `masks`, then in the table's own folder; rows with the same
-    image are its objects. Raises UserError with the row where a file or a value is missing.
+    Files are searched in `images` or `masks`, then in the table's own folder. Rows with the same
+    image are its objects. Raises UserError, which names the row, if a file or value is missing.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str, UnnamedExample] = {}
     notes: list[str] = []
     for number, cells in enumerate(read_table(file, ("image", "mask")), 2):
         if not any(cells.values()):
             continue
-        where = f"{shown(file)}, row {number}"
+        where = f"{brief_path(file)}, row {number}"
         image = _find_file(cells.get("image", ""), [images, file.parent], f"{where}: image")
         mask = _find_file(cells.get("mask", ""), [masks, file.parent], f"{where}: mask")
         value = cells.get("split", "").casefold()
-        if value and value not in SPLITS:
-            raise UserError(f"{where}: split is {shown(value)}, not train, val or test")
-        row = rows.setdefault(str(image), Row(image, (), image.parent.name, SPLITS.get(value)))
-        if row.split != SPLITS.get(value):
-            raise UserError(f"{where}: {shown(image.name)} is in another split further up")
+        if value and value not in SPLIT_NAMES:
+            raise UserError(f"{where}: split is {brief_path(value)}, not train, val or test")
+        split = SPLIT_NAMES.get(value)
+        new = UnnamedExample(image, (), image.parent.name, split)
+        row = rows.setdefault(str(image), new)
+        if row.split != split:
+            raise UserError(
+                f"{where}: {brief_path(image.name)} is in another split in an earlier row"
+            )
         if mask in row.masks:
-            notes.append(f"row {number} repeats an earlier one: left out")
+            notes.append(f"left out row {number}, which repeats an earlier one")
         else:
             rows[str(image)] = row._replace(masks=(*row.masks, mask))
     if not rows:
-        raise UserError(f"{shown(file)} has no rows below its header")
+        raise UserError(f"{brief_path(file)} has no rows below its header")
     if len({row.split is None for row in rows.values()}) > 1:
-        raise UserError(f"{shown(file)}: some rows have a split and some have none; fill in all")
-    return finish(list(rows.values()), notes, skip_unlabelled=False)
+        raise UserError(
+            f"{brief_path(file)}: some rows have a split and some have none; fill in all"
+        )
+    return to_examples(list(rows.values()), notes, skip_unlabelled=False)
 
 
 def _find_file(name: str, folders: list[Path | None], what: str) -> Path:
-    """Return the first of these folders' file of that name, however it spells 한글."""
+    """Return the file of this name in the first folder that has it, composed or decomposed."""
     suffix = PurePath(name).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
-        raise UserError(f"{what} is {shown(name) or 'empty'}; expected a file like name.png")
+        raise UserError(f"{what} is {brief_path(name) or 'empty'}; expected a file like name.png")
     for folder in filter(None, folders):
         for form in ("NFC", "NFD"):
             for spelled in (name, name.replace("\\", "/")):
                 path = folder / unicodedata.normalize(form, spelled)
-                if len(path.name) < 256 and path.is_file():
+                if len(path.name) < 256 and path.is_file():  # is_file raises for longer names
                     return path
-    places = " or ".join(dict.fromkeys(shown(folder) for folder in folders if folder))
-    raise UserError(f"{what} {shown(name)} is not in {places}; check its path")
+    places = " or ".join(dict.fromkeys(brief_path(folder) for folder in folders if folder))
+    raise UserError(f"{what} {brief_path(name)} is not in {places}; check its path")
 
 
 def _divide(folder: Folder) -> Level:
-    """Tell the masks in a folder from the images beside them: by name, or by JPEG and PNG."""
+    """Separate masks from images in one folder: by name, or as the files that are not JPEG."""
     files = {path: suffix_of(path) for path in folder.files}
+    # Masks are exact, so photos and masks in one folder are often JPEG and PNG
     files = {path: ".jpg" if kind in JPEG_SUFFIXES else kind for path, kind in files.items()}
     stems = [stem_of(path) for path in files]
     marked = marked_masks(stems) if len(set(stems)) == len(stems) else set()
@@ -155,10 +162,10 @@ def _divide(folder: Folder) -> Level:
     elif len(set(files.values())) == 2 and ".jpg" in files.values():
         masks = {path: None for path, kind in files.items() if kind != ".jpg"}
     else:
-        by_stem(folder)  # raises where there is a better reason
+        by_stem(folder)  # may raise a more precise error
         raise UserError(
-            f"{shown(folder.path)} was given for both images and masks, but names like "
-            f"{listed(folder.files)} do not tell which are the masks; move those into a folder of "
+            f"{brief_path(folder.path)} was given for both images and masks, but names like "
+            f"{listed(folder.files)} do not show which are the masks; move those into a folder of "
             f"their own, or {BY_TABLE}{annotation_hint(folder)}"
         )
     images = [path for path in files if path not in masks]
@@ -166,25 +173,27 @@ def _divide(folder: Folder) -> Level:
 
 
 def _pair_all(levels: list[Level], notes: list[str], skip_unlabelled: bool) -> Found:
-    rows = [row for level in levels for row in _pair(level, notes)]
-    return finish(rows, notes + left_out(levels), skip_unlabelled)
+    unnamed = [example for level in levels for example in _pair(level, notes)]
+    return to_examples(unnamed, notes + notes_on_unused(levels), skip_unlabelled)
 
 
-def _pair(level: Level, notes: list[str]) -> list[Row]:
-    """Pair the files of two folders; an image without masks is a Row without masks."""
+def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
+    """Pair the files of a level; images without masks are returned, too."""
     files, masks = by_stem(level.images), level.masks
     if not files:
-        raise UserError(f"no images in {shown(level.images.path)}{_inside(level.images)}")
+        raise UserError(f"no images in {brief_path(level.images.path)}{_inside(level.images)}")
     if not masks:
         groups = {}
+    # Masks by the name of their image: those of one image's folder are its own, whatever they are
+    # called; otherwise there is one file for each name, or one folder, masks/NAME/*.png
     elif level.item is not None:
         groups = {stem: masks.files for stem in files if masks.files}
     elif masks.files or not masks.folders:
         groups = {stem: [path] for stem, path in by_stem(masks).items()}
-    else:  # masks/NAME/*.png
+    else:
         groups = {nfc(folder.path.name): folder.files for folder in masks.folders if folder.files}
     if masks and not groups and level.item is None:
-        raise UserError(f"no masks in {shown(masks.path)}{_inside(masks)}")
+        raise UserError(f"no masks in {brief_path(masks.path)}{_inside(masks)}")
 
     owners, note = match_names(list(files), list(groups))
     if groups and not owners:
@@ -195,70 +204,82 @@ def _pair(level: Level, notes: list[str]) -> list[Row]:
         masks_of[stem] += groups[mask]
     folder = level.images.path.name if level.item is None else level.item
     return [
-        Row(files[stem], tuple(sorted(found, key=_in_numeric_order)), folder, level.split)
+        UnnamedExample(
+            files[stem], tuple(sorted(found, key=_in_numeric_order)), folder, level.split
+        )
         for stem, found in masks_of.items()
     ]
 
 
 def _refuse(files: dict[str, Path], groups: dict[str, list[Path]]) -> None:
-    """Raise UserError that names masks without an image, and images that they may be meant for."""
+    """Raise UserError naming masks without an image, and images that may be meant."""
+    # If most masks match an image with the most frequent affix, name only those that do not
     sample = list(groups)[:: len(groups) // 8 + 1]
     affixes = Counter(affix for mask in sample for affix in sorted(affixes_in(mask, files)))
     affix = affixes.most_common(1)[0][0] if affixes else ("", "")
     owners = {mask: core for mask in groups if (core := core_of(mask, affix, files)) is not None}
-    if not len(groups) / 2 < len(owners) < len(groups):  # by luck
+    if not len(groups) / 2 < len(owners) < len(groups):  # fewer may match by luck
         owners = {}
     alone = [paths[0] for mask, paths in groups.items() if mask not in owners]
     free = files.keys() - set(owners.values()) or files.keys()
     raise UserError(
-        f"the names do not tell to which images these masks belong: {listed(alone)}; images are "
+        f"the names do not show which images these masks belong to: {listed(alone)}; images are "
         f"called {listed(sorted(files[stem].name for stem in free))}; {BY_TABLE}"
     )
 
 
-def finish(rows: list[Row], notes: list[str], skip_unlabelled: bool) -> Found:
-    """Turn rows into examples with unique names; leave out images without masks, or raise."""
-    bare = [row for row in rows if not (row.masks or row.annotated)]
-    rows = [row for row in rows if row.masks or row.annotated]
-    if bare and not (skip_unlabelled and rows):
+def to_examples(unnamed: list[UnnamedExample], notes: list[str], skip_unlabelled: bool) -> Found:
+    """Name the examples and describe them in notes.
+
+    Raises UserError for images without masks, unless they are skipped, and if nothing is left to
+    train on.
+    """
+    bare = [example for example in unnamed if not (example.masks or example.annotated)]
+    unnamed = [example for example in unnamed if example.masks or example.annotated]
+    if bare and not (skip_unlabelled and unnamed):
         raise UserError(
-            f"{len(bare)} of {len(bare) + len(rows)} images have no mask: "
-            f"{listed([row.image for row in bare])} (masks are there like "
-            f"{listed([row.masks[0] for row in rows]) or 'none'}); --skip-unlabelled leaves them "
-            f"out, or {BY_TABLE}"
+            f"{len(bare)} of {len(bare) + len(unnamed)} images have no mask: "
+            f"{listed([example.image for example in bare])} (masks found: "
+            f"{listed([example.masks[0] for example in unnamed]) or 'none'}); "
+            f"leave them out with --skip-unlabelled, or {BY_TABLE}"
         )
     if bare:
-        notes.append(f"{len(bare)} image{'s' * (len(bare) > 1)} without a mask left out")
-    counts = {len(row.masks) for row in rows}
+        notes.append(f"left out {len(bare)} image{'s' * (len(bare) > 1)} without a mask")
+    counts = {len(example.masks) for example in unnamed}
     if max(counts) > 1:
         several = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else max(counts)
-        notes.append(f"{several} masks an image: each is an object of its own")
+        notes.append(f"{several} masks per image: each is an object")
 
-    splits = Counter(row.split for row in rows)
+    splits = Counter(example.split for example in unnamed)
     if splits.keys() - {None, "train"}:
         kinds = [split for split in ("train", "val", "test") if split in splits]
         ready = ", ".join(f"{splits[split]} {split}" for split in kinds)
         notes.append(f"ready split: {ready}")
         if "train" not in splits:
             raise UserError(f"there are no images to train on ({ready}); add train")
+    # Without val, train is split into both; a ready test stays as it is
     if "val" not in splits:
-        notes += ["there is no val: it will be drawn from train"] if "test" in splits else []
-        rows = [row._replace(split=None) if row.split == "train" else row for row in rows]
-    return Found(name_examples(rows), list(dict.fromkeys(notes)))
+        notes += ["no val: it will be split off from train"] if "test" in splits else []
+        unnamed = [
+            example._replace(split=None) if example.split == "train" else example
+            for example in unnamed
+        ]
+    return Found(name_examples(unnamed), list(dict.fromkeys(notes)))
 
 
-def name_examples(rows: list[Row]) -> list[Example]:
-    """Name examples by their images and, where those of a split are alike, by folder and number."""
-    stems = [(row.split or "", _safe(stem_of(row.image))) for row in rows]
+def name_examples(unnamed: list[UnnamedExample]) -> list[SourceExample]:
+    """Name examples by their images; add folder and number to equal names in a split."""
+    stems = [(example.split or "", _safe(stem_of(example.image))) for example in unnamed]
     times, examples = Counter(stems), {}
-    order = sorted(zip(stems, rows, strict=True), key=lambda pair: (pair[0], str(pair[1].image)))
-    for (split, stem), row in order:
-        name = base = stem if times[split, stem] == 1 else f"{_safe(row.folder)}_{stem}"
+    order = sorted(zip(stems, unnamed, strict=True), key=lambda pair: (pair[0], str(pair[1].image)))
+    for (split, stem), example in order:
+        # The folder distinguishes equal names; a number, equal names in equal folders
+        name = base = stem if times[split, stem] == 1 else f"{_safe(example.folder)}_{stem}"
         number = 1
         while (split, name) in examples or (name != stem and (split, name) in times):
             number += 1
             name = f"{base}_{number}"
-        examples[split, name] = Example(name, *row[:2], *row[3:])
+        examples[split, name] = SourceExample(name, *example[:2], *example[3:])
     return [examples[key] for key in sorted(examples)]
 
 

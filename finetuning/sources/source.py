@@ -1,4 +1,4 @@
-"""Where the pairs of a data set come from."""
+"""Where the examples of a data set come from, and the options for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import ArgumentParser, listed, quoted
+from finetuning.basics.command_line import ArgumentParser, brief, listed
 from finetuning.basics.files import (
     DATASET_SHA256,
     DATASET_URL,
@@ -21,20 +21,20 @@ from finetuning.basics.files import (
 )
 from finetuning.sources.annotations import read_annotations
 from finetuning.sources.archives import open_archive
-from finetuning.sources.folder_layouts import SPLITS
+from finetuning.sources.folder_layouts import SPLIT_NAMES
 from finetuning.sources.pairing import (
     Found,
-    Row,
+    UnnamedExample,
     find_examples,
     find_in_folder,
-    finish,
     read_pairs_file,
+    to_examples,
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pairs come from: an archive, folders, annotations, a table, or drawings."""
+    """Where examples come from: an archive, folders, annotations, a table, or drawings."""
 
     archive: Path | None = None
     images: Path | None = None
@@ -47,7 +47,7 @@ class Source:
 
     @property
     def name(self) -> str | None:
-        """What tells one source from another; None where the user has not chosen any."""
+        """What identifies the source; None if the user has not chosen one."""
         if self.demo:
             return "demo"
         chosen = self.pairs or self.annotations or self.images or self.archive
@@ -55,7 +55,7 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What else is chosen, by name."""
+        """The other choices, by name."""
         chosen = {name: getattr(self, name) for name in ("images", "masks") if getattr(self, name)}
         chosen = {name: str(path.resolve()) for name, path in chosen.items()}
         if self.class_names:
@@ -65,9 +65,9 @@ class Source:
         return chosen
 
     def check_apart(self, data: Path) -> None:
-        """Raise UserError where the folder to fill is in one that it is filled from, or around it.
+        """Raise UserError if the folder to fill contains a source folder, or lies in one.
 
-        An archive may lie there, as Kvasir-SEG's does.
+        An archive may lie in it, as Kvasir-SEG's does, or be a folder around it.
         """
         for folder in filter(None, (self.images, self.masks, self.annotations)):
             if lies_in(folder, data):
@@ -78,7 +78,7 @@ class Source:
 
     @contextlib.contextmanager
     def find(self, data: Path) -> Iterator[Found]:
-        """Yield the examples, while an archive is open; Kvasir-SEG's is fetched to `data`."""
+        """Yield the examples while an archive is open; without a source, fetch Kvasir-SEG's."""
         if self.pairs:
             yield read_pairs_file(self.pairs, self.images, self.masks)
         elif self.annotations:
@@ -98,26 +98,27 @@ class Source:
 def find_annotated(
     file: Path, images: Path | None, class_names: tuple[str, ...], skip_unlabelled: bool
 ) -> Found:
-    """Return the examples of an annotation tool's export, and what to say of them."""
+    """Return the examples of an annotation tool's export, with notes on it."""
     read = read_annotations(file, images, class_names)
-    classes = ", ".join(f"{quoted(name)} {count}" for name, count in sorted(read.counts.items()))
+    classes = ", ".join(f"{brief(name)} {count}" for name, count in sorted(read.counts.items()))
     notes = [f"{read.format}: {sum(read.counts.values())} objects ({classes})"]
     notes += [f"left out {count} {what}" for what, count in read.left_out.items()]
     if read.unlabelled and not skip_unlabelled:
         raise UserError(
             f"images without an object in {file}: {listed(read.unlabelled)}; "
-            "--skip-unlabelled leaves them out"
+            "leave them out with --skip-unlabelled"
         )
     if read.unlabelled:
         notes.append(f"left out {len(read.unlabelled)} without an object")
+    # Only folders below the common one can be splits: all images may lie in a folder called train
     root = Path(os.path.commonpath([item.image.parent for item in read.images]))
-    rows = []
-    for item in read.images:  # train/, valid/ and test/, as YOLO's exports have them
+    unnamed = []
+    for item in read.images:  # in train/, valid/ and test/, as in YOLO's exports
         parts = item.image.relative_to(root).parts[:-1]
-        splits = [SPLITS[part.casefold()] for part in parts if part.casefold() in SPLITS]
+        splits = [SPLIT_NAMES[part.casefold()] for part in parts if part.casefold() in SPLIT_NAMES]
         split = splits[0] if splits else None
-        rows.append(Row(item.image, (), item.image.parent.name, split, item))
-    return finish(rows, notes, skip_unlabelled)
+        unnamed.append(UnnamedExample(item.image, (), item.image.parent.name, split, item))
+    return to_examples(unnamed, notes, skip_unlabelled)
 
 
 def fetch_archive(path: Path) -> Path:
@@ -129,19 +130,21 @@ def fetch_archive(path: Path) -> Path:
 
 
 def add_source_options(parser: ArgumentParser) -> None:
-    """Add where the pairs come from."""
+    """Add the options that say where the examples come from."""
     source = parser.add_argument_group("where the pairs come from")
-    source.add_argument("--archive", type=Path, help="a zip, or a folder, with images and masks")
+    source.add_argument("--archive", type=Path, help="a zip or a folder with images and masks")
     source.add_argument("--images", type=Path, help="a folder of images")
     source.add_argument("--masks", type=Path, help="the folder of their masks")
-    source.add_argument("--pairs", type=Path, help="a table, image,mask, where names do not tell")
+    source.add_argument(
+        "--pairs", type=Path, help="a table with columns image,mask, if names do not match"
+    )
     source.add_argument(
         "--annotations", type=Path, help="a COCO file, or a folder of YOLO or labelme files"
     )
     source.add_argument(
-        "--class-name", action="append", default=[], help="only annotations of it; may be repeated"
+        "--class-name", action="append", default=[], help="only this class; may be repeated"
     )
     source.add_argument(
-        "--skip-unlabelled", action="store_true", help="leave images without a mask out"
+        "--skip-unlabelled", action="store_true", help="leave out images without a mask"
     )
-    source.add_argument("--demo", action="store_true", help="draw the demo's, into data/demo")
+    source.add_argument("--demo", action="store_true", help="draw a demo data set in data/demo")
