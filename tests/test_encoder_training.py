@@ -14,7 +14,11 @@ from sam2.build_sam import build_sam2
 import compare_models
 import train_sam2_proper
 from finetuning.basics import run_outputs
+from finetuning.dataset.pairs import split_pairs
+from finetuning.evaluation.measuring import Validation, mean_metrics, measure
+from finetuning.evaluation.metrics import LOGGED
 from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import MODELS, load_predictor, make_predictor
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import encode_images, predict_masks
@@ -220,6 +224,26 @@ def test_gradient_checkpointing_changes_no_gradient(kind, random_mini):
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(found[1][name], grad) for name, grad in found[0].items())
     assert any(grad.abs().sum() > 0 for grad in found[0].values())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_validation_with_adapters_measures_the_model_that_is_saved(predictor, tmp_path, precision):
+    need("lora")
+    pairs = split_pairs(write_data(tmp_path, train=1, val=2), "val")
+    let_encoder_learn(predictor.model, "lora", 4)
+    move_adapters(predictor.model)
+    before = {name: weight.clone() for name, weight in predictor.model.state_dict().items()}
+    model = Model(predictor, FeatureSource(predictor, precision))
+    with_adapters = mean_metrics(measure([model], pairs, metrics=LOGGED))["IoU"]
+    found = Validation(pairs).measure(model)["val_iou"]
+    for name, weight in predictor.model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert mean_metrics(measure([model], pairs, metrics=LOGGED))["IoU"] == with_adapters
+
+    save_checkpoint(tmp_path / "merged.pt", merged_state_dict(predictor.model))
+    saved, _ = load_predictor("mini", tmp_path / "merged.pt", CPU)
+    model = Model(saved, FeatureSource(saved, precision))
+    assert found == mean_metrics(measure([model], pairs, metrics=LOGGED))["IoU"]
 
 
 def test_stages_before_the_first_adapter_keep_no_graph(predictor):

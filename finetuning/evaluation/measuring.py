@@ -18,6 +18,7 @@ from finetuning.evaluation.metrics import LOGGED, METRICS, Metric
 from finetuning.model.model import Model, features_for, segment_with_all
 from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.model.segmentation import Features
+from finetuning.model.trainable_encoder import merged_adapters
 
 AT_ONCE = {"cuda": 16}  # images, and prompts, decoded in one batch
 AT_ONCE_ON_CPU = 4
@@ -247,7 +248,8 @@ class Validation:
         # The masks are read once and kept, compressed, for all epochs
         self._images = self._images or self._read()
         progress = tqdm(self._images, desc="Validating", unit="image", leave=False)
-        results = list(measure_examples([model], progress, metrics=LOGGED))
+        with merged_adapters(model.predictor.model):  # as in the file that is saved
+            results = list(measure_examples([model], progress, metrics=LOGGED))
         means = {
             kind: mean_metrics([result for result in results if result.prompt_kind == kind])
             for kind in self.kinds

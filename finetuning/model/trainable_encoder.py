@@ -6,12 +6,15 @@ features change in every step, so each step encodes its images, with gradients:
 let_encoder_learn      add adapters (lora) or unfreeze the encoder (full); returns its parameters
 encode_with_gradients  what encode_images does, with gradients
 merged_state_dict      weights with the adapters merged in: a plain SAM 2 checkpoint
+merged_adapters        compute as that checkpoint does, for a while
 checkpoint_blocks      gradient checkpointing: less memory, more computation
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 
 from sam2_utils import UserError
@@ -101,11 +104,35 @@ def merged_state_dict(model: SAM2Base) -> dict[str, torch.Tensor]:
     weights = {}
     for name, weight in model.state_dict().items():
         if name.endswith(".base_layer.weight"):
-            layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
-            weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+            weight = _merged_weight(model.get_submodule(name.removesuffix(".base_layer.weight")))
         if ".lora_" not in name:  # the adapters' own A and B
             weights[name.replace(".base_layer.", ".")] = weight
     return weights
+
+
+@contextlib.contextmanager
+def merged_adapters(model: SAM2Base) -> Iterator[None]:
+    """Compute with merged weights inside the block, as the model's saved checkpoint does.
+
+    In bfloat16, merged weights give other last digits than adapters beside them. Afterwards the
+    adapters and the weights are what they were, to the bit.
+    """
+    layers = [layer for layer in model.modules() if hasattr(layer, "merged_adapters")]
+    originals = [layer.base_layer.weight.data for layer in layers]
+    try:
+        for layer in layers:
+            layer.base_layer.weight.data = _merged_weight(layer).detach()
+            layer.merged_adapters.extend(layer.active_adapters)  # peft leaves them out from now on
+        yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.base_layer.weight.data = original
+            layer.merged_adapters.clear()
+
+
+def _merged_weight(layer: torch.nn.Module) -> torch.Tensor:
+    """Return W + BA of a LoRA layer."""
+    return layer.base_layer.weight + sum(map(layer.get_delta_weight, layer.active_adapters))
 
 
 def checkpoint_blocks(model: SAM2Base) -> None:
