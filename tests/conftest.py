@@ -136,8 +136,8 @@ def processes(monkeypatch) -> BaseContext:
 @pytest.fixture
 def without_heic(monkeypatch) -> None:
     """Make HEIC photos unreadable, as if pillow-heif were not installed."""
-    known = [name for name in image_decoding.FORMATS if name != "HEIF"]
-    monkeypatch.setattr(image_decoding, "FORMATS", known)
+    known = [name for name in image_decoding.PILLOW_FORMATS if name != "HEIF"]
+    monkeypatch.setattr(image_decoding, "PILLOW_FORMATS", known)
 
 
 @pytest.fixture

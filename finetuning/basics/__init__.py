@@ -5,7 +5,7 @@ csv_files: users' tables, and our own with a checksum
 distributed: several GPUs or machines
 files: reading and writing files safely, locked folders, downloads
 image_decoding: pixel values of image files of every format
-image_files: reading images and masks as 8 bits, and writing them
+image_files: reading images, and black and white masks, as 8 bits; writing them
 language: English and Korean
 pictures: the colours of all pictures; saving a figure
 run_outputs: the names of a training run's files, and the table of repeated runs

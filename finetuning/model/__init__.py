@@ -4,7 +4,7 @@ automatic: find all objects of an image without a prompt
 cache_places: open the feature cache: on disk, in memory, or on a GPU
 checkpoints: read weights from files without running code; save them
 drawing: draw masks and prompts on an image
-feature_cache: image features, computed once per image and cached on disk
+feature_cache: image features, computed once per image, cached on disk, held in memory or on a GPU
 loading: load fine-tuned models and the original, on a device that works
 model: a model together with the source of its image features
 models: the SAM 2.1 models: download, build, load

@@ -1,6 +1,6 @@
 """What the values or colours of a mask file mean: one object, one of several classes, or instances.
 
-Black and white masks need none of this; see image_files.read_mask.
+Black and white masks need none of this; see read_mask in basics/image_files.
 """
 
 from __future__ import annotations
