@@ -124,7 +124,8 @@ def test_validation_asks_for_the_deepest_point_and_where_wanted_for_all_objects(
     nothing = Features(torch.zeros(2, 1), [])
     monkeypatch.setattr(model_module, "segment_together", segment_made_up)
     monkeypatch.setattr(measuring, "features_for", lambda *_: [nothing])
-    model = Model(Namespace(device=CPU), Namespace(precision=torch.float32))
+    fake = Namespace(device=CPU, model=torch.nn.Module())
+    model = Model(fake, Namespace(precision=torch.float32))
     means = {"val_iou": pytest.approx(1 / 2), "val_dice": pytest.approx(2 / 3)}
     assert Validation(pairs).measure(model) == means
     deepest = [
