@@ -111,7 +111,7 @@ def test_masks_that_have_changed_are_other_data_though_their_files_are_as_large(
 def test_an_undamaged_run_goes_on(run):
     outcome = run()
     assert outcome.status == 0, outcome.err
-    assert "going on after epoch 1" in outcome.out
+    assert "continuing after epoch 1" in outcome.out
 
 
 def test_a_damaged_model_is_not_compared(run_script, trained, tmp_path, random_mini):

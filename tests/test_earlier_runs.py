@@ -54,7 +54,7 @@ def test_an_earlier_run_is_moved_aside_whole_and_can_go_on_there(train):
 
     outcome = train("--epochs", 2, "--resume", "--output", "output/earlier_1",
                     "--cache", "output/cache")  # fmt: skip
-    assert outcome.status == 0 and "going on after epoch 1" in outcome.out
+    assert outcome.status == 0 and "continuing after epoch 1" in outcome.out
     assert "is now in" not in outcome.out
     assert not Path("output/earlier_1/earlier_1").exists()
 

@@ -170,7 +170,7 @@ def test_a_resumed_run_ends_in_the_same_weights(whole, run_script, options, monk
     assert outcome.status == 130
     assert f"the image encoder learns too ({whole.name}, " in outcome.out
     outcome = run_script(main, *options, "--resume")
-    assert outcome.status == 0 and "going on after epoch 1" in outcome.out, outcome.err
+    assert outcome.status == 0 and "continuing after epoch 1" in outcome.out, outcome.err
     for name in ("sam2_best.pt", "sam2_final.pt"):
         ours, theirs = weights_of(Path("output") / name), weights_of(whole / name)
         assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())

@@ -24,6 +24,7 @@ from finetuning.basics.files import DATASET_URL
 from finetuning.basics.image_files import write_image
 from finetuning.basics.language import KOREAN, parse_language, use_language
 from finetuning.basics.run_outputs import RUN_COLUMNS, RUNS_FILE
+from finetuning.comparison import report_sentences
 from finetuning.comparison.clicks import clicks_table
 from finetuning.comparison.figures import Picture
 from finetuning.comparison.report import (
@@ -34,7 +35,12 @@ from finetuning.comparison.report import (
     summarize,
 )
 from finetuning.comparison.report_page import TEMPLATE, Setup, write_page
-from finetuning.comparison.report_sentences import empty_sentence, runs_sentence, split_sentences
+from finetuning.comparison.report_sentences import (
+    describe_empty,
+    empty_sentence,
+    runs_sentence,
+    split_sentences,
+)
 from finetuning.comparison.tables import (
     BOX_CHARACTERS,
     WIDE_ENCODINGS,
@@ -45,7 +51,7 @@ from finetuning.comparison.tables import (
 )
 from finetuning.dataset.pairs import Pair, facts_text, split_pairs
 from finetuning.evaluation.interval import format_interval, group_numbers
-from finetuning.evaluation.measuring import Result
+from finetuning.evaluation.measuring import Comparison, Result
 from finetuning.evaluation.metrics import METRICS
 from finetuning.evaluation.seen_images import SEEN, Overlap, hash_files, record_seen
 from finetuning.model.checkpoints import save_checkpoint
@@ -150,6 +156,20 @@ def test_images_without_an_object_are_counted_in_a_sentence():
     assert "the original finds something in 2 of them, the fine-tuned model in 1" in (
         empty_sentence(3, [2, 1])
     )
+
+
+@pytest.mark.parametrize("kind", ["none", "center"])
+def test_what_is_found_in_images_without_an_object_is_counted(tmp_path, monkeypatch, kind):
+    pairs = [Pair(name, Path(f"{name}.png"), Path("m.png")) for name in "abc"]
+    (result,) = made_up((0, 0.1, 0.2))
+    comparison = Comparison([], pairs, [result._replace(pair=pairs[0])])
+    found = {pairs[1]: [1.0, 0.0], pairs[2]: [1.0, 1.0]}
+    monkeypatch.setattr(
+        report_sentences, "find_in_empty", lambda _, empty, __: [found[pair] for pair in empty]
+    )
+    (sentence,) = describe_empty([comparison], kind, "best")
+    assert sentence == empty_sentence(2, [2, 1] if kind == "none" else [])
+    assert describe_empty([comparison._replace(pairs=pairs[:1])], kind, "best") == []
 
 
 def test_images_of_one_group_are_drawn_together():

@@ -131,6 +131,7 @@ def test_masks_of_several_objects_are_known_by_all_their_files(tmp_path):
     pairs = split_pairs(tmp_path, "train")
     settings = {SEEN: record_seen({"train": pairs, "val": []}, hash_files(pairs), before=[])}
     facts = {"model_name": "mini", "settings": settings}
+    (folder / ".DS_Store").write_bytes(b"of the system, no mask")
     assert count_overlap(pairs, facts) == Overlap(1, 1)
     write_image(folder / "1.png", draw_pair(5)[1].astype("uint8") * 255)
     assert count_overlap(pairs, facts) == Overlap(1, 1, changed_masks=1)

@@ -462,7 +462,7 @@ def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one(
     assert not Path("output/sam2_final.pt").exists()
     monkeypatch.setattr(Validation, "measure", measure)
     outcome = run_training(run_script, random_mini, *options, "--epochs", 3, "--resume")
-    assert outcome.status == 0 and "going on after epoch 1" in outcome.out
+    assert outcome.status == 0 and "continuing after epoch 1" in outcome.out
 
     for name in ("sam2_best.pt", "sam2_final.pt"):
         whole, resumed = weights_of(Path("whole") / name), weights_of(Path("output") / name)
@@ -486,7 +486,7 @@ def test_a_run_stopped_in_its_first_epoch_can_be_resumed(
     monkeypatch.undo()
     monkeypatch.chdir(data.parent)
     outcome = run_training(run_script, random_mini, "--epochs", 1, "--resume")
-    assert outcome.status == 0 and "going on after epoch 0" in outcome.out
+    assert outcome.status == 0 and "continuing after epoch 0" in outcome.out
     assert len(read_log()) == 2  # with epoch 0, before training
 
 

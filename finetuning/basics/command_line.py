@@ -7,10 +7,12 @@ import errno
 import functools
 import math
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NoReturn, TextIO
 
@@ -145,6 +147,11 @@ def listed(files: Iterable[Path | str], count: int = 3) -> str:
 def one_line(text: object) -> str:
     """Escape a text's unprintable characters, which file names in it may contain."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
+def quote_command(command: Sequence[str]) -> str:
+    """Return a command quoted for the shell of this system."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
 def tell(text: str) -> None:

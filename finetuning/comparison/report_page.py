@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import os
 import platform
-import shlex
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
@@ -18,7 +15,7 @@ import jinja2
 import numpy as np
 import torch
 
-from finetuning.basics.command_line import brief
+from finetuning.basics.command_line import brief, quote_command
 from finetuning.basics.files import DATASET_URL, atomic_write, content_sha256
 from finetuning.basics.image_files import read_image
 from finetuning.basics.language import current_language, say
@@ -217,8 +214,3 @@ def training_settings(facts: dict[str, Any]) -> dict[str, str]:
         for name, value in settings.items()
         if name != SEEN
     }
-
-
-def quote_command(command: Sequence[str]) -> str:
-    """Return a command quoted for the shell of this system."""
-    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)

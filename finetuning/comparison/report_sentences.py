@@ -95,7 +95,8 @@ def describe_empty(comparisons: list[Comparison], prompt_kind: str, mask_kind: s
         # A point or a box needs an object
         if prompt_kind == "none":
             found += find_in_empty(models, empty, mask_kind)
-    return [empty_sentence(count, np.sum(found, axis=0).tolist())] if count else []
+    counts = np.sum(found, axis=0).astype(int).tolist()  # 0 if nothing was measured
+    return [empty_sentence(count, counts or [])] if count else []
 
 
 def empty_sentence(count: int, found: Sequence[int]) -> str:

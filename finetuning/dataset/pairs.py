@@ -31,8 +31,8 @@ class Pair(NamedTuple):
     group: str | None = None  # shared by images that stay together (one patient, copies)
 
     def mask_files(self) -> list[Path]:
-        """Return the mask file, or the sorted files of the mask folder."""
-        return sorted(self.mask.iterdir()) if self.mask.is_dir() else [self.mask]
+        """Return the mask file, or the image files of the mask folder, sorted."""
+        return sorted(files_by_stem(self.mask).values()) if self.mask.is_dir() else [self.mask]
 
 
 def find_pairs(image_dir: Path, mask_dir: Path, per_object: bool = False) -> list[Pair]:

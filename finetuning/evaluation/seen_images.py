@@ -44,8 +44,8 @@ def seen_before(facts: dict[str, Any], checkpoint: Path) -> Contents | None:
     record = setting(facts, SEEN, dict)
     if record is None:
         return None if is_published(checkpoint, facts["model_name"]) is False else []
-    before = _contents(record, "before")
-    return None if before is None else [*before, *(_contents(record, "train") or [])]
+    before, train = _contents(record, "before"), _contents(record, "train")
+    return None if None in (before, train) else [*before, *train]
 
 
 def record_seen(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import tell
+from finetuning.basics.command_line import quote_command, tell
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, lies_in, only_run_in
 from finetuning.basics.run_outputs import FOLDS_FILE, RESULT_FILES, RUNS_FILE, STATE_FILE
 
@@ -64,5 +64,6 @@ def set_aside(output: Path, data: Path, cache: Path | None) -> None:
     # The state moves last: after an interruption, --resume finds it and says what is missing
     for path in sorted(found, key=lambda path: path.name == STATE_FILE):
         path.rename(folder / path.name)
-    options = f"--resume --output {folder}" + (f" --cache {cache}" if cache else "")
-    tell(f"the earlier run in {output} is now in {folder}; to continue it, add {options}")
+    options = ["--resume", "--output", str(folder), *(["--cache", str(cache)] if cache else [])]
+    added = quote_command(options)
+    tell(f"the earlier run in {output} is now in {folder}; to continue it, add {added}")

@@ -14,6 +14,7 @@ from sam2_utils import UserError
 import torch
 
 from finetuning.basics import distributed
+from finetuning.basics.command_line import quote_command
 from finetuning.basics.csv_files import write_with_digest
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256, only_run_in
 from finetuning.basics.run_outputs import (
@@ -145,9 +146,9 @@ def next_command(output: Path, data: Path, folds: int | None = None) -> str:
     """Return the command that compares the trained models with the original."""
     if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds:
         return "python compare_models.py --demo"
-    model = f"--folds {output}" if folds else f"--finetuned {output / BEST_FILE}"
-    command = f"python compare_models.py {model}"
-    return command + (f" --data {data}" if data != Path("data") else "")
+    model = ["--folds", output] if folds else ["--finetuned", output / BEST_FILE]
+    other_data = ["--data", data] if data != Path("data") else []
+    return quote_command(["python", "compare_models.py", *map(str, [*model, *other_data])])
 
 
 def conclude_repeats(

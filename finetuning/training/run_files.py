@@ -134,7 +134,7 @@ def start_or_resume(
             save_model(output / BEST_FILE, predictor, log[0], settings)
     if state:
         restore(learner, state, output / STATE_FILE)
-        print(f"going on after epoch {done}")
+        print(f"continuing after epoch {done}")
         tell_jump(recipe, state["settings"].get("epochs"), done)
     if done >= recipe.epochs:
         print(f"all {done} epochs are done; for more, raise --epochs")
