@@ -186,7 +186,7 @@ def test_a_failure_while_moving_into_place_leaves_the_old_data_as_it_was(
 
 
 class Killed(BaseException):
-    """The end of a process, which leaves it no time to mend anything."""
+    """The end of a process, which leaves it no time to clean up."""
 
 
 def survives(monkeypatch, steps: int, run) -> bool:

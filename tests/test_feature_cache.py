@@ -231,8 +231,8 @@ def test_the_cache_holds_what_set_image_computes(predictor, pairs, folder):
         assert torch.equal(some, all_of_them[[2, 0]])  # in the order asked for
         assert some.permute(0, 2, 3, 1).is_contiguous()
     cached = FeatureSource(predictor, torch.float32, cache).features(images[2])
-    anew = FeatureSource(predictor, torch.float32).features(images[2])
-    for kept, computed, read in zip(*map(maps_of, (cached, anew, features)), strict=True):
+    encoded_again = FeatureSource(predictor, torch.float32).features(images[2])
+    for kept, computed, read in zip(*map(maps_of, (cached, encoded_again, features)), strict=True):
         assert kept.dtype == computed.dtype == torch.float32
         assert torch.equal(kept[0], read[2].float())
         assert torch.allclose(kept, computed, rtol=2**-10, atol=2e-6)

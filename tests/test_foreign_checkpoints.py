@@ -184,7 +184,7 @@ def test_numbers_and_whole_number_weights_are_no_state_dict(tmp_path):
 
 
 class Wrapper(torch.nn.Module):
-    """A model as DDP wraps one; to build it anew from a file leaves a trace."""
+    """A model as DDP wraps one; building it again from a file leaves a trace."""
 
     def __init__(self, module):
         super().__init__()

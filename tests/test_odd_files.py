@@ -53,7 +53,7 @@ def link(path: Path, to: object) -> Path:
 
 
 def link_to_device(path: Path) -> Path:
-    """Make a link to the one device that ends, lest a test that fails never does."""
+    """Make a link to the one device that ends, so that a failing test ends, too."""
     if sys.platform == "win32":
         pytest.skip("devices are no files here")
     return link(path, os.devnull)
@@ -156,10 +156,10 @@ def test_a_mask_too_large_is_refused_before_any_pair_is_copied(refuse, tmp_path)
 def test_the_largest_image_may_be_set(monkeypatch, text, megapixels):
     for name in ("SAM2_MAX_MEGAPIXELS", "OPENCV_IO_MAX_IMAGE_PIXELS"):
         monkeypatch.setenv(name, text)
-    spec = importlib.util.spec_from_file_location("anew", sam2_utils.__file__)
-    anew = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(anew)
-    assert megapixels == anew.MAX_MEGAPIXELS
+    spec = importlib.util.spec_from_file_location("reloaded", sam2_utils.__file__)
+    reloaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reloaded)
+    assert megapixels == reloaded.MAX_MEGAPIXELS
     assert os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] == str(megapixels * 10**6)
 
 

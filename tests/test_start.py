@@ -122,7 +122,7 @@ def test_the_first_item_that_fails_is_the_one_that_is_told_and_others_are_not_be
         if number > 3:
             assert ended.wait(60)
         if number >= 3:
-            raise UserError(f"{number} is wrong; mend it")
+            raise UserError(f"{number} is wrong; fix it")
         return -number
 
     monkeypatch.setattr(threads, "THREADS", 2)
