@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from finetuning.evaluation.metrics import METRICS, PIXEL_METRICS, crop_to_union
+from finetuning.basics.cropped_masks import CroppedMask, crop_mask, crop_together
+from finetuning.evaluation.metrics import METRICS, PIXEL_METRICS
 from finetuning.evaluation.metrics import METRICS as METRICS_OF_EVALUATION
 
 SIZES = [(1, 1), (1, 9), (7, 2), (13, 17), (24, 31), (90, 120), (200, 150)]  # (H,W)
@@ -146,12 +147,24 @@ def test_beyond_the_image_is_background_for_boundary_iou():
     assert METRICS["Boundary IoU"](half, whole) == pytest.approx(expected)
 
 
+@many
+@given(pairs)
+def test_the_metrics_in_the_box_of_both_masks_are_those_of_the_whole_image(pair):
+    crops, x, y = crop_together(*map(crop_mask, pair))
+    for crop, mask in zip(crops, pair, strict=True):
+        assert np.array_equal(CroppedMask(crop, x, y, mask.shape).full(), mask)
+    for metric in METRICS.values():
+        assert metric(*crops, pair[0].shape) == metric(*pair)
+
+
 def test_a_small_object_in_a_large_image_costs_only_its_own_size():
     predicted, true = np.zeros((2000, 1000), bool), np.zeros((2000, 1000), bool)
     true[900:920, 400:430] = predicted[905:925, 395:420] = True
-    cropped = crop_to_union(predicted, true)
-    assert [mask.shape for mask in cropped] == [(25, 35)] * 2
-    assert [mask.sum() for mask in cropped] == [500, 600]
+    crops, x, y = crop_together(crop_mask(predicted), crop_mask(true))
+    assert [mask.shape for mask in crops] == [(25, 35)] * 2 and (x, y) == (395, 900)
+    assert [mask.sum() for mask in crops] == [500, 600]
+    nothing = crop_mask(np.zeros((2000, 1000), bool))  # lies nowhere, so it makes no box larger
+    assert crop_together(nothing, crop_mask(true))[0][1].shape == (20, 30)
 
 
 def test_the_evaluation_measures_all_of_them():

@@ -1,6 +1,7 @@
 """What all other folders need: the command line, safe files, images, processes.
 
 command_line: options, one-line errors, exit status, text that is safe to print
+cropped_masks: masks stored as their bounding box
 csv_files: users' tables, and our own with a checksum
 distributed: several GPUs or machines
 files: reading and writing files safely, locked folders, downloads

@@ -88,7 +88,7 @@ def draw_masks(
     features = features_for(models, [(pair.image, objects.size)])
     panels = [image.copy() for _ in range(1 + len(models))]
     for result in image_results:
-        true_mask = objects[result.object]
+        true_mask = objects.cropped(result.object)
         # The masks were not kept, which would fill the memory: segment again
         masks = segment_with_all(models, features, [result.prompt], [objects.size], mask_kind)
         draw_object(panels[0], prompt=result.prompt, true_mask=true_mask)

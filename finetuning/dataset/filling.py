@@ -13,8 +13,10 @@ from sam2_utils import UserError
 
 import cv2
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from finetuning.basics.cropped_masks import CroppedMask, crop_mask
 from finetuning.basics.image_decoding import orientation
 from finetuning.basics.image_files import read_image, read_mask, require_equal_sizes, write_image
 from finetuning.dataset.copies import make_thumbnail
@@ -51,7 +53,7 @@ class Filler:
         """Prepare to fill a folder.
 
         Arguments:
-          per_object: write label maps (folders where objects overlap) instead of binary masks.
+          per_object: write label maps instead of binary masks.
           value_range: the image values that become 0 and 255; None: copy the image files as they
             are.
         """
@@ -102,17 +104,17 @@ class Filler:
                 write_image(to.with_name(f"{to.name}.png"), mask.astype(np.uint8) * 255)
         return mask
 
-    def _read_objects(self, example: SourceExample, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Yield the HxW bool masks of an example's objects, from outlines or mask files."""
+    def _read_objects(self, example: SourceExample, size: tuple[int, int]) -> Iterator[CroppedMask]:
+        """Yield the masks of an example's objects, from outlines or mask files."""
         if example.annotated is not None:
-            yield from example.annotated.masks(size)
+            yield from map(crop_mask, example.annotated.masks(size))
             return
         for source in example.masks:
             copy = self.folder / f"mask{PurePath(source.name).suffix}"
             copy_file(source, copy)
             with errors_naming(source, copy):
                 for mask in self.reader.read(copy, source):
-                    require_equal_sizes(example.image, size, copy, mask.shape)
+                    require_equal_sizes(example.image, size, copy, mask.size)
                     yield mask
             copy.unlink()
 
@@ -152,36 +154,41 @@ def is_read_as(file: Path, mask: np.ndarray) -> bool:
         return False
 
 
-def write_objects(to: Path, masks: Iterable[np.ndarray], size: tuple[int, int]) -> list[float]:
-    """Write the HxW bool masks of an image's objects; return the area fraction of each.
+def write_objects(
+    to: Path, masks: Iterable[np.ndarray | CroppedMask], size: tuple[int, int]
+) -> list[float]:
+    """Write the masks of an image's objects, cropped or HxW bool; return the area fraction of each.
 
-    The result is a label map TO.png or, if objects overlap, a folder TO with a file per object.
-    Empty masks are left out.
+    The result is a label map TO.png or, if objects overlap, TO.tif: several label maps, each object
+    in the first one where it covers no other. Objects are numbered in order. Empty masks are left
+    out.
     """
-    labels, areas, is_folder = np.zeros(size, np.uint16), [], False
-    for mask in masks:
-        x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
-        if not width:
+    layers, areas = [np.zeros(size, np.uint16)], []
+    for mask in map(crop_mask, masks):
+        if not mask.area:
             continue
-        # Work in the bounding box: images can have thousands of small objects
-        part, occupied = (whole[y : y + height, x : x + width] for whole in (mask, labels))
-        areas.append(np.count_nonzero(part) / mask.size)
-        count = len(areas)
-        if count > MAX_LABEL:
+        areas.append(mask.area / (size[0] * size[1]))
+        if len(areas) > MAX_LABEL:
             raise UserError(f"{to.name} has more than {MAX_LABEL} objects; use smaller images")
-        if not is_folder and occupied[part].any():
-            is_folder = True  # the first overlap: write the earlier objects as files, too
-            for earlier in range(1, count):
-                _write_object(to, earlier, labels == earlier)
-        if is_folder:
-            _write_object(to, count, mask)
-        else:
-            occupied[part] = count
-    if not is_folder:
-        depth = np.uint8 if len(areas) < 256 else np.uint16
-        write_image(to.with_name(f"{to.name}.png"), labels.astype(depth))
+        free = (layer for layer in layers if not layer[mask.box][mask.crop].any())
+        layer = next(free, None)
+        if layer is None:
+            layer = np.zeros(size, np.uint16)
+            layers.append(layer)
+        layer[mask.box][mask.crop] = len(areas)
+    depth = np.uint8 if len(areas) < 256 else np.uint16
+    _write_labels(to, [layer.astype(depth) for layer in layers])
     return areas
 
 
-def _write_object(to: Path, number: int, mask: np.ndarray) -> None:
-    write_image(to / f"{number:05}.png", mask.astype(np.uint8) * 255)
+def _write_labels(to: Path, layers: list[np.ndarray]) -> None:
+    """Write one label map as TO.png, or several as the pages of TO.tif."""
+    # Without atomic_write: until the data folder is complete, its files are in a temporary folder
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if len(layers) == 1:
+        encoded = cv2.imencode(".png", layers[0])[1].tobytes()
+        to.with_name(f"{to.name}.png").write_bytes(encoded)
+        return
+    first, *others = map(Image.fromarray, layers)
+    options = {"compression": "tiff_adobe_deflate", "save_all": True, "append_images": others}
+    first.save(to.with_name(f"{to.name}.tif"), **options)

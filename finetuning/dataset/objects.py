@@ -1,23 +1,30 @@
 """The objects of an image, each with its own mask.
 
 A data folder stores them as a black-and-white mask (one object), as a label map (pixel values
-1, 2, ... are objects) or, where objects overlap, as a folder with one mask per object.
+1, 2, ... are objects) or, where objects overlap, as a TIFF of several label maps. A folder with one
+mask per object, as earlier versions wrote it, is read too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sam2_utils import UserError
 
+import cv2
 import numpy as np
 
+from finetuning.basics.cropped_masks import CroppedMask, crop_mask, value_boxes
+from finetuning.basics.files import read_file
 from finetuning.basics.image_files import read_image, read_mask, read_values, require_equal_sizes
 from finetuning.basics.threads import in_threads
+from finetuning.basics.tiff import tiff_pages
 from finetuning.dataset.pairs import Pair, files_by_stem
 
+DEPTHS = (np.uint8, np.uint16)  # of label maps
 DRAW_SEED = 42  # of limit_objects: every run validates on the same objects, whatever its --seed
 
 
@@ -28,9 +35,9 @@ class Objects(Sequence):
     """
 
     def __init__(
-        self, size: tuple[int, int], names: Sequence[Any], make: Callable[[Any], np.ndarray]
+        self, size: tuple[int, int], names: Sequence[Any], make: Callable[[Any], CroppedMask]
     ) -> None:
-        """size: (H,W); make: returns the mask of one of `names`."""
+        """size: (H,W); make: returns the mask of one of `names`, cropped or HxW bool."""
         self.size, self._names, self._make = size, names, make
 
     def only(self, chosen: Sequence[int]) -> Objects:
@@ -43,17 +50,25 @@ class Objects(Sequence):
             return self
         return Objects(self.size, [self], _union)
 
+    def cropped(self, index: int) -> CroppedMask:
+        """Return a mask as its bounding box, which is faster for small objects."""
+        return crop_mask(self._make(self._names[index]))
+
+    def all_cropped(self) -> Iterator[CroppedMask]:
+        """Yield each mask as its bounding box."""
+        return (self.cropped(index) for index in range(len(self)))
+
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._make(self._names[index])
+        return self.cropped(index).full()
 
 
 def _union(objects: Objects) -> np.ndarray:
     whole = np.zeros(objects.size, bool)
-    for mask in objects:  # one at a time, to save memory
-        whole |= mask
+    for mask in objects.all_cropped():  # one at a time, to save memory
+        whole[mask.box] |= mask.crop
     return whole
 
 
@@ -72,20 +87,44 @@ def read_objects(pair: Pair) -> Objects:
             raise UserError(f"no masks in {pair.mask}; fill the data folder again")
         objects = Objects(read_mask(files[0]).shape, files, _read_object)
     else:
-        labels = read_labels(pair.mask)
-        values = np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
-        objects = Objects(labels.shape, values, lambda value: labels == value)
+        layers = read_labels(pair.mask)
+        found = [
+            (value, layer, box)
+            for layer, labels in enumerate(layers)
+            for value, box in value_boxes(labels)
+        ]
+        found.sort(key=lambda one: one[:2])
+
+        def make(one: tuple[int, int, tuple[slice, slice]]) -> CroppedMask:
+            value, layer, (rows, columns) = one
+            crop = layers[layer][rows, columns] == value
+            return CroppedMask(crop, columns.start, rows.start, layers[layer].shape)
+
+        objects = Objects(layers[0].shape, found, make)
     if pair.as_one:
         return objects.together()
     return objects if pair.chosen is None else objects.only(pair.chosen)
 
 
-def read_labels(path: Path) -> np.ndarray:
-    """Read a label map: HxW uint8 or uint16; 0 is background, each other value an object."""
-    labels, is_lossy = read_values(path)
-    if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16) or is_lossy:
+def read_labels(path: Path) -> list[np.ndarray]:
+    """Read the label map of an image, or the pages of a TIFF of several.
+
+    Each is HxW uint8 or uint16; 0 is background, each other value an object.
+    """
+    content = read_file(path)
+    pages, is_lossy = [], False
+    if (count := len(tiff_pages(content))) > 1:
+        with contextlib.suppress(cv2.error):
+            buffer = np.frombuffer(content, np.uint8)
+            pages = list(cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED)[1])
+        if len(pages) != count or len({page.shape for page in pages}) > 1:
+            raise UserError(f"{path} is damaged; fill the data folder again")
+    else:
+        page, is_lossy = read_values(path)
+        pages = [page]
+    if is_lossy or any(page.ndim != 2 or page.dtype not in DEPTHS for page in pages):
         raise UserError(f"{path} is not an 8- or 16-bit label map; fill the data folder again")
-    return labels
+    return pages
 
 
 def _read_object(path: Path) -> np.ndarray:

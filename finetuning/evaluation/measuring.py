@@ -12,6 +12,7 @@ from sam2_utils import UserError
 import numpy as np
 from tqdm import tqdm
 
+from finetuning.basics.cropped_masks import CroppedMask, crop_mask, crop_together
 from finetuning.dataset.objects import limit_objects, read_objects
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.metrics import LOGGED, METRICS, Metric
@@ -28,8 +29,17 @@ T = TypeVar("T")
 MOST_OBJECTS = 2000  # measured after each epoch
 
 
+class PackedMask(NamedTuple):
+    """A CroppedMask whose hxw crop is compressed to about 1 kB."""
+
+    bits: bytes
+    shape: tuple[int, int]
+    x: int
+    y: int
+
+
 class Example(NamedTuple):
-    """An object to find: its image, its prompt, and its true mask, compressed to about 1 kB."""
+    """An object to find: its image, its prompt, and its true mask."""
 
     index: int  # of the image among the pairs
     object: int  # the object's number in its image, from 0
@@ -37,13 +47,14 @@ class Example(NamedTuple):
     prompt_kind: str  # as in prompt_from_mask
     prompt: Prompt
     size: tuple[int, int]  # (H,W) of the image
-    packed: bytes
+    packed: PackedMask
 
-    def mask(self) -> np.ndarray:
-        """Return the HxW bool mask."""
-        height, width = self.size
-        bits = np.frombuffer(zlib.decompress(self.packed), np.uint8)
-        return np.unpackbits(bits, count=height * width).reshape(self.size).view(bool)
+    def mask(self) -> CroppedMask:
+        """Return the true mask."""
+        height, width = self.packed.shape
+        bits = np.frombuffer(zlib.decompress(self.packed.bits), np.uint8)
+        crop = np.unpackbits(bits, count=height * width).reshape(height, width).view(bool)
+        return CroppedMask(crop, self.packed.x, self.packed.y, self.size)
 
 
 class Result(NamedTuple):
@@ -114,11 +125,11 @@ def find_in_empty(
     Returns one row per image, one value per model: 1.0 for a mask that is not empty, else 0.0.
     """
     examples = [
-        [Example(index, 0, pair, "none", make_prompt(), mask.shape, pack_mask(mask))]
+        [Example(index, 0, pair, "none", make_prompt(), mask.size, pack_mask(mask))]
         for index, pair in enumerate(pairs)
-        for mask in [np.zeros(read_objects(pair).size, bool)]
+        for mask in [crop_mask(np.zeros(read_objects(pair).size, bool))]
     ]
-    found = {"found": lambda predicted, _: predicted.any()}
+    found = {"found": lambda predicted, _true, _size: predicted.any()}
     results = measure_examples(models, examples, mask_kind, found)
     return [[metrics["found"] for metrics in result.metrics] for result in results]
 
@@ -136,17 +147,20 @@ def read_examples(
     for kind in prompt_kinds:
         as_one = pair.as_one or kind == "none"
         chosen = objects if pair.chosen is None else objects.only(pair.chosen)
-        for k, mask in enumerate(objects.together() if as_one else chosen):
+        measured = objects.together() if as_one else chosen
+        for k, mask in enumerate(measured.all_cropped()):
             # Each object has a seed of its own: its prompt does not depend on earlier draws
-            prompt = prompt_from_mask(mask, kind, np.random.default_rng([seed, index, k]))
+            prompt = prompt_from_mask(mask.crop, kind, np.random.default_rng([seed, index, k]))
+            prompt = prompt.moved(mask.x, mask.y)
             identity = index, k, pair._replace(as_one=as_one), kind
             examples.append(Example(*identity, prompt, objects.size, pack_mask(mask)))
     return examples
 
 
-def pack_mask(mask: np.ndarray) -> bytes:
-    """Compress an HxW bool mask as Example stores it."""
-    return zlib.compress(np.packbits(mask), level=1)
+def pack_mask(mask: CroppedMask) -> PackedMask:
+    """Compress a mask as Example stores it."""
+    bits = zlib.compress(np.packbits(mask.crop), level=1)
+    return PackedMask(bits, mask.crop.shape, mask.x, mask.y)
 
 
 def measure_examples(
@@ -185,11 +199,17 @@ def _measure(
     masks = segment_with_all(models, batch_features, prompts, sizes, mask_kind)
     for example, model_masks in zip(examples, zip(*masks, strict=True), strict=True):
         true_mask = example.mask()
-        values = [
-            {name: float(metric(mask, true_mask)) for name, metric in metrics.items()}
-            for mask in model_masks
-        ]
-        yield Result(*example[:5], float(true_mask.mean()), values)
+        values = [_measure_mask(crop_mask(mask), true_mask, metrics) for mask in model_masks]
+        height, width = example.size
+        yield Result(*example[:5], true_mask.area / (height * width), values)
+
+
+def _measure_mask(
+    predicted: CroppedMask, true_mask: CroppedMask, metrics: Mapping[str, Metric]
+) -> dict[str, float]:
+    """Return the metrics of a mask, computed in the box of both masks."""
+    crops, _, _ = crop_together(predicted, true_mask)
+    return {name: float(metric(*crops, true_mask.size)) for name, metric in metrics.items()}
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:

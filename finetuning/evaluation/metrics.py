@@ -1,6 +1,7 @@
 """Metrics of a predicted and a true mask: their overlap, and the distance between their edges.
 
-All functions take two HxW bool arrays. Outside the image is background.
+All functions take two bool arrays of one shape: the masks of an HxW image, or a box of it that
+holds all their pixels, and then the (H,W) of the image. Outside is background.
 """
 
 from __future__ import annotations
@@ -17,28 +18,34 @@ from finetuning.model.prompts import distance_to_zero
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its 4 neighbours
 
 
-def calculate_precision(predicted: np.ndarray, true: np.ndarray) -> float:
+Size = tuple[int, int]
+
+
+def calculate_precision(predicted: np.ndarray, true: np.ndarray, _: Size | None = None) -> float:
     """Return |predicted AND true| / (|predicted| + 1e-6): the correct share of the prediction."""
     return np.count_nonzero(predicted & true) / (np.count_nonzero(predicted) + 1e-6)
 
 
-def calculate_recall(predicted: np.ndarray, true: np.ndarray) -> float:
+def calculate_recall(predicted: np.ndarray, true: np.ndarray, _: Size | None = None) -> float:
     """Return |predicted AND true| / (|true| + 1e-6): the share of the object that is found."""
     return np.count_nonzero(predicted & true) / (np.count_nonzero(true) + 1e-6)
 
 
-def calculate_boundary_iou(predicted: np.ndarray, true: np.ndarray) -> float:
+def calculate_boundary_iou(
+    predicted: np.ndarray, true: np.ndarray, image_size: Size | None = None
+) -> float:
     """Return the IoU of the bands of d pixels inside the masks' edges.
 
     d is 2% of the image's diagonal, at least 1 pixel (Cheng et al., Boundary IoU, 2021, and the
     authors' code, which erodes a mask d times with a 3x3 square).
     """
-    distance = max(1, round(0.02 * np.hypot(*true.shape)))
-    masks = crop_to_union(predicted, true)
-    return float(calculate_iou(*(find_boundary(mask, distance) for mask in masks)))
+    distance = max(1, round(0.02 * np.hypot(*(image_size or true.shape))))
+    return float(calculate_iou(*(find_boundary(mask, distance) for mask in (predicted, true))))
 
 
-def calculate_hd95(predicted: np.ndarray, true: np.ndarray) -> float:
+def calculate_hd95(
+    predicted: np.ndarray, true: np.ndarray, image_size: Size | None = None
+) -> float:
     """Return the 95th percentile of the Hausdorff distance of the masks' surfaces, in pixels.
 
     This is the larger of the two directed distances between surface pixels, as in MONAI's
@@ -47,18 +54,22 @@ def calculate_hd95(predicted: np.ndarray, true: np.ndarray) -> float:
     are empty, it is 0.
     """
     if not predicted.any() or not true.any():
-        return float(np.hypot(*true.shape)) if predicted.any() or true.any() else 0.0
-    surfaces = [find_surface(mask) for mask in crop_to_union(predicted, true)]
+        diagonal = float(np.hypot(*(image_size or true.shape)))
+        return diagonal if predicted.any() or true.any() else 0.0
+    surfaces = find_surface(predicted), find_surface(true)
     directed = [
-        np.percentile(distance_to(target)[surface], 95)
+        np.percentile(distances_to(target, surface), 95)
         for surface, target in (surfaces, surfaces[::-1])
     ]
     return float(max(directed))
 
 
-Metric = Callable[[np.ndarray, np.ndarray], float]
+Metric = Callable[[np.ndarray, np.ndarray, Size], float]  # predicted, true, (H,W) of the image
 # LOGGED: in the training log. METRICS: in the comparison, in table order.
-LOGGED: dict[str, Metric] = {"IoU": calculate_iou, "Dice": calculate_dice}
+LOGGED: dict[str, Metric] = {
+    "IoU": lambda predicted, true, _=None: calculate_iou(predicted, true),
+    "Dice": lambda predicted, true, _=None: calculate_dice(predicted, true),
+}
 METRICS: dict[str, Metric] = {
     **LOGGED,
     "Precision": calculate_precision,
@@ -67,19 +78,6 @@ METRICS: dict[str, Metric] = {
     "HD95": calculate_hd95,
 }
 PIXEL_METRICS = frozenset({"HD95"})  # in pixels, lower is better; all others are 0 to 1
-
-
-def crop_to_union(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crop both masks to the bounding box of their union, which makes edge metrics faster.
-
-    The result is the same, since there is only background around the box. Two empty masks are
-    returned uncropped.
-    """
-    x, y, width, height = cv2.boundingRect((predicted | true).view(np.uint8))
-    if not width:
-        return predicted, true
-    box = np.s_[y : y + height, x : x + width]
-    return predicted[box], true[box]
 
 
 def find_boundary(mask: np.ndarray, distance: int) -> np.ndarray:
@@ -99,6 +97,9 @@ def find_surface(mask: np.ndarray) -> np.ndarray:
     return mask & (inner == 0)
 
 
-def distance_to(surface: np.ndarray) -> np.ndarray:
-    """Return each pixel's Euclidean distance to the nearest pixel of a surface, HxW float64."""
-    return distance_to_zero((~surface).view(np.uint8), np.float64)
+def distances_to(surface: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Return the Euclidean distance to the nearest pixel of a surface for each of N pixels.
+
+    surface, pixels: HxW bool. Returns N float64.
+    """
+    return distance_to_zero((~surface).view(np.uint8), np.float64, pixels)

@@ -13,6 +13,7 @@ import numpy as np
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
+from finetuning.basics.cropped_masks import CroppedMask, crop_mask, crop_together
 from finetuning.dataset.objects import read_objects
 from finetuning.evaluation.measuring import Comparison, group_by_image
 from finetuning.model.model import features_for
@@ -25,7 +26,7 @@ MAX_MEASURED_CLICKS = 20  # as in RITM
 def simulate_clicks(
     predictor: SAM2ImagePredictor,
     features: Features,
-    true_mask: np.ndarray,
+    true_mask: np.ndarray | CroppedMask,
     count: int,
     use_mask_prompt: bool,
     kind: str = "best",
@@ -34,27 +35,31 @@ def simulate_clicks(
 
     Arguments:
       features: of the image.
-      true_mask: HxW bool, not empty.
+      true_mask: cropped, or HxW bool; not empty.
       use_mask_prompt: also give the model the logits of its previous mask.
       kind: which of the model's masks, as in choose_masks.
 
     No pixel is clicked twice. Once a mask is perfect, or wrong only in clicked pixels, the clicks
     end, and its IoU counts for the remaining ones.
     """
-    mask, logits = np.zeros_like(true_mask), None
+    true_mask, logits = crop_mask(true_mask), None
+    crops, left, top = crop_together(crop_mask(np.zeros(true_mask.size, bool)), true_mask)
     clicks, ious = [], []
     while len(ious) < count:
-        click = corrective_click(mask, true_mask, [(x, y) for x, y, _ in clicks])
+        # In the box of both masks: elsewhere, nothing is wrong
+        click = corrective_click(*crops, [(x - left, y - top) for x, y, _ in clicks])
         if click is None:
             break
-        clicks.append(click)
+        x, y, label = click
+        clicks.append((left + x, top + y, label))
         points = np.array(clicks)
         prompt = Prompt(points[:, :2].astype(np.float32), points[:, 2].astype(np.int32))
         previous = logits if use_mask_prompt else None
         mask, _, logits = segment_with_logits(
-            predictor, features, prompt, true_mask.shape, previous, kind
+            predictor, features, prompt, true_mask.size, previous, kind
         )
-        ious.append(float(calculate_iou(mask, true_mask)))
+        crops, left, top = crop_together(crop_mask(mask), true_mask)
+        ious.append(float(calculate_iou(*crops)))
     return ious + ious[-1:] * (count - len(ious))
 
 
@@ -70,7 +75,7 @@ def measure_clicks(
         # The features of an image serve all clicks on all its objects
         all_features = features_for(models, [(pair.image, objects.size)])
         for result in image_results:
-            true_mask = objects[result.object]
+            true_mask = objects.cropped(result.object)
             for model_ious, model, features in zip(ious, models, all_features, strict=True):
                 with autocast(model.predictor.device, model.source.precision):
                     model_ious[row] = simulate_clicks(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+from finetuning.basics.cropped_masks import CroppedMask
 from finetuning.basics.image_files import read_image, require_equal_sizes
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.prompts import Prompt
@@ -85,8 +86,8 @@ def segment_with_all(
     prompts: list[Prompt],
     image_sizes: list[tuple[int, int]],
     mask_kind: str = "best",
-) -> list[list[np.ndarray]]:
-    """Return each model's B masks, HxW bool, for B images with one prompt each.
+) -> list[list[CroppedMask]]:
+    """Return each model's B masks for B images with one prompt each.
 
     Arguments:
       features: each model's features of the B images.

@@ -19,6 +19,10 @@ class Prompt(NamedTuple):
     point_coords: np.ndarray
     point_labels: np.ndarray
 
+    def moved(self, x: float, y: float) -> Prompt:
+        """Return the prompt with all points moved by (X,Y) pixels."""
+        return self._replace(point_coords=self.point_coords + np.array([x, y], np.float32))
+
 
 def make_prompt(
     foreground: list[tuple[float, float]] = (),
@@ -48,9 +52,16 @@ def distance_inside(mask: np.ndarray) -> np.ndarray:
     return distance_to_zero(padded, np.float32)[1:-1, 1:-1]
 
 
-def distance_to_zero(values: np.ndarray, dtype: type) -> np.ndarray:
-    """Return each pixel's Euclidean distance to the nearest 0 of HxW uint8 values, as a dtype."""
+def distance_to_zero(
+    values: np.ndarray, dtype: type, pixels: np.ndarray | None = None
+) -> np.ndarray:
+    """Return each pixel's Euclidean distance to the nearest 0 of HxW uint8 values, as a dtype.
+
+    pixels: HxW bool, to return only the distances of these pixels.
+    """
     distance = cv2.distanceTransform(values, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    if pixels is not None:
+        distance = distance[pixels]
     # Squared distances are whole numbers. OpenCV's square roots of equal ones differ in the last
     # digit, depending on memory alignment, so a tie for the deepest pixel would be broken by luck.
     return np.sqrt(np.rint(np.square(distance, dtype=dtype)))

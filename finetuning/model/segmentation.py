@@ -26,7 +26,12 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from finetuning.basics.cropped_masks import CroppedMask, crop_mask
 from finetuning.model.prompts import Prompt
+
+# Below this image side, masks are upscaled whole: for an output whose width and height add up to
+# 128 or less, torch computes in another order, which changes last digits
+SMALL_SIDE = 129
 
 
 class Features(NamedTuple):
@@ -225,6 +230,38 @@ def upscale_masks(
     return predictor._transforms.postprocess_masks(mask_logits, image_size)
 
 
+def upscale_to_mask(
+    predictor: SAM2ImagePredictor, mask_logits: torch.Tensor, image_size: tuple[int, int]
+) -> CroppedMask:
+    """Return where 1x1xhxw mask logits are above 0, upscaled to the (H,W) of the original image.
+
+    The values are those of upscale_masks, to the last digit, but only computed where they can be
+    above 0: in a large image, upscaling a small object would take most of the time.
+    """
+    (height, width), cells = image_size, (mask_logits[0, 0] > 0).cpu().numpy()
+    if not cells.any():
+        return CroppedMask(np.zeros((1, 1), bool), 0, 0, image_size)
+    rows, columns = slice(None), slice(None)
+    if min(image_size) >= SMALL_SIDE:
+        rows, columns = _reach(cells.any(axis=1), height), _reach(cells.any(axis=0), width)
+        # First the columns, then the rows: bilinear upscaling treats them one after the other
+        mask_logits = upscale_masks(predictor, mask_logits, (len(cells), width))[..., columns]
+        width = mask_logits.shape[-1]
+    values = upscale_masks(predictor, mask_logits, (height, width))[0, 0, rows]
+    mask = (values > 0).cpu().numpy()
+    return crop_mask(CroppedMask(mask, columns.start or 0, rows.start or 0, image_size))
+
+
+def _reach(cells: np.ndarray, side: int) -> slice:
+    """Return which of the pixels along a side depend on cells that are True.
+
+    cells: N bool, along the same side. A pixel depends on the two cells around its center.
+    """
+    found, scale = np.flatnonzero(cells), side / len(cells)
+    first, last = (found[0] - 1) * scale, (found[-1] + 2) * scale
+    return slice(max(0, int(first)), min(side, int(last) + 1))
+
+
 def require_finite(prediction: Prediction) -> None:
     """Raise NotFiniteError if scores are not finite."""
     if not torch.isfinite(prediction.iou_scores).all():
@@ -238,8 +275,8 @@ def segment_together(
     prompts: list[Prompt],
     image_sizes: list[tuple[int, int]],
     kind: str = "best",
-) -> list[np.ndarray]:
-    """Segment B images in one batch; return their HxW bool masks.
+) -> list[CroppedMask]:
+    """Segment B images in one batch; return their masks.
 
     The prompts all have the same number of points. kind: as in choose_masks. Raises NotFiniteError
     if scores are not finite.
@@ -248,7 +285,7 @@ def segment_together(
     require_finite(prediction)
     mask_logits, _ = choose_masks(predictor, prediction, kind)
     return [
-        (upscale_masks(predictor, logits[None], size)[0, 0] > 0).cpu().numpy()
+        upscale_to_mask(predictor, logits[None], size)
         for logits, size in zip(mask_logits, image_sizes, strict=True)
     ]
 
@@ -271,5 +308,5 @@ def segment_with_logits(
     prediction = predict_masks(predictor, features, [prompt], [image_size], mask_inputs=mask_input)
     require_finite(prediction)
     mask_logits, scores = choose_masks(predictor, prediction, kind)
-    mask = upscale_masks(predictor, mask_logits, image_size)[0, 0] > 0
-    return mask.cpu().numpy(), float(scores), mask_logits.clamp(-32, 32)
+    mask = upscale_to_mask(predictor, mask_logits, image_size).full()
+    return mask, float(scores), mask_logits.clamp(-32, 32)

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from finetuning.basics.command_line import ArgumentParser, number, parse_range
+from finetuning.basics.cropped_masks import CroppedMask, value_masks
 from finetuning.basics.image_files import read_mask, read_values
 
 LISTED_VALUES = 6  # in a message
@@ -58,12 +59,16 @@ class MaskReader:
         self.dropped_parts = 0
         self._object_value: tuple[Value, Path] | None = None  # and the first file that has it
 
-    def read(self, path: Path, source: Path) -> Iterable[np.ndarray]:
-        """Return the HxW bool masks of a file's objects; `path` is a copy of the user's `source`.
+    def read(self, path: Path, source: Path) -> Iterable[CroppedMask]:
+        """Return the masks of a file's objects; `path` is a copy of the user's `source`.
 
         Raises UserError if the file is unreadable, or the rule does not say what its values mean.
         """
-        masks = self._each_value(path) if self.rule.each_value else [self.read_binary(path, source)]
+        if self.rule.each_value:
+            masks = self._each_value(path)
+        else:
+            mask = self.read_binary(path, source)
+            masks = [CroppedMask(mask, 0, 0, mask.shape)]
         return self._parts(masks) if self.rule.parts else masks
 
     def read_binary(self, path: Path, source: Path) -> np.ndarray:
@@ -105,18 +110,20 @@ class MaskReader:
                 "choose one with --mask-value, or take each as an object with --classes"
             )
 
-    def _each_value(self, path: Path) -> Iterator[np.ndarray]:
-        codes, values = read_codes(path, None)
-        for value in values:
-            if any(value) and value != self.rule.ignored:  # black is background
-                yield codes == to_code(value)
+    def _each_value(self, path: Path) -> Iterator[CroppedMask]:
+        codes, _ = read_codes(path, None)
+        for code, mask in value_masks(codes):  # without 0: black is background
+            if from_code(code) != self.rule.ignored:
+                yield mask
 
-    def _parts(self, masks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def _parts(self, masks: Iterable[CroppedMask]) -> Iterator[CroppedMask]:
         for mask in masks:
-            count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+            count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.crop.astype(np.uint8))
             for part in range(1, count):
-                if stats[part, cv2.CC_STAT_AREA] >= self.rule.smallest_part:
-                    yield labels == part
+                x, y, width, height, area = stats[part].tolist()
+                if area >= self.rule.smallest_part:
+                    crop = labels[y : y + height, x : x + width] == part
+                    yield CroppedMask(crop, mask.x + x, mask.y + y, mask.size)
                 else:
                     self.dropped_parts += 1
 
