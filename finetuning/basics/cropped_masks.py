@@ -33,6 +33,14 @@ class CroppedMask(NamedTuple):
         """The number of the mask's pixels."""
         return np.count_nonzero(self.crop)
 
+    def overlap(self, other: CroppedMask) -> int:
+        """Return the number of pixels that both masks of an image have."""
+        left, top = max(self.x, other.x), max(self.y, other.y)
+        parts = [mask.crop[top - mask.y :, left - mask.x :] for mask in (self, other)]
+        height, width = (min(part.shape[axis] for part in parts) for axis in (0, 1))
+        first, second = (part[:height, :width] for part in parts)
+        return np.count_nonzero(first & second)
+
     def full(self) -> np.ndarray:
         """Return the mask as an HxW bool array."""
         mask = np.zeros(self.size, bool)

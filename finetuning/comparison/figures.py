@@ -22,8 +22,10 @@ from finetuning.evaluation.measuring import (
     Result,
     counted_unit,
     group_by_image,
+    in_parts,
     mean_gain,
     mean_metrics,
+    prompts_at_once,
 )
 from finetuning.model.drawing import draw_object
 from finetuning.model.model import Model, features_for, segment_with_all
@@ -87,13 +89,20 @@ def draw_masks(
     image, objects = read_pair(pair)
     features = features_for(models, [(pair.image, objects.size)])
     panels = [image.copy() for _ in range(1 + len(models))]
-    for result in image_results:
-        true_mask = objects.cropped(result.object)
+    for part in in_parts(image_results, prompts_at_once(models)):
         # The masks were not kept, which would fill the memory: segment again
-        masks = segment_with_all(models, features, [result.prompt], [objects.size], mask_kind)
-        draw_object(panels[0], prompt=result.prompt, true_mask=true_mask)
-        for panel, (mask,) in zip(panels[1:], masks, strict=True):
-            draw_object(panel, mask, true_mask=true_mask, number=result.object)
+        masks = segment_with_all(
+            models,
+            [model_features.of([0] * len(part)) for model_features in features],
+            [result.prompt for result in part],
+            [objects.size] * len(part),
+            mask_kind,
+        )
+        for result, *model_masks in zip(part, *masks, strict=True):
+            true_mask = objects.cropped(result.object)
+            draw_object(panels[0], prompt=result.prompt, true_mask=true_mask)
+            for panel, mask in zip(panels[1:], model_masks, strict=True):
+                draw_object(panel, mask, true_mask=true_mask, number=result.object)
     return panels
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from finetuning.basics.cropped_masks import CroppedMask
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.basics.pictures import COLORS
 from finetuning.dataset.filling import Filled
@@ -87,8 +88,25 @@ def draw_outlines(pair: Pair) -> tuple[np.ndarray, int]:
     width, height = (max(1, round(side * scale)) for side in image.shape[1::-1])
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     canvas = cv2.resize(image, (width, height), interpolation=interpolation)
-    for number, mask in enumerate(objects):
-        small = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-        contours, _ = cv2.findContours(small, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    for number, mask in enumerate(objects.all_cropped()):
+        small, *place, _ = shrink(mask, (height, width))
+        if not small.size:  # smaller than a pixel here
+            continue
+        how = cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE
+        contours, _ = cv2.findContours(small.astype(np.uint8), *how, offset=place)
         cv2.drawContours(canvas, contours, -1, COLORS[number % len(COLORS)], 2, cv2.LINE_AA)
     return canvas, len(objects)
+
+
+def shrink(mask: CroppedMask, size: tuple[int, int]) -> CroppedMask:
+    """Resize a mask to (H,W) by taking the nearest pixels."""
+    # The pixels that are taken along each axis, and which of them lie in the mask's box
+    taken = [np.arange(new) * old // new for new, old in zip(size, mask.size, strict=True)]
+    kept = [
+        slice(*np.searchsorted(indices, (box.start, box.stop)))
+        for indices, box in zip(taken, mask.box, strict=True)
+    ]
+    rows, columns = (
+        indices[part] - box.start for indices, part, box in zip(taken, kept, mask.box, strict=True)
+    )
+    return CroppedMask(mask.crop[np.ix_(rows, columns)], kept[1].start, kept[0].start, size)

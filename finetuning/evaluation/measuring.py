@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -13,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finetuning.basics.cropped_masks import CroppedMask, crop_mask, crop_together
-from finetuning.dataset.objects import limit_objects, read_objects
+from finetuning.dataset.objects import count_objects, limit_objects, read_objects
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.metrics import LOGGED, METRICS, Metric
 from finetuning.model.model import Model, features_for, segment_with_all
@@ -27,6 +28,7 @@ AT_ONCE_ON_CPU = 4
 T = TypeVar("T")
 
 MOST_OBJECTS = 2000  # measured after each epoch
+SLOW = 10  # seconds of a validation from which the user is told
 
 
 class PackedMask(NamedTuple):
@@ -109,12 +111,15 @@ def measure(
       metrics: metric name -> function.
       first_index: index of the first pair.
     """
-    progress = tqdm(pairs, desc=description, unit="image", leave=False)
     examples = (
         read_examples(pair, [prompt_kind], index, seed)
-        for index, pair in enumerate(progress, first_index)
+        for index, pair in enumerate(pairs, first_index)
     )
-    return list(measure_examples(models, examples, mask_kind, metrics))
+    total, unit = len(pairs), "image"
+    if prompt_kind != "none" and any(pair.per_object for pair in pairs):
+        total, unit = sum(count_objects(pairs).values()), "object"
+    results = measure_examples(models, examples, mask_kind, metrics)
+    return list(tqdm(results, desc=description, total=total, unit=unit, leave=False))
 
 
 def find_in_empty(
@@ -174,7 +179,7 @@ def measure_examples(
     images: an iterator is read as needed; images without an example are skipped.
     """
     # Other batches would change the last digits, and training and comparison could disagree
-    at_once = AT_ONCE.get(models[0].predictor.device.type, AT_ONCE_ON_CPU)
+    at_once = prompts_at_once(models)
     for batch in in_parts(filter(None, images), at_once):
         features = features_for(models, [(one.pair.image, one.size) for one, *_ in batch])
         rows = [(row, example) for row, examples in enumerate(batch) for example in examples]
@@ -210,6 +215,11 @@ def _measure_mask(
     """Return the metrics of a mask, computed in the box of both masks."""
     crops, _, _ = crop_together(predicted, true_mask)
     return {name: float(metric(*crops, true_mask.size)) for name, metric in metrics.items()}
+
+
+def prompts_at_once(models: Sequence[Model]) -> int:
+    """Return how many prompts are decoded in one batch on the models' device."""
+    return AT_ONCE.get(models[0].predictor.device.type, AT_ONCE_ON_CPU)
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -266,10 +276,18 @@ class Validation:
         Raises UserError if no image has an object or if a mask and its image differ in size.
         """
         # The masks are read once and kept, compressed, for all epochs
+        is_first = not self._images
         self._images = self._images or self._read()
-        progress = tqdm(self._images, desc="Validating", unit="image", leave=False)
+        count, begun = sum(map(len, self._images)), time.perf_counter()
+        unit = "image" if count == len(self._images) else "object"
         with merged_adapters(model.predictor.model):  # as in the file that is saved
-            results = list(measure_examples([model], progress, metrics=LOGGED))
+            results = measure_examples([model], self._images, metrics=LOGGED)
+            results = list(tqdm(results, "Validating", count, unit=unit, leave=False))
+        if is_first and unit == "object" and (seconds := time.perf_counter() - begun) > SLOW:
+            print(
+                f"validation takes {seconds:.0f} s after each epoch: {len(results)} prompts in "
+                f"{len(self._images)} images; fewer val images would be faster"
+            )
         means = {
             kind: mean_metrics([result for result in results if result.prompt_kind == kind])
             for kind in self.kinds

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from finetuning.basics.cropped_masks import crop_mask
 from finetuning.dataset.objects import Objects, read_pair
 from finetuning.dataset.pairs import Pair
 from finetuning.model.automatic import ANY, RULE, Rule, SegmentedObject, find_objects
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import mask_box
 
 MATCH_IOU = 0.5  # a mask matches an object from this IoU on
 MOST_TUNED = 20  # images that a rule is tuned on
@@ -69,15 +69,13 @@ def match(found: Sequence[SegmentedObject], objects: Objects) -> np.ndarray:
 
 def iou_table(found: Sequence[SegmentedObject], objects: Objects) -> np.ndarray:
     """Return the NxM IoU of N masks, none of them empty, with M objects."""
-    boxes = [mask_box(one.mask) for one in found]
-    areas = [np.count_nonzero(one.mask) for one in found]
+    masks = [crop_mask(one.mask) for one in found]
+    areas = [mask.area for mask in masks]
     ious = np.zeros((len(found), len(objects)))
-    for column, true_mask in enumerate(objects):
-        true_area = np.count_nonzero(true_mask)
-        for row, (x1, y1, x2, y2) in enumerate(boxes):
-            # The overlap lies inside the mask's box; the rest need not be looked at
-            inside = slice(y1, y2 + 1), slice(x1, x2 + 1)
-            overlap = np.count_nonzero(found[row].mask[inside] & true_mask[inside])
+    for column, true_mask in enumerate(objects.all_cropped()):
+        true_area = true_mask.area
+        for row, mask in enumerate(masks):
+            overlap = mask.overlap(true_mask)
             ious[row, column] = overlap / (areas[row] + true_area - overlap)
     return ious
 
@@ -95,7 +93,8 @@ def tune_rule(model: Model, pairs: list[Pair], seed: int) -> Rule:
         scores += [one.score for one in found]
         areas += [one.mask.mean() for one in found]
         are_objects += match(found, objects).tolist()
-        smallest = min([smallest, *(mask.mean() for mask in objects)])
+        pixels = np.prod(objects.size)
+        smallest = min([smallest, *(mask.area / pixels for mask in objects.all_cropped())])
         count += len(objects)
     # All candidate masks are known by now: any thresholds only select among them
     best, rule = 0.0, Rule()
