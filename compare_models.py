@@ -48,6 +48,7 @@ from finetuning.dataset.splitting import read_folds
 from finetuning.evaluation.measuring import Comparison, measure
 from finetuning.evaluation.seen_images import add_overlaps, count_overlap, require_unseen
 from finetuning.evaluation.simulated_clicks import MAX_MEASURED_CLICKS
+from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.loading import load_models
 from finetuning.model.model import Model
 from finetuning.model.models import MODELS
@@ -175,7 +176,10 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--demo", action="store_true", help="compare the models of the demo")
     models = parser.add_argument_group("the models")
     models.add_argument(
-        "--finetuned", type=Path, default=Path("output/sam2_best.pt"), help="the fine-tuned file"
+        "--finetuned",
+        type=checkpoint_path,
+        default=Path("output/sam2_best.pt"),
+        help="the fine-tuned file, or its folder",
     )
     models.add_argument(
         "--folds",
@@ -188,7 +192,7 @@ def make_parser() -> ArgumentParser:
     )
     models.add_argument(
         "--original",
-        type=Path,
+        type=checkpoint_path,
         help="the original (default: the checkpoint that training started from)",
     )
     models.add_argument(

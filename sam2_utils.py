@@ -6,10 +6,12 @@ Import it before torch, OpenCV, matplotlib and tqdm: they read the environment o
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import sys
 import warnings
+from pathlib import Path
 
 if sys.version_info < (3, 11):  # noqa: UP036, else hashlib.file_digest fails much later
     print("error: this is Python 3.10 or older; make a .venv with 3.11 or newer", file=sys.stderr)
@@ -32,8 +34,35 @@ if os.environ.get("MPLBACKEND", "").startswith("module://"):
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"
 
-import cv2
-import torch
+PACKAGES = (
+    "numpy", "cv2", "torch", "torchvision", "sam2", "PIL", "matplotlib", "tqdm", "safetensors",
+    "jinja2",
+)  # fmt: skip
+
+
+def _how_to_install() -> str:
+    """Return what to do if packages are missing: activate the project's .venv, or install them."""
+    folder = Path(__file__).resolve().parent
+    if (folder / ".venv").is_dir() and Path(sys.prefix).resolve() != folder / ".venv":
+        script = r".venv\Scripts\Activate.ps1" if os.name == "nt" else "source .venv/bin/activate"
+        return f"activate the project's environment first: {script}"
+    return f"run: {sys.executable} -m pip install -r requirements.txt (README: Install)"
+
+
+try:
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ModuleNotFoundError(f"not installed in {sys.executable}: {', '.join(missing)}")
+    import cv2
+    import torch
+except (ImportError, OSError) as error:  # an OSError for a missing DLL on Windows
+    remedy = _how_to_install()
+    if ".so" in str(error):  # OpenCV's windows need libraries that servers and containers lack
+        remedy = (
+            "run: pip uninstall -y opencv-python && pip install opencv-python-headless, "
+            "or: sudo apt-get install libgl1 libglib2.0-0"
+        )
+    print("error:", str(error).splitlines()[0] + f"; {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 # SAM 2 compiles its image transform with torch.jit.script, which newer torch versions deprecate.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")

@@ -66,6 +66,7 @@ from finetuning.inference.segmenting import (
     segment_folder,
 )
 from finetuning.model.automatic import ANY, Rule, SegmentedObject, rule_of
+from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.loading import load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
@@ -195,7 +196,9 @@ def make_parser() -> ArgumentParser:
     )
     model = parser.add_argument_group("the model (default: the fine-tuned output/sam2_best.pt)")
     model.add_argument("--original", action="store_true", help="use the original SAM 2.1")
-    model.add_argument("--checkpoint", type=Path, help="use this checkpoint")
+    model.add_argument(
+        "--checkpoint", type=checkpoint_path, help="use this checkpoint, or the best of this folder"
+    )
     model.add_argument(
         "--model", choices=MODELS, help="its size (default: the checkpoint's, else small)"
     )

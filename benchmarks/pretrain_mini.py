@@ -38,7 +38,7 @@ from sam2_utils import calculate_iou, select_device
 
 from benchmarks.pretraining_images import Drawing, draw_pretraining_image
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
-from finetuning.basics.files import atomic_write
+from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import build_predictor, load_predictor, make_predictor
 from finetuning.model.prompts import Prompt, make_prompt, mask_box, prompt_from_mask, random_point
 from finetuning.model.segmentation import (
@@ -242,12 +242,8 @@ def save(
 ) -> None:
     """Write the weights in half precision, as load_state_dict converts them back, and the state."""
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
-    with atomic_write(output) as temporary:
-        facts = {"model_name": "mini", "step": step, "iou": reached}
-        torch.save({"model": weights, **facts}, temporary)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    with atomic_write(state_file) as temporary:
-        torch.save(state, temporary)
+    save_checkpoint(output, weights, model_name="mini", step=step, iou=reached)
+    save_checkpoint(state_file, model, optimizer=optimizer.state_dict(), step=step)
 
 
 def train_phase(

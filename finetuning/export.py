@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from sam2.modeling.sam2_base import SAM2Base
 
 from finetuning.basics.command_line import ArgumentParser, run, tell
 from finetuning.basics.files import atomic_write
-from finetuning.model.checkpoints import save_checkpoint
+from finetuning.model.checkpoints import checkpoint_path, save_checkpoint
 from finetuning.model.models import load_predictor
+from finetuning.model.weight_names import transformers_weights
 
 # Ultralytics' loader recognises a model by its file name; it has no name for mini
 ULTRALYTICS_NAMES = {
@@ -33,56 +33,6 @@ ULTRALYTICS_NAMES = {
     "large": "sam2.1_l.pt",
 }
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
-
-# The parts of SAM 2 that segment images; the rest is its video memory, which Sam2Model lacks
-IMAGE_PARTS = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
-POINT_EMBEDDINGS = [f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4)]
-# From SAM 2's names to Sam2Model's: regular expressions, applied one after another
-RENAMES = {
-    r"^image_encoder\.trunk\.": "vision_encoder.backbone.",
-    r"^image_encoder\.neck\.convs\.(\d)\.conv\.": r"vision_encoder.neck.convs.\1.",
-    r"\.patch_embed\.proj\.": ".patch_embed.projection.",
-    r"^no_mem_embed$": "no_memory_embedding",
-    r"^sam_": "",
-    r"\.pe_layer\.positional_encoding_gaussian_matrix$": ".shared_embedding.positional_embedding",
-    r"\.mask_downscaling\.0\.": ".mask_embed.conv1.",
-    r"\.mask_downscaling\.1\.": ".mask_embed.layer_norm1.",
-    r"\.mask_downscaling\.3\.": ".mask_embed.conv2.",
-    r"\.mask_downscaling\.4\.": ".mask_embed.layer_norm2.",
-    r"\.mask_downscaling\.6\.": ".mask_embed.conv3.",
-    r"\.output_upscaling\.0\.": ".upscale_conv1.",
-    r"\.output_upscaling\.1\.": ".upscale_layer_norm.",
-    r"\.output_upscaling\.3\.": ".upscale_conv2.",
-    r"\.out_proj\.": ".o_proj.",
-    r"\.norm(\d|_final_attn)\.": r".layer_norm\1.",
-    # Perceptrons: two layers in the blocks, three in the decoder's heads
-    r"\.mlp\.layers\.0\.": ".mlp.proj_in.",
-    r"\.mlp\.layers\.1\.": ".mlp.proj_out.",
-    r"(_head|_mlps\.\d)\.layers\.0\.": r"\1.proj_in.",
-    r"(_head|_mlps\.\d)\.layers\.1\.": r"\1.layers.0.",
-    r"(_head|_mlps\.\d)\.layers\.2\.": r"\1.proj_out.",
-}
-
-
-def transformers_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return SAM 2's weights under the names of transformers' Sam2Model.
-
-    Sam2Model has the four point embeddings in one matrix, and stores the frequencies of the
-    positional encoding twice.
-    """
-    weights = {name: weight for name, weight in state_dict.items() if name.startswith(IMAGE_PARTS)}
-    points = [weights.pop(name) for name in POINT_EMBEDDINGS]
-    weights = {_rename(name): weight for name, weight in weights.items()}
-    frequencies = weights["prompt_encoder.shared_embedding.positional_embedding"]
-    weights["shared_image_embedding.positional_embedding"] = frequencies.clone()
-    weights["prompt_encoder.point_embed.weight"] = torch.cat(points)
-    return weights
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in RENAMES.items():
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def transformers_config(model: SAM2Base) -> dict[str, Any]:
@@ -189,7 +139,10 @@ def main(argv: list[str] | None = None) -> None:
     choices = ("ultralytics", "transformers")
     parser.add_argument("--to", choices=choices, required=True, help="the package that loads it")
     parser.add_argument(
-        "--finetuned", type=Path, default=Path("output/sam2_best.pt"), help="the fine-tuned file"
+        "--finetuned",
+        type=checkpoint_path,
+        default=Path("output/sam2_best.pt"),
+        help="the fine-tuned file, or its folder",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("output/export"), help="the folder to write to"

@@ -88,7 +88,11 @@ def scripts_and_cases(cases: list[tuple]) -> pytest.MarkDecorator:
         (TRAIN, ("--epochs", "2.5"), "a whole number of at least 1"),
         (TRAIN, ("--epochs", "열"), "a whole number of at least 1"),
         (TRAIN, ("--epochs",), "expected one argument"),
-        (TRAIN, ("--epoch", 5), "unrecognized arguments: --epoch 5"),
+        (TRAIN, ("--epoch", 5), "unknown option --epoch; did you mean --epochs?"),
+        (TRAIN, ("--batch_size", 2), "unknown option --batch_size; did you mean --batch-size?"),
+        (TRAIN, ("--zzz",), "unknown option --zzz; see --help"),
+        (SEGMENT, ("--image", "my", "photos/a.jpg"), 'put it in quotes: "my photos/a.jpg"'),
+        (SEGMENT, ("--image", "a.jpg", "--checkpoint", "data"), "a folder without sam2_best.pt"),
         (TRAIN, ("--batch-size", 0), "--batch-size: must be a whole number of at least 1"),
         (TRAIN, ("--limit", 0), "--limit"),
         (TRAIN, ("--seed", -1), "--seed"),
@@ -425,6 +429,16 @@ def test_half_a_data_folder_is_refused_before_anything_slow(refuse, tmp_path):
     for script in (TRAIN, COMPARE):
         refuse(script, says=f"no data in {Path('data/images/val')}")
     refuse(DOWNLOAD, "--images", "image.png", says="no such folder: image.png")
+
+
+def test_a_folder_of_photos_is_no_data_folder_and_is_not_filled(refuse, run_script, tmp_path):
+    write_image(Path("my photos/2026/a.jpg"), IMAGE)
+    for script in (TRAIN, COMPARE):
+        refuse(script, "--data", "my photos", says="--masks YOUR_MASKS --data ")
+    for options in ((), ("--demo",), ("--force",)):
+        outcome = run_script(DOWNLOAD, "--data", "my photos", "--skip-checkpoint", *options)
+        assert outcome.status == 2 and "holds images of yours (a.jpg)" in outcome.err
+    assert [path.name for path in Path("my photos").rglob("*.*")] == ["a.jpg"]
 
 
 def write_odd_data(folder: Path) -> None:

@@ -9,11 +9,12 @@ from conftest import CPU, draw_pair, snapshot
 from safetensors.torch import load_file
 
 from finetuning import export
-from finetuning.export import transformers_config, transformers_weights
-from finetuning.model.checkpoints import save_checkpoint
+from finetuning.export import transformers_config
+from finetuning.model.checkpoints import checkpoint_path, save_checkpoint
 from finetuning.model.models import MODELS, build_predictor, load_predictor
 from finetuning.model.prompts import make_prompt
 from finetuning.model.segmentation import encode_images, predict_masks
+from finetuning.model.weight_names import transformers_weights
 
 # Of mini, one name for each rule of renaming
 TELLING = {
@@ -118,6 +119,12 @@ def test_the_folder_holds_the_weights_and_what_size_of_images_they_are_for(run_s
     vision = config["vision_config"]
     assert vision["backbone_feature_sizes"] == [[128, 128], [64, 64], [32, 32]]
     assert vision["backbone_config"]["blocks_per_stage"] == [1, 2, 7, 2]
+    loaded = load_predictor(None, checkpoint_path("내보낸 모델"), CPU)[0].model
+    own = load_predictor(None, random_tiny, CPU)[0].model.image_encoder.state_dict()
+    assert loaded.image_size == 512
+    assert all(
+        torch.equal(loaded.image_encoder.state_dict()[name], weight) for name, weight in own.items()
+    )
     assert vision["backbone_config"]["num_attention_heads_per_stage"] == [1, 2, 4, 8]
     assert processor["size"] == {"height": 512, "width": 512}
     assert processor["mask_size"] == {"height": 128, "width": 128}  # of masks given as prompts

@@ -17,6 +17,7 @@ import train_sam2_proper
 from finetuning.model import checkpoints, models
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.model.models import build_predictor, load_predictor
+from finetuning.model.weight_names import is_for_images, transformers_weights
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,10 @@ def assert_same_weights(path: Path, weights: dict) -> dict:
     return facts
 
 
+def as_kijai(weights: dict) -> dict:
+    return {name.replace(".gamma", ".weight"): weight for name, weight in weights.items()}
+
+
 FORMS = {
     "model": lambda weights: {"model": weights},
     "bare": lambda weights: weights,
@@ -69,6 +74,18 @@ FORMS = {
     "bare ddp": lambda weights: prefixed(weights, "module."),
     "lightning": lambda weights: {"state_dict": prefixed(weights, "model."), "epoch": 3},
     "compiled ddp": lambda weights: {"model": prefixed(weights, "module._orig_mod.")},
+    "beside a loss": lambda weights: {
+        "state_dict": {**prefixed(weights, "model."), "loss.weight": torch.ones(1)}
+    },
+    "beside counts": lambda weights: {
+        "state_dict": {**weights, "steps": torch.tensor(5), "iou.total": torch.tensor(0.5)}
+    },
+    "beside a part of another": lambda weights: {
+        "model": {**prefixed(weights, "model."), "ema.image_encoder.x": torch.ones(1)}
+    },
+    "tutorial": lambda weights: {"epoch": 3, "model_state_dict": weights, "loss": 0.5},
+    "beside a number": lambda weights: {**weights, "epoch": 3},
+    "gamma": as_kijai,
     "named": lambda weights: {"model": "sam2", "state_dict": weights},
     "parameters": lambda weights: {
         name: torch.nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()
@@ -120,6 +137,32 @@ def test_a_script_takes_foreign_weights(run_script, tmp_path, weights):
     assert outcome.status == 0, outcome.err
 
 
+# Names of transformers
+
+
+def of_images(weights: dict) -> dict:
+    return {name: weight for name, weight in weights.items() if is_for_images(name)}
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_an_export_for_transformers_is_loaded_with_the_same_bits(tmp_path, weights, prefix, capsys):
+    theirs = prefixed(transformers_weights(weights), prefix)
+    theirs[f"{prefix}memory_encoder.projection.weight"] = torch.ones(1)  # of Sam2VideoModel
+    save_file(theirs, tmp_path / "hf.safetensors")
+    loaded = load_predictor(None, tmp_path / "hf.safetensors", CPU)[0].model.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in of_images(weights).items())
+    assert not any(loaded[name].any() for name in weights.keys() - of_images(weights).keys())
+    assert "has no weights for video" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dropped", ["vision_encoder.neck.convs.0.bias", "no_memory_embedding"])
+def test_an_export_for_transformers_that_lacks_a_weight_is_refused(tmp_path, weights, dropped):
+    theirs = transformers_weights(weights)
+    del theirs[dropped]
+    save_file(theirs, tmp_path / "hf.safetensors")
+    assert "weights missing" in error_of(tmp_path / "hf.safetensors")
+
+
 # What is still refused
 
 
@@ -131,19 +174,49 @@ def error_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"loss.weight": torch.ones(1)}, {"ema.image_encoder.x": torch.ones(1)}],
-    ids=["a weight without it", "a weight with another"],
+    ("strange", "part"),
+    [
+        ("image_encoder.trunk.blocks.0.attn.qkv.lora_A", "0 weights missing, 1 unknown"),
+        ("sam_mask_decoder.hf_token.weight", "such as sam_mask_decoder.hf_token.weight"),
+        ("memory_encoder.gate.weight", "1 unknown"),
+    ],
 )
-def test_a_prefix_that_not_all_names_have_is_not_guessed_away(tmp_path, weights, other):
-    torch.save({"model": {**prefixed(weights, "model."), **other}}, tmp_path / "other.pt")
-    assert "is not a SAM 2.1 checkpoint" in error_of(tmp_path / "other.pt")
+def test_a_model_with_more_than_sam2_has_in_its_parts_is_refused(tmp_path, weights, strange, part):
+    torch.save({"model": {**weights, strange: torch.ones(1)}}, tmp_path / "other.pt")
+    assert part in error_of(tmp_path / "other.pt")
 
 
 def test_weights_of_two_models_in_one_file_are_refused(tmp_path, weights):
     both = {**prefixed(weights, "model."), **prefixed(weights, "model.ema.")}
     torch.save({"state_dict": both}, tmp_path / "both.pt")
-    assert "is not a SAM 2.1 checkpoint" in error_of(tmp_path / "both.pt")
+    assert "holds 2 models (with the prefixes 'model.', 'model.ema.')" in error_of(
+        tmp_path / "both.pt"
+    )
+
+
+def test_a_file_of_sam_2_0_and_another_model_are_called_what_they_are(tmp_path, weights):
+    new = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight", "obj_ptr_tpos_proj.bias")
+    torch.save({n: w for n, w in weights.items() if n not in new}, tmp_path / "2.0.pt")
+    assert "3 weights missing" in (error := error_of(tmp_path / "2.0.pt"))
+    assert error.endswith("it is one of SAM 2.0; use one of SAM 2.1")
+    torch.save({**weights, "no_obj_ptr": torch.ones(1, 5)}, tmp_path / "shape.pt")
+    assert error_of(tmp_path / "shape.pt").endswith("some of another shape); use another file")
+    torch.save({"conv1.weight": torch.ones(4, 3, 3, 3)}, tmp_path / "resnet.pt")
+    assert "is not a SAM 2.1 checkpoint" in error_of(tmp_path / "resnet.pt")
+
+
+def test_objects_beside_the_weights_are_named_and_not_built(tmp_path, weights):
+    torch.save({"state_dict": weights, "hyper_parameters": Box()}, tmp_path / "last.ckpt")
+    error = error_of(tmp_path / "last.ckpt")
+    assert "holds objects beside the weights" in error and ".Box" in error
+    assert not Path("code_was_run").exists()
+
+
+class Box:
+    """What a Lightning file may hold beside the weights; building it leaves a trace."""
+
+    def __setstate__(self, state):
+        Path("code_was_run").touch()
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -69,6 +69,29 @@ def test_a_mistake_in_a_real_process_is_one_line_and_status_2(tmp_path):
     assert done.stderr.startswith(b"error: ") and done.stderr.strip().count(b"\n") == 0
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, "finetuning/export.py"])
+def test_another_python_without_the_packages_is_told_what_to_do(script, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(  # -S: without the packages of this Python
+        [sys.executable, "-S", ROOT / script, "--help"], env=environment, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: not installed in ") and "torch" in done.stderr
+    assert "activate" in done.stderr or "-m pip install -r requirements.txt" in done.stderr
+
+
+def test_a_missing_library_of_the_system_is_told_with_its_remedy(tmp_path):
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, ROOT / "test_my_image.py", "--help"], env=environment,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "libGL.so.1" in done.stderr and "opencv-python-headless" in done.stderr
+
+
 # Ends where torch is first imported; with status 0 where it would fall back to the CPU.
 PROBE = """
 import os, runpy, sys

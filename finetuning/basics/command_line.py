@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import functools
 import math
@@ -61,8 +62,29 @@ class ArgumentParser(argparse.ArgumentParser):
                 setattr(args, name, chosen.get(name, self.get_default(name)))
         return args
 
+    def parse_args(self, *arguments: Any, **values: Any) -> argparse.Namespace:
+        """Parse the options; explain those that are unknown."""
+        args, unknown = self.parse_known_args(*arguments, **values)
+        if unknown:
+            self.error(self._explain(unknown))
+        return args
+
+    def _explain(self, unknown: list[str]) -> str:
+        """Return what is wrong with unknown arguments: a misspelt option, or an unquoted space."""
+        known = [option for action in self._actions for option in action.option_strings]
+        first = unknown[0].partition("=")[0]
+        if not first.startswith("-"):
+            return (
+                f"{brief(unknown[0])} belongs to no option; if it is part of a path or a name with "
+                'spaces, put it in quotes: "my photos/a.jpg"'
+            )
+        message = f"unknown option {brief(first)}"
+        if close := difflib.get_close_matches(first.replace("_", "-"), known, n=1):
+            message += f"; did you mean {close[0]}?"
+        return message
+
     def error(self, message: str) -> NoReturn:
-        _fail(f"{message}; see --help")
+        _fail(f"{message}{'' if message.endswith('?') else ';'} see --help")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

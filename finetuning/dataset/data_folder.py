@@ -22,7 +22,7 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import listed, nfc, tell
+from finetuning.basics.command_line import brief, listed, nfc, tell
 from finetuning.basics.files import MAX_FILE_BYTES, only_run_in, require_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.dataset.copies import COPIES_FILE, describe_copies, find_copies, write_copies
@@ -34,7 +34,9 @@ from finetuning.dataset.pairs import (
     SPLIT_FILE,
     SPLITS,
     facts_text,
+    find_own_image,
     find_pairs,
+    how_to_fill,
     read_facts,
     split_pairs,
 )
@@ -154,6 +156,10 @@ def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool
             raise UserError(
                 f"{data} holds images or masks that this script did not put there; "
                 "move them away, or use another --data folder"
+            )
+        if source in (None, "demo") and (own := find_own_image(data)):
+            raise UserError(
+                f"{data} holds images of yours ({brief(own.name)}); {how_to_fill(data)}"
             )
         return False
     if force or not is_filled(data):

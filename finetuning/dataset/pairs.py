@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import nfc
+from finetuning.basics.command_line import nfc, quote_command
 from finetuning.basics.files import DEMO_DATA, MAX_FILE_BYTES, lies_in, read_file, require_file
 from finetuning.basics.image_decoding import require_heic_reader
 from finetuning.basics.image_files import IMAGE_SUFFIXES
@@ -93,12 +94,38 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
     image_dir, mask_dir = data / "images" / split, data / "masks" / split
     for folder in (image_dir, mask_dir):
         if not folder.is_dir():
-            option = "--demo" if data == DEMO_DATA else f"--data {data}"
-            raise UserError(f"no data in {folder}; run: python download_dataset.py {option}")
+            raise UserError(f"no data in {folder}; {how_to_fill(data)}")
     facts = read_facts(data)
     pairs = find_pairs(image_dir, mask_dir, facts.get("masks") == "objects")[:limit]
     groups = facts.get("groups", {}).get(split, {})
     return [pair._replace(group=groups.get(pair.name)) for pair in pairs]
+
+
+def how_to_fill(data: Path) -> str:
+    """Return what a user does who has no data in `data`: the command that fills a data folder."""
+    command = "python download_dataset.py"
+    if (data / SPLIT_FILE).is_file():
+        return f"{data} was filled without that split (for a test split: --test-fraction)"
+    own = None if data == DEMO_DATA else find_own_image(data)
+    if own is None:
+        options = ["--demo"] if data == DEMO_DATA else ["--data", str(data)]
+        return f"run: {command} {quote_command(options)}"
+    images, masks = own.parent, "YOUR_MASKS"
+    if own.parent.is_relative_to(data / "images") and (data / "masks").is_dir():
+        masks = data / "masks" / own.parent.relative_to(data / "images")
+    options = ["--images", images, "--masks", masks, "--data", Path("data", data.resolve().name)]
+    return f"make a data folder of these images: {command} {quote_command(list(map(str, options)))}"
+
+
+def find_own_image(folder: Path) -> Path | None:
+    """Return an image in a folder or below that no data set with a SPLIT_FILE holds, or None."""
+    for parent, folders, names in os.walk(folder):
+        is_dataset = SPLIT_FILE in names
+        folders[:] = [] if is_dataset else sorted(n for n in folders if not n.startswith("."))
+        for name in [] if is_dataset else sorted(names):
+            if PurePath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                return Path(parent, name)
+    return None
 
 
 def keep_out(data: Path, output: Path, cache: Path | None = None) -> None:

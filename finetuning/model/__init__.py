@@ -11,4 +11,5 @@ models: the SAM 2.1 models: download, build, load
 prompts: points and boxes, and clicks that correct a mask
 segmentation: from features and prompts to masks and scores: the one path
 trainable_encoder: train the image encoder: adapters, or all weights
+weight_names: the names of the weights in files of other programs
 """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import itertools
 import pickletools
 import warnings
 import zipfile
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,55 @@ from sam2_utils import UserError
 import torch
 from safetensors.torch import load_file
 
+from finetuning.basics.command_line import brief, listed
 from finetuning.basics.files import atomic_write, require_file
+from finetuning.basics.run_outputs import BEST_FILE
+from finetuning.model.weight_names import PATCH_EMBED, TRANSFORMERS_PATCH_EMBED
 
-A_SAM2_NAME = "image_encoder.trunk.patch_embed.proj.weight"  # in every SAM 2 checkpoint, once
+WEIGHT_KEYS = ("model", "state_dict")  # under which programs save a state_dict
+TRANSFORMERS_FILE = "model.safetensors"  # in every folder that transformers saves
+# Files that were saved again with the same weights, from old to new SHA-256: mini
+RESAVED = {
+    "3735e6442bce51fc9d27ea081d30a703d075b7601bc3aec4e7d75d3432596eda": (
+        "f787582ce78e785e4931a64d3baea70c909973110168616899fda39cd4c85916"
+    )
+}
 MODEL_CODE = ("torch.nn.modules.", "__torch__.")  # prefixes of class names in a pickled model
 MAX_OPCODES = 100_000  # pickle opcodes to search for them
+
+
+def checkpoint_path(text: str) -> Path:
+    """Return the checkpoint that a path names (argparse type): the file, or the one in a folder.
+
+    Of a training's output folder, that is its best model; of transformers' folders, its weights.
+    """
+    path = Path(text)
+    if not path.is_dir():
+        return path
+    for name in (BEST_FILE, TRANSFORMERS_FILE):
+        if (path / name).is_file():
+            return path / name
+    inside = [file.relative_to(path) for file in sorted(path.glob(f"*/{BEST_FILE}"))]
+    there = f"; name one of {listed(map(str, inside))} in it" if inside else "; name a file"
+    raise argparse.ArgumentTypeError(f"{path} is a folder without {BEST_FILE}{there}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint as {"model": state_dict, ...} without running code from the file.
 
-    In the file, the weights are under "model" or "state_dict", or at the top level, as in
-    .safetensors files. A prefix before all names, like DDP's "module.", is removed. Raises
-    UserError if the file is missing or is not a checkpoint with finite weights.
+    In the file, the weights are under "model", "state_dict" or another name, or at the top level,
+    as in .safetensors files. A prefix before SAM 2's names, like DDP's "module.", is removed.
+    Raises UserError if the file is missing or is not a checkpoint with finite weights.
     """
     require_file(path, what="checkpoint")
     checkpoint = _unwrap(_read(path))
     if checkpoint is None:
         raise UserError(f'{path} holds no "model" weights; use a SAM 2.1 checkpoint')
-    state_dict = _without_prefix(checkpoint["model"])
+    state_dict = _without_prefix(path, checkpoint["model"])
     if not all(torch.isfinite(weight.float()).all() for weight in state_dict.values()):
         raise UserError(f"{path} holds weights that are not finite (NaN); train or download again")
+    if (started_from := setting(checkpoint, "checkpoint_sha256")) in RESAVED:
+        checkpoint["settings"]["checkpoint_sha256"] = RESAVED[started_from]
     return {**checkpoint, "model": state_dict}
 
 
@@ -71,6 +100,12 @@ def _read(path: Path) -> Any:
                 f"{path} is a whole pickled model, which is not loaded because that would run code "
                 "from the file; save only the weights in the program that made it: "
                 'torch.save({"model": model.state_dict()}, FILE)'
+            ) from error
+        if classes := _classes_in(path):
+            raise UserError(
+                f"{path} holds objects beside the weights ({listed(classes)}), which are not "
+                "loaded because that would run code from the file; save only the weights in the "
+                'program that made it: torch.save({"model": STATE_DICT}, FILE)'
             ) from error
         raise UserError(
             f"{path} is not a readable checkpoint (damaged, truncated, or another kind of file); "
@@ -115,19 +150,35 @@ def _names_model_code(file: Any) -> bool:
     return any(isinstance(text, str) and text.startswith(MODEL_CODE) for text in texts)
 
 
+def _classes_in(path: Path) -> list[str]:
+    """Return the classes that a torch.save file names and torch does not load safely."""
+    with contextlib.suppress(Exception):  # a damaged file may raise anything
+        return [brief(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+    return []
+
+
 def _unwrap(contents: Any) -> dict[str, Any] | None:
     """Return a file's content as {"model": state_dict, ...}, or None if it holds no weights."""
     if not isinstance(contents, dict):
         return None
-    for key in ("model", "state_dict"):
-        if _are_weights(contents.get(key)):
+    for key in dict.fromkeys((*WEIGHT_KEYS, *contents)):
+        weights = _weights_in(contents.get(key))
+        if weights and (key in WEIGHT_KEYS or any(map(_is_first, weights))):
             facts = {name: value for name, value in contents.items() if name != key}
-            return {**facts, "model": contents[key]}
-    return {"model": contents} if _are_weights(contents) else None
+            return {**facts, "model": weights}
+    weights = _weights_in(contents)
+    return None if weights is None else {"model": weights}
 
 
-def _are_weights(value: Any) -> bool:
-    return isinstance(value, dict) and all(starmap(_is_weight, value.items()))
+def _weights_in(value: Any) -> dict[str, torch.Tensor] | None:
+    """Return the weights in a dict; None if it has others than weights, and none of SAM 2.
+
+    Beside SAM 2's weights, there may be others, such as a loss's or the counts of a metric.
+    """
+    if not isinstance(value, dict):
+        return None
+    weights = {name: weight for name, weight in value.items() if _is_weight(name, weight)}
+    return weights if len(weights) == len(value) or any(map(_is_first, weights)) else None
 
 
 def _is_weight(name: Any, value: Any) -> bool:
@@ -136,12 +187,32 @@ def _is_weight(name: Any, value: Any) -> bool:
     return is_real and value.layout == torch.strided and isinstance(name, str)
 
 
-def _without_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights without the prefix that all their names share before SAM 2's names."""
-    prefixes = [name.removesuffix(A_SAM2_NAME) for name in state_dict if A_SAM2_NAME in name]
-    if len(prefixes) != 1 or not all(name.startswith(prefixes[0]) for name in state_dict):
-        return state_dict
-    return {name.removeprefix(prefixes[0]): weight for name, weight in state_dict.items()}
+def _is_first(name: str) -> bool:
+    """Return whether a weight, whatever its prefix, is the first of SAM 2's image encoder."""
+    return name.endswith((PATCH_EMBED, TRANSFORMERS_PATCH_EMBED))
+
+
+def _without_prefix(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights without the prefix that is before SAM 2's names."""
+    prefixes = [
+        name.removesuffix(PATCH_EMBED).removesuffix(TRANSFORMERS_PATCH_EMBED)
+        for name in filter(_is_first, weights)
+    ]
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{path} holds {len(prefixes)} models (with the prefixes {listed(map(repr, prefixes))}"
+            "); save one of them alone"
+        )
+    if prefixes in ([], [""]):
+        return weights
+    own = {
+        name.removeprefix(*prefixes): weight
+        for name, weight in weights.items()
+        if name.startswith(*prefixes)
+    }
+    return {
+        name: weight for name, weight in weights.items() if not name.startswith(*prefixes)
+    } | own
 
 
 def save_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -14,12 +15,20 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.basics.command_line import number
-from finetuning.basics.files import content_sha256, download_file
-from finetuning.model.checkpoints import load_checkpoint, setting
+from finetuning.basics.command_line import listed, number, tell
+from finetuning.basics.files import content_sha256, download_file, read_file
+from finetuning.model.checkpoints import TRANSFORMERS_FILE, load_checkpoint, setting
+from finetuning.model.weight_names import (
+    PATCH_EMBED,
+    TRANSFORMERS_PATCH_EMBED,
+    TRANSFORMERS_TRUNK,
+    find_weights,
+    is_for_images,
+)
 
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 SIZE_STEP = 64  # pixels; image sizes are multiples, as the encoder halves an image five times
+NEW_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.")  # weights that SAM 2.0 lacks
 TRAIN_STATE_KEYS = {"optimizer", "scaler", "log", "settings"}  # keys of a run's train_state.pt
 
 
@@ -155,15 +164,13 @@ def find_original(facts: dict[str, Any]) -> Path:
 
 def identify_model(state_dict: dict[str, torch.Tensor]) -> str | None:
     """Return the name of the model whose encoder has these weights' dimensions, or None."""
-    patch_embed = state_dict.get("image_encoder.trunk.patch_embed.proj.weight")
-    prefix = "image_encoder.trunk.blocks."
-    blocks = {key.split(".")[3] for key in state_dict if key.startswith(prefix)}
-    for name, spec in MODELS.items():
-        if patch_embed is not None and (len(patch_embed), len(blocks)) == (
-            spec.embed_dim,
-            spec.blocks,
-        ):
-            return name
+    names = ((PATCH_EMBED, "image_encoder.trunk"), (TRANSFORMERS_PATCH_EMBED, TRANSFORMERS_TRUNK))
+    for first, trunk in names:
+        blocks = {key.split(".")[3] for key in state_dict if key.startswith(f"{trunk}.blocks.")}
+        for name, spec in MODELS.items():
+            is_there = first in state_dict and len(blocks) == spec.blocks
+            if is_there and len(state_dict[first]) == spec.embed_dim:
+                return name
     return None
 
 
@@ -212,19 +219,57 @@ def load_predictor(
         raise UserError(
             f"{checkpoint} is a SAM 2 {found} checkpoint, not {model_name}; use --model {found}"
         )
-    trained_at = setting(facts, "image_size", int)
+    trained_at = setting(facts, "image_size", int) or _configured_size(checkpoint)
     image_size = image_size or (trained_at if is_image_size(trained_at) else None)
     predictor = build_predictor(found, device, image_size)
-    try:
-        predictor.model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        expected = predictor.model.state_dict().keys()
-        missing, unknown = len(expected - state_dict.keys()), len(state_dict.keys() - expected)
-        raise UserError(
-            f"{checkpoint} does not fit SAM 2.1 {found} ({missing} weights missing, {unknown} "
-            "unknown, or some of another shape); use a SAM 2.1 checkpoint, not a SAM 2.0 one"
-        ) from error
+    _load_weights(predictor.model, state_dict, checkpoint, found)
     return predictor, {**facts, "model_name": found}
+
+
+def _configured_size(checkpoint: Path) -> Any:
+    """Return the image size in the config.json that transformers saves beside its weights."""
+    if checkpoint.name != TRANSFORMERS_FILE:
+        return None
+    try:
+        config = json.loads(read_file(checkpoint.with_name("config.json")))
+        return config["prompt_encoder_config"]["image_size"]
+    except (UserError, ValueError, LookupError, TypeError):  # it may be missing or anything
+        return None
+
+
+def _load_weights(
+    model: SAM2Base, state_dict: dict[str, torch.Tensor], checkpoint: Path, model_name: str
+) -> None:
+    """Set a model's weights to those of a file, as load_checkpoint reads them.
+
+    Files for images alone lack the weights of SAM 2's video memory, which become 0. Names that are
+    not SAM 2's are passed over. Raises UserError if the weights do not fit.
+    """
+    own = model.state_dict()
+    parts = {name.split(".")[0] for name in own}
+    weights, others = find_weights(state_dict, own)
+    missing = own.keys() - weights.keys()
+    video = {name for name in own if not is_for_images(name)}
+    if missing == video:
+        tell(f"note: {checkpoint} has no weights for video, which images do not need")
+        weights |= {name: torch.zeros_like(own[name]) for name in video}
+        missing = set()
+        others = list(filter(is_for_images, others))  # transformers has other names for video
+    unknown = [name for name in others if is_for_images(name) or name.split(".")[0] in parts]
+    try:
+        if missing or unknown:
+            raise RuntimeError
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        is_sam2_0 = bool(missing) and all(name.startswith(NEW_IN_2_1) for name in missing)
+        advice = "it is one of SAM 2.0; use one of SAM 2.1" if is_sam2_0 else "use another file"
+        examples = f", such as {listed(sorted(missing) + unknown, 2)}" if missing or unknown else ""
+        raise UserError(
+            f"{checkpoint} does not fit SAM 2.1 {model_name} ({len(missing)} weights missing, "
+            f"{len(unknown)} unknown{examples or ', some of another shape'}); {advice}"
+        ) from error
+    if others:
+        tell(f"note: {len(others)} weights of {checkpoint} are not SAM 2's: {listed(others)}")
 
 
 def build_predictor(

@@ -22,6 +22,7 @@ from finetuning.basics.command_line import (
 from finetuning.dataset.pairs import keep_out
 from finetuning.evaluation.object_matching import MOST_TUNED
 from finetuning.model.cache_places import CACHE_PLACES
+from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.models import MODELS, own_image_size, parse_image_size
 from finetuning.model.trainable_encoder import DEFAULT_RANK, import_peft
 from finetuning.training.recipe import DEMO, DEMO_LR, MINI_LR, RECIPES, Recipe, encoder_defaults
@@ -217,7 +218,11 @@ def add_model_options(parser: ArgumentParser) -> None:
     """Add the model to start from: --model, --checkpoint and --image-size."""
     model = parser.add_argument_group("the model to start from")
     model.add_argument("--model", choices=MODELS, default="small", help="its size")
-    model.add_argument("--checkpoint", type=Path, help="its file (default: SAM 2.1's, downloaded)")
+    model.add_argument(
+        "--checkpoint",
+        type=checkpoint_path,
+        help="its file or folder (default: SAM 2.1's, downloaded)",
+    )
     model.add_argument(
         "--image-size",
         type=parse_image_size,
