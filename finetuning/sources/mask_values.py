@@ -159,6 +159,11 @@ class MaskReader:
 
     def _each_value(self, path: Path, source: Path) -> Iterator[np.ndarray]:
         pixels = self._read_values(path, source, None)
+        if len(pixels.values) > MAX_CLASSES and len(pixels.values[-1]) == 3:
+            raise UserError(
+                f"{path} has {len(pixels.values)} colours, so it is a photo, or a mask that was "
+                "once a JPEG; export the masks as PNG"
+            )
         for value in self._object_values(pixels):
             yield pixels.codes == to_code(value)
 
@@ -243,6 +248,6 @@ def soft_edges(paths: list[Path], count: int, areas: list[Value]) -> UserError:
     if areas:
         which = f"{paths[0]} has areas of {listed_values(areas)} and soft edges"
     return UserError(
-        f"{which}: rings of other values around the objects, from resizing with interpolation or "
-        "from anti-aliasing; export the masks again, and resize them with nearest neighbour only"
+        f"{which}: rings of other values around the objects, from resizing with interpolation, "
+        "anti-aliasing or a JPEG; export the masks again, and resize them with nearest neighbour"
     )
