@@ -394,9 +394,9 @@ def test_a_table_pairs_what_names_do_not(tmp_path, text, encoding, partners):
 
 
 def test_absolute_paths_and_images_of_the_same_name_get_along_in_a_table(tmp_path):
-    touch(tmp_path, "p1/a.jpg", "p2/a.jpg", "m/1.png", "q/p2/a.jpg", "p1_a.jpg")
     paths = ("p1/a.jpg", "p2/a.jpg", "q/p2/a.jpg", "p1_a.jpg")
-    text = "".join(f"{tmp_path / name},m/1.png\n" for name in paths)
+    touch(tmp_path, *paths, *(f"m/{number}.png" for number in range(4)))
+    text = "".join(f"{tmp_path / name},m/{number}.png\n" for number, name in enumerate(paths))
     (tmp_path / "t.csv").write_text("image,mask\n" + text, encoding="utf-8")
     found = read_pairs_file(tmp_path / "t.csv", None, None)
     assert [example.name for example in found.examples] == ["p1_a", "p1_a_2", "p2_a", "p2_a_2"]
@@ -424,6 +424,19 @@ def test_absolute_paths_and_images_of_the_same_name_get_along_in_a_table(tmp_pat
 def test_a_fault_in_a_table_is_said_with_its_row(tmp_path, text, said):
     table = write_table(tmp_path, text)
     assert said in refusal(read_pairs_file, table, tmp_path / "images", tmp_path / "masks")
+
+
+def test_a_mask_belongs_to_one_image_unless_all_masks_are_shared_alike(tmp_path):
+    touch(tmp_path, *(f"{name}.jpg" for name in "abcd"), "1.png", "2.png")
+    for masks, said in (("1111", "the mask 1.png to 4 of 4"), ("1121", "the mask 1.png to 3 of 4")):
+        rows = [f"{image}.jpg,{mask}.png" for image, mask in zip("abcd", masks, strict=True)]
+        (tmp_path / "t.csv").write_text("\n".join(["image,mask", *rows]), encoding="utf-8")
+        assert said in refusal(read_pairs_file, tmp_path / "t.csv", None, None)
+    rows = [f"{image}.jpg,{mask}.png" for image, mask in zip("abcd", "1221", strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,mask", *rows]), encoding="utf-8")
+    found = read_pairs_file(tmp_path / "t.csv", None, None)
+    groups = [example.group for example in found.examples]
+    assert groups[0] == groups[3] != groups[1] == groups[2]
 
 
 def test_tables_of_no_use_are_refused(tmp_path):

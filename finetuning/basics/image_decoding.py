@@ -41,6 +41,7 @@ with contextlib.suppress(ImportError):
     pillow_heif.register_heif_opener()  # turns images upright and sets their EXIF orientation to 1
     PILLOW_FORMATS.append("HEIF")
 READ_BY_PILLOW = ("AVIF", "GIF", "HEIF")
+PALETTE_FORMATS = ("PNG", "GIF", "BMP", "TIFF")
 Image.MAX_IMAGE_PIXELS = None  # decode_image checks MAX_MEGAPIXELS instead
 warnings.filterwarnings("ignore", module="PIL")  # about damaged EXIF, for example
 
@@ -88,9 +89,34 @@ def decode_image(path: Path, content: bytes, color: bool = False) -> np.ndarray:
             require_heic_reader(path)
         raise UserError(f"{path} is not a readable image {_reason_and_remedy(content, pages)}")
 
+    return _upright(values, turn)
+
+
+def _upright(values: np.ndarray, turn: int) -> np.ndarray:
     if turn > 4:  # 5 to 8 are quarter turns
         values = cv2.transpose(values)
     return cv2.flip(values, FLIPS[turn]) if turn in FLIPS else values
+
+
+def decode_palette(content: bytes) -> tuple[np.ndarray, list[tuple[int, ...]]] | None:
+    """Return the HxW uint8 indices of a one-page palette image, upright, and its RGB colours.
+
+    None if the file has no palette, or one with a transparent colour that is not a black first one.
+    """
+    pages = tiff_pages(content)
+    if pages:
+        content = with_one_upright_page(content, pages[0])
+    with contextlib.suppress(Exception):  # damaged files raise many kinds
+        image = Image.open(io.BytesIO(content), formats=PALETTE_FORMATS)
+        colors = list(map(tuple, np.reshape(image.getpalette() or [], (-1, 3)).tolist()))
+        while image.format in ("GIF", "TIFF") and colors[1:] and not any(colors[-1]):
+            colors.pop()  # these formats fill palettes up with black
+        clear = image.info.get("transparency", b"")  # an index, or the opacity of each
+        clear = {clear} if isinstance(clear, int) else {i for i, a in enumerate(clear) if a < 255}
+        if image.mode == "P" and (not clear or (clear == {0} and not any(colors[0]))):
+            turn = 1 if pages else _orientation(content, pages, image)
+            return _upright(np.array(image), turn), colors
+    return None
 
 
 def orientation(content: bytes) -> int:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from finetuning.basics.files import atomic_write, read_file
-from finetuning.basics.image_decoding import decode_image, is_lossy_format
+from finetuning.basics.image_decoding import decode_image, decode_palette, is_lossy_format
 
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
@@ -18,6 +18,10 @@ IMAGE_SUFFIXES = {
 }  # fmt: skip
 
 MAX_VALUE = 1e300  # differences of larger values overflow
+LOSSY_NOISE = 32  # how far lossy compression moves black and white
+FEW_VALUES = 8  # in a mask without noise and without soft edges
+SMOOTH_STEP = 24  # the most by which a smooth edge changes around 3x3 equal pixels
+CHANCE_PIXELS = 2  # with equal neighbours; an area of 4x4 pixels has 4
 
 
 def require_equal_sizes(
@@ -39,7 +43,7 @@ def require_equal_sizes(
 def read_image(path: Path, value_range: tuple[float, float] | None = None) -> np.ndarray:
     """Read an image, upright by its EXIF orientation and without transparency.
 
-    Returns an HxWx3 uint8 array in RGB. Values beyond 8 bits are stretched to 0..255 by
+    Returns an HxWx3 uint8 array in RGB. Values of more than 8 bits are stretched to 0..255 by
     to_8_bits. Raises UserError if it cannot be read or has several pages.
     """
     image = decode_image(path, read_file(path), color=True)
@@ -54,11 +58,12 @@ def to_8_bits(
 ) -> np.ndarray:
     """Convert any array to uint8, stretching `value_range` (low, high) to 0..255 if it is given.
 
-    Without it, values from 0 to 255 are unchanged, unless they are fractions up to 1; all others
-    are stretched from the 0.5 and 99.5 percentiles of all channels together. Values outside are
-    clipped. Raises UserError, which names `path`, for NaN and infinity.
+    A uint8 array is unchanged, whatever the range. Without a range, values from 0 to 255 are
+    unchanged, unless they are fractions up to 1; all others are stretched from the 0.5 and 99.5
+    percentiles of all channels together. Values outside are clipped. Raises UserError, which names
+    `path`, for NaN and infinity.
     """
-    if values.dtype == np.uint8 and value_range is None:
+    if values.dtype == np.uint8:
         return values
     least, most = float(values.min()), float(values.max())
     if not (abs(least) < MAX_VALUE and abs(most) < MAX_VALUE):
@@ -97,6 +102,14 @@ def read_values(path: Path) -> tuple[np.ndarray, bool]:
     """
     content = read_file(path)
     return decode_image(path, content), is_lossy_format(content)
+
+
+def read_palette(path: Path) -> tuple[np.ndarray, list[tuple[int, ...]]] | None:
+    """Read the HxW uint8 indices of a file with a palette, and its RGB colours, like read_values.
+
+    None if it has no palette. Call read_values first: it refuses files that are no single image.
+    """
+    return decode_palette(read_file(path))
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -145,13 +158,25 @@ def _is_binary(gray: np.ndarray, is_lossy: bool) -> bool:
 
     The soft edges of smoothed masks and the noise of lossy ones are not even areas.
     """
-    noise, brightest = 32 if is_lossy else 0, int(gray.max())
+    noise, brightest = LOSSY_NOISE if is_lossy else 0, int(gray.max())
     kernel = np.ones((3, 3), np.uint8)
     is_even = cv2.erode(gray, kernel) == cv2.dilate(gray, kernel)
-    is_between = (gray > noise) & (gray < brightest - noise)
-    between = np.count_nonzero(is_even & is_between)
+    is_third = is_even & (gray > noise) & (gray < brightest - noise)
     # A few even pixels happen by chance; a label map has whole areas of other values
-    return brightest > 127 and between <= max(16, 0.01 * np.count_nonzero(gray))
+    if brightest <= 127 or np.count_nonzero(is_third) > max(16, 0.01 * np.count_nonzero(gray)):
+        return False
+    if not is_third.any():
+        return True
+
+    # An area of a third value, however small, ends abruptly, or has no brighter (or no darker)
+    # pixels near it; what is even by chance lies inside a smooth edge. A PNG that was once a JPEG
+    # has even noise near black and near white
+    if np.count_nonzero(np.bincount(gray.ravel(), minlength=256)) > FEW_VALUES:
+        is_third &= (gray > LOSSY_NOISE) & (gray < brightest - LOSSY_NOISE)
+    near, wide = np.ones((5, 5), np.uint8), np.ones((11, 11), np.uint8)
+    is_abrupt = cv2.morphologyEx(gray, cv2.MORPH_GRADIENT, near) > SMOOTH_STEP
+    is_extreme = (cv2.dilate(gray, wide) == gray) | (cv2.erode(gray, wide) == gray)
+    return np.count_nonzero(is_third & (is_abrupt | is_extreme)) <= CHANCE_PIXELS
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

@@ -18,7 +18,13 @@ from tqdm import tqdm
 
 from finetuning.basics.cropped_masks import CroppedMask, crop_mask
 from finetuning.basics.image_decoding import orientation
-from finetuning.basics.image_files import read_image, read_mask, require_equal_sizes, write_image
+from finetuning.basics.image_files import (
+    read_image,
+    read_mask,
+    read_values,
+    require_equal_sizes,
+    write_image,
+)
 from finetuning.dataset.copies import make_thumbnail
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.sources.mask_values import MaskReader, MaskRule
@@ -54,11 +60,12 @@ class Filler:
 
         Arguments:
           per_object: write label maps instead of binary masks.
-          value_range: the image values that become 0 and 255; None: copy the image files as they
-            are.
+          value_range: the values that become 0 and 255 in images of more than 8 bits; None: copy
+            all image files as they are.
         """
         self.folder, self.per_object, self.value_range = folder, per_object, value_range
         self.reader = MaskReader(rule)
+        self.unchanged = 0  # images of 8 bits, which have no value range
 
     def fill(self, examples: list[SourceExample]) -> list[Filled]:
         """Copy each example into its split, or into UNSPLIT if it has none.
@@ -68,6 +75,17 @@ class Filler:
         filled = []
         for example in tqdm(examples, desc="Checking and copying", unit="pair"):
             filled.append(self._fill_one(example, example.split or UNSPLIT))
+        self.reader.check_all()
+        if not any(image.areas for image in filled):
+            raise UserError(
+                f"none of the {len(filled)} masks has an object: all are black (0), which is the "
+                "background"
+            )
+        if self.unchanged:
+            print(
+                f"--value-range is for images of more than 8 bits: {self.unchanged} of "
+                f"{len(filled)} images have 8 bits and stay as they are"
+            )
         return filled
 
     def _fill_one(self, example: SourceExample, split: str) -> Filled:
@@ -76,7 +94,9 @@ class Filler:
         with errors_naming(example.image, copy):
             image = read_image(copy, self.value_range)
         content = copy.read_bytes()
-        if self.value_range:
+        if self.value_range and read_values(copy)[0].dtype == np.uint8:
+            self.unchanged += 1
+        elif self.value_range:
             copy.unlink()
             write_image(copy.with_suffix(".png"), image)
         to = self.folder / "masks" / split / example.name

@@ -50,6 +50,8 @@ def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[s
         groups = _read_groups(grouping.table, examples)
     elif grouping.pattern:
         groups = _match_groups(grouping.pattern, examples)
+    elif any(example.group for example in examples):
+        groups = [example.group for example in examples]
     else:
         _warn_of_frames([stem_of(example.image) for example in examples])
         return [None] * len(examples)

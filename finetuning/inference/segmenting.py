@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finetuning.basics.command_line import brief
-from finetuning.basics.image_files import read_image, read_values
+from finetuning.basics.image_files import read_image
 from finetuning.inference.folder_results import FolderImage, FolderResults
 from finetuning.inference.given_prompts import check_inside
 from finetuning.inference.window import ask_in_window
@@ -47,12 +47,10 @@ def read_like_training(
 ) -> np.ndarray:
     """Read an image as HxWx3 uint8 RGB.
 
-    value_range: the values that become black and white. By default, images of more than 8 bits
-    take trained_range, the range of the training.
+    value_range: the values that become black and white in an image of more than 8 bits; by default
+    trained_range, the range of the training.
     """
-    if not value_range and trained_range and read_values(path)[0].dtype != np.uint8:
-        value_range = trained_range
-    return read_image(path, value_range)
+    return read_image(path, value_range or trained_range)
 
 
 def segment_prompts(

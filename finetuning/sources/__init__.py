@@ -4,6 +4,7 @@ annotation_formats: COCO, YOLO and labelme files to entries
 annotations: the outlined objects of each image
 archives: zip archives, checked before anything is unpacked
 folder_layouts: finding images and masks in folders
+label_maps: exact values, palettes and soft edges of mask files
 mask_values: what the values and colours of a mask file mean
 name_matching: matching the names of masks to the names of images
 outlines: polygons and run lengths, checked and drawn

@@ -18,11 +18,19 @@ import numpy as np
 
 from finetuning.basics.command_line import ArgumentParser, number, parse_range
 from finetuning.basics.cropped_masks import CroppedMask, value_masks
-from finetuning.basics.image_files import read_mask, read_values
+from finetuning.basics.image_files import read_mask
+from finetuning.sources.label_maps import (
+    MAX_VALUE,
+    Pixels,
+    Value,
+    from_code,
+    read_pixels,
+    to_code,
+)
 
 LISTED_VALUES = 6  # in a message
 MAX_CLASSES = 1000  # a file with more values is probably a photo, not a label map
-Value = tuple[int, ...]  # a gray value (V,), or a colour (R,G,B)
+SOFT_SHARE = 0.1  # of label maps whose edges look soft, above which they are refused
 WHITE_VALUE = (255,)  # stands for 1 as well: the object in black and white masks
 
 
@@ -58,14 +66,19 @@ class MaskReader:
         self.rule = rule
         self.dropped_parts = 0
         self._object_value: tuple[Value, Path] | None = None  # and the first file that has it
+        self._label_maps = 0  # files whose values were looked at
+        self._soft: list[Path] = []  # those whose edges are soft
+        self._found: set[Value] = set()  # besides the background
+        self._occurring: set[Value] = set()  # of the rule's own values
 
     def read(self, path: Path, source: Path) -> Iterable[CroppedMask]:
         """Return the masks of a file's objects; `path` is a copy of the user's `source`.
 
         Raises UserError if the file is unreadable, or the rule does not say what its values mean.
+        Call check_all after the last file.
         """
         if self.rule.each_value:
-            masks = self._each_value(path)
+            masks = self._each_value(path, source)
         else:
             mask = self.read_binary(path, source)
             masks = [CroppedMask(mask, 0, 0, mask.shape)]
@@ -73,6 +86,7 @@ class MaskReader:
 
     def read_binary(self, path: Path, source: Path) -> np.ndarray:
         """Return the HxW bool mask of a file as one object; `source` as in read."""
+        problem = None
         if self.rule.value is None and self.rule.ignored is None:
             try:
                 mask = read_mask(path)
@@ -83,20 +97,55 @@ class MaskReader:
                 raise
             except UserError as error:
                 problem = error  # perhaps a mask in another colour or gray value
-        else:
-            problem = None
-        codes, values = read_codes(path, problem)
+        pixels = self._read_values(path, source, problem)
         if self.rule.value is not None:
-            return codes == to_code(self.rule.value)
-        found = [value for value in values if any(value) and value != self.rule.ignored]
+            return pixels.where(self.rule.value)
+        found = self._object_values(pixels)
         if len(found) > MAX_CLASSES and problem:
             raise problem
         if len(found) > 1:
-            raise several_values(path, found)
+            soft = pixels.soft_values()
+            areas = [value for value in found if value not in soft]
+            raise soft_edges([path], 1, areas) if soft else several_values(path, found)
         if not found:
-            return np.zeros(codes.shape, bool)
-        self._require_one_value(found[0], path, source)
-        return codes == to_code(found[0])
+            return np.zeros(pixels.codes.shape, bool)
+        self._require_one_value(pixels.color(found[0]), path, source)
+        return pixels.where(found[0])
+
+    def check_all(self) -> None:
+        """Raise UserError if the files that were read cannot be meant.
+
+        No file has a value that the user chose, or several files have soft edges.
+        """
+        for name, value in (("mask", self.rule.value), ("ignore", self.rule.ignored)):
+            if value and self._label_maps and value not in self._occurring:
+                found = listed_values(sorted(self._found)) or "nothing"
+                raise UserError(
+                    f"none of the {self._label_maps} masks has the value of --{name}-value "
+                    f"{value_text(value)}; besides the background, they have {found}"
+                )
+        if len(self._soft) > SOFT_SHARE * self._label_maps:
+            raise soft_edges(self._soft, self._label_maps, [])
+        if self._soft:
+            print(f"warning: {soft_edges(self._soft, self._label_maps, [])}")
+
+    def _read_values(self, path: Path, source: Path, problem: UserError | None) -> Pixels:
+        """Read the values of a file, and note what check_all needs."""
+        pixels, rule = read_pixels(path, problem), self.rule
+        self._label_maps += 1
+        if len(self._found) < MAX_CLASSES:
+            self._found.update(pixels.values)
+        self._occurring.update(v for v in (rule.value, rule.ignored) if v and pixels.where(v).any())
+        if len(pixels.values) > 1:
+            used = pixels.same(rule.value) if rule.value else self._object_values(pixels)
+            if set(used) & set(pixels.soft_values()):
+                self._soft.append(source)
+        return pixels
+
+    def _object_values(self, pixels: Pixels) -> list[Value]:
+        """Return the values in a file, besides the background and what the user ignores."""
+        ignored = pixels.same(self.rule.ignored) if self.rule.ignored else []
+        return [value for value in pixels.values if value not in ignored]
 
     def _require_one_value(self, value: Value, path: Path, source: Path) -> None:
         """Raise InconsistentValues if an earlier file has another value for its object."""
@@ -110,10 +159,16 @@ class MaskReader:
                 "choose one with --mask-value, or take each as an object with --classes"
             )
 
-    def _each_value(self, path: Path) -> Iterator[CroppedMask]:
-        codes, _ = read_codes(path, None)
-        for code, mask in value_masks(codes):  # without 0: black is background
-            if from_code(code) != self.rule.ignored:
+    def _each_value(self, path: Path, source: Path) -> Iterator[CroppedMask]:
+        pixels = self._read_values(path, source, None)
+        if len(pixels.values) > MAX_CLASSES and len(pixels.values[-1]) == 3:
+            raise UserError(
+                f"{path} has {len(pixels.values)} colours, so it is a photo, or a mask that was "
+                "once a JPEG; export the masks as PNG"
+            )
+        wanted = set(map(to_code, self._object_values(pixels)))
+        for code, mask in value_masks(pixels.codes + 1):  # without 0, which may be an index here
+            if code - 1 in wanted:
                 yield mask
 
     def _parts(self, masks: Iterable[CroppedMask]) -> Iterator[CroppedMask]:
@@ -162,55 +217,10 @@ def add_mask_options(parser: ArgumentParser) -> None:
 def parse_value(text: str) -> Value:
     """Parse "3", or "48,112,32", as an argparse type."""
     numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
-    highest = {1: 65535, 3: 255}.get(len(numbers), -1)
+    highest = {1: MAX_VALUE, 3: 255}.get(len(numbers), -1)
     if not all(0 <= value <= highest for value in numbers):
         raise argparse.ArgumentTypeError(f'"{text}" is not like 3 or "48,112,32"')
     return from_code(to_code(tuple(numbers)))  # 3,3,3 becomes 3
-
-
-def to_code(value: Value) -> int:
-    """Return one integer for a gray value or a colour; an 8-bit gray has its colour's code."""
-    if len(value) == 3:
-        red, green, blue = value
-        return red << 16 | green << 8 | blue
-    return value[0] * 0x010101 if value[0] < 256 else value[0] << 24
-
-
-def from_code(code: int) -> Value:
-    """Return the gray value or colour that has this code; a gray colour becomes a gray value."""
-    if code >> 24:
-        return (code >> 24,)
-    red, green, blue = code >> 16, code >> 8 & 255, code & 255
-    return (red,) if red == green == blue else (red, green, blue)
-
-
-def read_codes(path: Path, problem: UserError | None) -> tuple[np.ndarray, list[Value]]:
-    """Return the HxW codes of a mask file (see to_code), and the values that occur in it.
-
-    problem: why it is not a binary mask; raised if the file has no exact values either.
-    """
-    pixels, is_lossy = read_values(path)
-    if (
-        is_lossy
-        or pixels.dtype not in (np.uint8, np.uint16)
-        or (pixels.ndim == 3 and pixels.dtype != np.uint8)
-    ):
-        raise problem or UserError(
-            f"{path} does not hold exact values (a JPEG, or not 8 or 16 bits); save it as PNG"
-        )
-    # A transparent part is background if it is exactly what is black; otherwise it is ambiguous
-    if pixels.ndim == 3 and pixels.shape[2] == 4:
-        is_clear = pixels[..., 3] == 0
-        if is_clear.any() and (is_clear != ~pixels[..., :3].any(axis=2)).any():
-            raise problem or UserError(
-                f"{path} has a transparent part that is not black; save it without transparency"
-            )
-    if pixels.ndim == 3:
-        red, green, blue = np.moveaxis(pixels[..., :3], 2, 0).astype(np.uint32)
-        codes = red << 16 | green << 8 | blue
-    else:
-        codes = np.array([to_code((value,)) for value in range(int(pixels.max()) + 1)])[pixels]
-    return codes, [from_code(int(code)) for code in np.unique(codes)]
 
 
 def value_text(value: Value) -> str:
@@ -220,10 +230,30 @@ def value_text(value: Value) -> str:
 
 def several_values(path: Path, values: list[Value]) -> UserError:
     """Return the error for a mask with several values besides black."""
-    texts = list(map(value_text, values))
-    shown = "; ".join(texts[:LISTED_VALUES]) + ("; ..." if len(texts) > LISTED_VALUES else "")
+    void = ""
+    if values[-1] == WHITE_VALUE:
+        void = "; 255 is void in many data sets: then add --ignore-value 255"
     return UserError(
         f"{path} has {len(values)} values or colours besides black (a label map, or classes?): "
-        f"{shown}; take each as an object "
-        f'with --instances (or --classes), or one of them with --mask-value "{texts[0]}"'
+        f"{listed_values(values)}; take each as an object with --instances (or --classes), or one "
+        f'of them with --mask-value "{value_text(values[0])}"{void}'
+    )
+
+
+def listed_values(values: list[Value]) -> str:
+    texts = list(map(value_text, values))
+    return "; ".join(texts[:LISTED_VALUES]) + ("; ..." if len(texts) > LISTED_VALUES else "")
+
+
+def soft_edges(paths: list[Path], count: int, areas: list[Value]) -> UserError:
+    """Return the error for label maps with soft edges, among `count` that were read.
+
+    areas: the values of a single file that are not in the edges.
+    """
+    which = f"{len(paths)} of {count} masks have soft edges, such as {paths[0]}"
+    if areas:
+        which = f"{paths[0]} has areas of {listed_values(areas)} and soft edges"
+    return UserError(
+        f"{which}: rings of other values around the objects, from resizing with interpolation, "
+        "anti-aliasing or a JPEG; export the masks again, and resize them with nearest neighbour"
     )

@@ -44,6 +44,7 @@ class SourceExample(NamedTuple):
     masks: tuple[Path, ...]  # one or more; each of several is an object
     split: str | None = None  # "train", "val" or "test" if the files are split already
     annotated: Any = None  # an AnnotatedImage, whose objects are drawn, in place of masks
+    group: str | None = None  # images of one group stay in one split, such as a folder's
 
 
 class Found(NamedTuple):
@@ -61,6 +62,7 @@ class UnnamedExample(NamedTuple):
     folder: str  # distinguishes images of the same name
     split: str | None
     annotated: Any = None  # as in SourceExample
+    group: str | None = None  # as in SourceExample
 
 
 def find_examples(images: Path, masks: Path, skip_unlabelled: bool = False) -> Found:
@@ -128,11 +130,33 @@ def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Foun
             rows[str(image)] = row._replace(masks=(*row.masks, mask))
     if not rows:
         raise UserError(f"{brief_path(file)} has no rows below its header")
+    rows = _with_shared_masks(rows, brief_path(file), notes)
     if len({row.split is None for row in rows.values()}) > 1:
         raise UserError(
             f"{brief_path(file)}: some rows have a split and some have none; fill in all"
         )
     return to_examples(list(rows.values()), notes, skip_unlabelled=False)
+
+
+def _with_shared_masks(
+    rows: dict[str, UnnamedExample], table: str, notes: list[str]
+) -> dict[str, UnnamedExample]:
+    """Return the rows, grouped by their masks if each mask is given to equally many images.
+
+    Raises UserError if only some masks are given to several images, or one mask to all.
+    """
+    counts = Counter(str(mask) for row in rows.values() for mask in row.masks)
+    mask, count = counts.most_common(1)[0]
+    if count == 1:
+        return rows
+    if len(counts) == 1 or set(counts.values()) != {count}:
+        raise UserError(
+            f"{table} gives the mask {brief_path(Path(mask).name)} to {count} of {len(rows)} "
+            "images; give each image its own (if it is meant, copy the mask under several names)"
+        )
+    # Such as photos of one place in visible and in infrared light
+    notes.append(f"each mask is given to {count} images, which stay together")
+    return {image: row._replace(group=str(row.masks[0])) for image, row in rows.items()}
 
 
 def _find_file(name: str, folders: list[Path | None], what: str) -> Path:
