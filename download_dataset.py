@@ -56,6 +56,11 @@ def fill(
         for note in notes:
             tell(note)
         filled = fill_folder(data, examples, rule, value_range, grouping, facts)
+        outlined = sum(len(example.annotated.outlines) for example in examples if example.annotated)
+    if lost := outlined and outlined - sum(len(image.areas) for image in filled):
+        tell(
+            f"left out {lost} of {outlined} objects: no pixel of the image is inside their outline"
+        )
     for line in describe_dataset(filled, split_pairs(data, "train")[0].per_object):
         print(line)
     tell(f"look at: {data / OVERVIEW_FILE}")
@@ -114,7 +119,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     rule_options = (args.mask_value, args.ignore_value, args.instances, args.classes, args.parts)
     if args.annotations and any(rule_options):
         parser.error("--annotations gives outlines, not masks; leave the options of masks out")
-    if args.class_name and not args.annotations:
+    if args.class_name and not (args.annotations or args.archive or args.pairs):
         parser.error("--class-name needs --annotations; for masks, use --mask-value")
     if args.pairs and args.annotations:
         parser.error("--pairs and --annotations are different sources; give one of them")
@@ -131,7 +136,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    names = ("archive", "images", "masks", "annotations", "pairs", "demo", "skip_unlabelled")
+    names = ("archive", "images", "masks", "annotations", "pairs", "demo")
+    names += ("skip_unlabelled", "skip_missing")
     source = Source(
         **{name: getattr(args, name) for name in names}, class_names=tuple(args.class_name)
     )

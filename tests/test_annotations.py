@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from finetuning.basics.command_line import brief
 from finetuning.basics.image_files import write_image
 from finetuning.sources.annotations import AnnotatedImage, Annotations, read_annotations
+from finetuning.sources.outlines import Outline
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 # pycocotools 2.0.11 with NumPy 2
@@ -166,7 +167,7 @@ def test_classes_are_filtered_by_name(tmp_path):
     path = write_coco(tmp_path, coco(annotation(1, [flat(SQUARE)]), dog))
     found = read_annotations(path, classes=["dog"])
     assert [item.image.name for item in found.images] == ["b.jpg"]
-    assert found.counts == {"dog": 1} and found.left_out == {"objects of other classes": 1}
+    assert found.counts == {"dog": 1} and found.left_out == {"other classes": 1}
     assert found.unlabelled == []  # a.jpg shows a cat
     with pytest.raises(UserError, match=r"no class bird in .*: cat, dog$"):
         read_annotations(path, classes=["bird"])
@@ -179,11 +180,21 @@ def test_what_has_no_outline_is_counted_and_images_without_objects_are_listed(tm
             annotation(1, [flat(SQUARE)]),
             annotation(2, []),
             annotation(3, {"size": [1, 1], "counts": [1]}, iscrowd=1),
+            annotation(4, {"size": list(SIZE), "counts": [400, 80, 1920]}),
+            annotation(5, [flat(SQUARE[:2])]),
         ),
     )
     found = read_annotations(path)
-    assert found.left_out == {"boxes without an outline": 1, "crowd regions": 1}
+    assert found.left_out == {
+        "boxes without an outline": 1,
+        "crowd regions": 1,
+        "outlines of fewer than three points": 1,
+    }
     assert found.unlabelled == [tmp_path / "b.jpg"]
+    assert found.notes[:2] == [
+        "COCO: 2 of 5 objects in 1 annotated images (cat 2)",
+        "left out 1 of 5 objects: boxes without an outline",
+    ]
 
 
 def test_shapes_of_one_label_and_group_are_one_object(tmp_path):
@@ -257,7 +268,7 @@ def test_no_name_leads_out_of_the_image_folder(tmp_path, written):
     content = coco(annotation(1, [flat(SQUARE)]))
     content["images"][0]["file_name"] = written.format(folder=tmp_path)
     write_images(tmp_path, "a.jpg", "pictures/b.jpg")
-    with pytest.raises(UserError, match=r"a\.jpg: annotated, but no such image in .*pictures"):
+    with pytest.raises(UserError, match=r"1 of 1 annotated images are not in .*pictures: .*a\.jpg"):
         read_annotations(write_json(tmp_path / "coco.json", content), tmp_path / "pictures")
 
 
@@ -275,8 +286,15 @@ def test_two_images_of_the_same_name_are_told_apart_or_refused(tmp_path):
 def test_missing_images_are_named_and_counted(tmp_path):
     for number in range(5):
         write_json(tmp_path / f"{number}.json", labelme(shape(SQUARE), name=f"{number}.jpg"))
-    with pytest.raises(UserError, match=r"^0\.jpg, 1\.jpg, 2\.jpg and 2 more: annotated, but no"):
+    with pytest.raises(UserError, match=r"^5 of 5 annotated images .*: 0\.jpg, 1\.jpg, .*4\.jpg;"):
+        read_annotations(tmp_path, skip_missing=True)
+    write_images(tmp_path, "3.jpg")
+    with pytest.raises(UserError, match=r"^4 of 5 annotated images .*--skip-missing$"):
         read_annotations(tmp_path)
+    found = read_annotations(tmp_path, skip_missing=True)
+    assert [item.image.name for item in found.images] == ["3.jpg"]
+    assert found.left_out == {"their image is not there": 4}
+    assert f"left out 4 of 5 annotated images, which are not in {tmp_path}" in found.notes
 
 
 @pytest.mark.parametrize("written", ["a.heic", "photos/a.heic", None])
@@ -350,7 +368,7 @@ def test_a_stated_width_is_taken_as_it_is_meant(tmp_path, width, size):
 
 
 def test_masks_are_drawn_one_at_a_time():
-    outlines = [[np.array(SQUARE, float)]] * 10**6
+    outlines = [Outline([np.array(SQUARE, float)])] * 10**6
     masks = AnnotatedImage(Path("a.jpg"), outlines, None, Path("a.json")).masks((3000, 3000))
     assert next(masks).sum() == 400
 
@@ -479,7 +497,7 @@ def test_bad_labelme_is_refused_in_one_line(tmp_path, kind):
 @pytest.mark.parametrize("kind", BAD_LINES)
 def test_bad_yolo_is_refused_in_one_line(tmp_path, kind):
     message = assert_refused(write_yolo(tmp_path, BAD_LINES[kind]))
-    assert kind in ("boxes", "empty") or "a.txt, line 1" in message
+    assert kind in ("boxes", "two points", "empty") or "a.txt, line 1" in message
     assert kind != "boxes" or "holds boxes (detection), not outlines" in message
 
 
@@ -495,8 +513,8 @@ def test_other_formats_are_told_how_to_be_exported(tmp_path):
         assert "Pascal VOC XML" in assert_refused(given_path)
     assert "no such file or folder" in assert_refused(tmp_path / "absent")
     write_coco(tmp_path, coco(annotation(1, [flat(SQUARE)])))
-    write_json(tmp_path / "second.json", coco())
-    assert "coco.json, second.json" in assert_refused(tmp_path)
+    write_json(tmp_path / "b.json", labelme(shape(SQUARE), name="b.jpg"))
+    assert "files of labelme (b.json) and COCO (coco.json)" in assert_refused(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
             text = content.decode(encoding)
     # The most frequent one in the header: some countries' spreadsheets separate by semicolons
     separator = max(",;\t", key=text.partition("\n")[0].count)
+    csv.field_size_limit(min(MAX_TABLE_BYTES, 2**31 - 1))  # run lengths make long cells
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         columns = [column.strip().casefold() for column in next(rows, [])]

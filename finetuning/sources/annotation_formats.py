@@ -1,4 +1,4 @@
-"""Reading the formats of annotation tools: COCO, YOLO segmentation and labelme.
+"""Reading the formats of annotation tools: labelme and YOLO segmentation; COCO in coco_format.
 
 Label Studio, CVAT and Roboflow export these formats.
 """
@@ -6,9 +6,11 @@ Label Studio, CVAT and Roboflow export these formats.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from sam2_utils import UserError
@@ -19,19 +21,58 @@ import yaml
 
 from finetuning.basics.command_line import brief, brief_path, nfc, plain_number
 from finetuning.basics.files import read_file
-from finetuning.sources.outlines import Outline, parse_polygon, parse_rle
+from finetuning.basics.image_files import IMAGE_SUFFIXES
+from finetuning.sources.outlines import Hole, Outline, Part, parse_polygon
 
 # Reasons why an object has no outline
 BOXES, CROWDS = "boxes without an outline", "crowd regions"
 MARKS, OTHER_SHAPES = "points and lines", "shapes of other types"
+TOO_FEW_POINTS = "outlines of fewer than three points"
+SLIVERS = "have parts of fewer than three points, which are left out"
+CUT_OUT = "have holes, which are cut out"
+HOLE_LABELS = {"_background_", "__ignore__"}  # labelme's own words for what is no object
+MOST_ERRORS = 10  # that are named at once
+YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+NAMES_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels", "labels.txt")
 SUPPORTED_FORMATS = (
-    'COCO (.json), YOLO segmentation (a folder "labels" of .txt) and labelme (a folder of .json) '
-    'are read; export others, such as Pascal VOC XML or "CVAT for images" XML, as COCO'
+    "COCO (.json), SA-1B (a .json per image), YOLO segmentation (a folder of .txt), labelme (a "
+    "folder of .json) and run lengths (.csv with ImageId,EncodedPixels) are read; export others, "
+    'such as Pascal VOC XML or "CVAT for images" XML, as COCO'
 )
 JSON_TYPES = {
     dict: "an object in braces", list: "a list", str: "a text", int: "a whole number",
     (int, str): "a whole number or text",
 }  # fmt: skip
+
+
+class Errors:
+    """The errors of annotation files, gathered so that the first ones are told at once."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Gather a UserError that ends the block."""
+        try:
+            yield
+        except UserError as error:
+            self.messages.append(str(error))
+
+    def raise_all(self, folder: Path) -> None:
+        """Raise UserError if there were errors; paths in it are below `folder`."""
+        if len(self.messages) == 1:
+            raise UserError(self.messages[0])
+        if self.messages:
+            start = f"{brief_path(folder)}"
+            short = [m.removeprefix(start).lstrip("/\\: ") for m in self.messages[:MOST_ERRORS]]
+            shown = "; ".join(message.rpartition("; ")[0] or message for message in short)
+            more = len(self.messages) - len(short)
+            raise UserError(
+                f"{len(self.messages)} mistakes in {start}: {shown}"
+                + (f"; and {more} more" if more else "")
+                + "; correct or delete these"
+            )
 
 
 class Entry(NamedTuple):
@@ -69,7 +110,7 @@ def read_json(path: Path) -> Any:
         raise UserError(message) from error
 
 
-def _field(record: Any, key: str, kind: Any, where: str, optional: bool = False) -> Any:
+def get_field(record: Any, key: str, kind: Any, where: str, optional: bool = False) -> Any:
     """Return a value, of one of JSON_TYPES, from a JSON object; None if optional and missing."""
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object in braces; export the annotations again")
@@ -82,92 +123,112 @@ def _field(record: Any, key: str, kind: Any, where: str, optional: bool = False)
     return nfc(value) if isinstance(value, str) else value
 
 
-def _stated_size(record: Any, height: str, width: str, where: str) -> tuple[int, int] | None:
+def stated_size(record: Any, height: str, width: str, where: str) -> tuple[int, int] | None:
     """Return the (H,W) stated in a JSON object, or None; some tools write 0 for unknown."""
-    size = tuple(_field(record, key, int, where, optional=True) for key in (height, width))
+    size = tuple(get_field(record, key, int, where, optional=True) for key in (height, width))
     if not all(0 <= (side or 0) < 1e9 for side in size):
         raise UserError(f"{where} has a negative or huge size; export the annotations again")
     return size if all(size) else None
 
 
-def read_coco(path: Path, document: dict[str, Any]) -> tuple[list[Entry], set[str]]:
-    """Return the entries and the class names of a COCO file (cocodataset.org/#format-data)."""
+def read_labelme(path: Path, document: dict[str, Any], errors: Errors) -> Entry:
+    """Return the entry of a labelme file; shapes with the same label and group are one object.
+
+    Shapes called _background_ or __ignore__ are cut out of the objects drawn before them, and
+    those that X-AnyLabeling marks as difficult, out of the objects of their group.
+    """
     file = brief_path(path)
-    names: dict[int | str, str] = {}
-    for index, category in enumerate(_field(document, "categories", list, file, True) or []):
-        where = f"{file}: category {index + 1}"
-        names[_field(category, "id", (int, str), where)] = _field(category, "name", str, where)
-    entries: dict[int | str, Entry] = {}
-    for index, record in enumerate(_field(document, "images", list, file)):
-        where = f"{file}: image {index + 1}"
-        image_id = _field(record, "id", (int, str), where)
-        if image_id in entries:
-            raise UserError(f"{where} has the id {brief(image_id)} of another; give each its own")
-        size = _stated_size(record, "height", "width", where)
-        entries[image_id] = Entry(_field(record, "file_name", str, where), size, path, [])
-    for index, record in enumerate(_field(document, "annotations", list, file)):
-        known = record.get("id", index + 1) if isinstance(record, dict) else index + 1
-        where = f"{file}: annotation {brief(known)}"
-        image_id = _field(record, "image_id", (int, str), where)
-        category = _field(record, "category_id", (int, str), where)
-        if image_id not in entries:
-            raise UserError(f'{where}: no image {brief(image_id)} in "images"; export again')
-        if names and category not in names:
-            raise UserError(f'{where}: no {brief(category)} in "categories"; export again')
-        outline = CROWDS if record.get("iscrowd") == 1 else _coco_outline(record, where)
-        entries[image_id].objects.append((names.get(category, str(category)), outline))
-    return list(entries.values()), set(names.values())
+    objects: list[tuple[str, list[Part | Hole] | str]] = []
+    groups: dict[tuple[str, int | str], list[Part | Hole]] = {}
+    difficult: list[tuple[str, int | str, list[Part | Hole]]] = []
+    for index, shape in enumerate(get_field(document, "shapes", list, file)):
+        with errors.gathered():
+            where = f"{file}: shape {index + 1}"
+            label = get_field(shape, "label", str, where)
+            group_id = get_field(shape, "group_id", (int, str), where, optional=True)
+            parts = _labelme_parts(shape, where)
+            if label in HOLE_LABELS:
+                _cut_out(parts, [drawn for _, drawn in objects])
+            elif isinstance(parts, str) or group_id is None:
+                objects.append((label, parts))
+            elif shape.get("difficult") is True:
+                difficult.append((label, group_id, parts))
+            else:
+                _add_to_group(label, group_id, parts, groups, objects)
+    in_groups = list(groups.items())
+    for label, group_id, parts in difficult:
+        if around := [drawn for (_, other), drawn in in_groups if other == group_id]:
+            _cut_out(parts, around)
+        else:
+            _add_to_group(label, group_id, parts, groups, objects)
+    size = stated_size(document, "imageHeight", "imageWidth", file)
+    name = get_field(document, "imagePath", str, file, optional=True)
+    return Entry(name, size, path, [(label, _to_outline(parts)) for label, parts in objects])
 
 
-def _coco_outline(record: dict[str, Any], where: str) -> Outline | str:
-    segmentation = record.get("segmentation")
-    if segmentation in (None, [], [[]]):
-        return BOXES
-    if isinstance(segmentation, dict):
-        return [parse_rle(segmentation, where)]
-    if not isinstance(segmentation, list):
-        raise UserError(f'{where}: "segmentation" is neither polygons nor RLE; export it again')
-    polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
-    return [parse_polygon(numbers, where) for numbers in polygons]
+def _add_to_group(
+    label: str,
+    group_id: int | str,
+    parts: list[Part | Hole],
+    groups: dict[tuple[str, int | str], list[Part | Hole]],
+    objects: list[tuple[str, list[Part | Hole] | str]],
+) -> None:
+    """Add parts to the object of a label and group, or add a new object."""
+    if (label, group_id) in groups:
+        groups[label, group_id] += parts
+    else:
+        groups[label, group_id] = parts
+        objects.append((label, parts))
 
 
-def read_labelme(path: Path, document: dict[str, Any]) -> Entry:
-    """Return the entry of a labelme file; shapes with the same label and group are one object."""
-    file = brief_path(path)
-    objects: list[tuple[str, Outline | str]] = []
-    groups: dict[tuple[str, int | str], Outline] = {}
-    for index, shape in enumerate(_field(document, "shapes", list, file)):
-        where = f"{file}: shape {index + 1}"
-        label = _field(shape, "label", str, where)
-        group_id = _field(shape, "group_id", (int, str), where, optional=True)
-        outline = _labelme_outline(shape, where)
-        if group_id is not None and isinstance(outline, list):
-            if (label, group_id) in groups:
-                groups[label, group_id] += outline
+def _cut_out(holes: list[Part] | str, objects: list[list[Part | Hole] | str]) -> None:
+    """Cut holes out of the objects that they may overlap."""
+    if isinstance(holes, str):
+        return
+    for hole in holes:
+        start, end = _bounds(hole)
+        for parts in objects:
+            if isinstance(parts, str):
                 continue
-            groups[label, group_id] = outline
-        objects.append((label, outline))
-    size = _stated_size(document, "imageHeight", "imageWidth", file)
-    return Entry(_field(document, "imagePath", str, file, optional=True), size, path, objects)
+            corners = [_bounds(part) for part in parts if not isinstance(part, Hole)]
+            if any((low < end).all() and (start < high).all() for low, high in corners):
+                parts.append(Hole(hole))
 
 
-def _labelme_outline(shape: dict[str, Any], where: str) -> Outline | str:
-    kind = _field(shape, "shape_type", str, where, optional=True) or "polygon"
+def _bounds(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Return the upper left and lower right corners (X,Y) of a polygon or a placed mask."""
+    if isinstance(part, tuple):
+        mask, x, y = part
+        return np.array([x, y]), np.array([x + mask.shape[1], y + mask.shape[0]])
+    return part.min(axis=0), part.max(axis=0)
+
+
+def _to_outline(parts: list[Part | Hole] | str) -> Outline | str:
+    if isinstance(parts, str):
+        return parts
+    return Outline(parts, (CUT_OUT,) if any(isinstance(part, Hole) for part in parts) else ())
+
+
+def _labelme_parts(shape: dict[str, Any], where: str) -> list[Part | Hole] | str:
+    """Return what a shape draws, or the reason why it draws nothing."""
+    kind = get_field(shape, "shape_type", str, where, optional=True) or "polygon"
     if kind in ("point", "points", "line", "linestrip"):
         return MARKS
-    if kind not in ("polygon", "rectangle", "circle", "mask"):
+    if kind not in ("polygon", "rectangle", "rotation", "circle", "mask"):
         return OTHER_SHAPES
-    points = _field(shape, "points", list, where)
+    points = get_field(shape, "points", list, where)
     is_valid = all(isinstance(point, list) and len(point) == 2 for point in points)
     if not is_valid or (kind != "polygon" and len(points) not in (2, 4)):
         raise UserError(f'{where}: its "points" are not those of a {kind}; draw it again')
+    if kind == "polygon" and len(points) < 3:
+        return TOO_FEW_POINTS
     if kind == "polygon" or len(points) == 4:
         return [parse_polygon([value for point in points for value in point], where)]
     # Two points: opposite corners, or the centre of a circle and a point on it
     numbers = [value for point in [*points, points[0]] for value in point]
     start, end = parse_polygon(numbers, where)[:2]
     if kind == "mask":
-        mask = _labelme_mask(_field(shape, "mask", str, where), where)
+        mask = _labelme_mask(get_field(shape, "mask", str, where), where)
         return [(mask, *np.trunc(start).clip(-1e6, 1e6).astype(int).tolist())]
     if kind == "rectangle":
         return [np.array([start, (end[0], start[1]), end, (start[0], end[1])])]
@@ -187,18 +248,35 @@ def _labelme_mask(text: str, where: str) -> np.ndarray:
     return mask > 0
 
 
-def read_yolo(files: list[Path]) -> tuple[list[Entry], set[str]]:
-    """Return the entries and the class names of YOLO segmentation files."""
-    names = _yolo_names(files[0].parent.absolute())
+def read_yolo(files: list[Path], errors: Errors) -> tuple[list[Entry], set[str]]:
+    """Return the entries and the class names of YOLO segmentation files; lists are left out."""
+    names = _yolo_names(files[0].parent.absolute()) if files else {}
     entries = []
     for file in files:
-        objects = [
-            _yolo_object(line, names, f"{brief_path(file)}, line {index + 1}")
-            for index, line in enumerate(read_text(file).splitlines())
-            if line.strip()
-        ]
-        entries.append(Entry(None, None, file, objects))
+        entry = Entry(None, None, file, [])
+        with errors.gathered():
+            lines = read_text(file).splitlines()
+            if any(_is_image_name(line) for line in lines[:1]):
+                continue  # train.txt, a list of images
+            for index, line in enumerate(lines):
+                with errors.gathered():
+                    where = f"{brief_path(file)}, line {index + 1}"
+                    entry.objects.extend([_yolo_object(line, names, where)] if line.strip() else [])
+        entries.append(entry)
     return entries, set(names.values())
+
+
+def is_yolo(file: Path) -> bool:
+    """Return whether the first line of a text file is one of YOLO's."""
+    try:
+        line = next(filter(str.strip, read_text(file).splitlines()), "")
+        return len(line.split()) > 4 and bool(_yolo_object(line, {}, ""))
+    except UserError:
+        return False
+
+
+def _is_image_name(line: str) -> bool:
+    return PurePath(line.strip().replace("\\", "/")).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _yolo_object(line: str, names: dict[str, str], where: str) -> tuple[str, Outline | str]:
@@ -217,28 +295,34 @@ def _yolo_object(line: str, names: dict[str, str], where: str) -> tuple[str, Out
     label = names.get(label, label)
     if len(numbers) == 4:
         return label, BOXES
+    if len(numbers) in (0, 2):
+        return label, TOO_FEW_POINTS
     polygon = parse_polygon(numbers, where)
     if polygon.min() < -1 or polygon.max() > 2:  # fractions may lie a little outside of 0 to 1
         raise UserError(
             f"{where} has coordinates in pixels; YOLO's are fractions of the image, from 0 to 1"
         )
-    return label, [polygon]
+    return label, Outline([polygon])
 
 
 def _yolo_names(folder: Path) -> dict[str, str]:
-    """Return class names by number, from data.yaml or classes.txt in a folder or the two above."""
+    """Return class names by number, from a file like data.yaml in a folder or the two above."""
     for parent in (folder, *folder.parents[:2]):
-        if (file := parent / "data.yaml").is_file():
-            try:
-                # The only loader that keeps every value a text
-                content = yaml.load(read_text(file), yaml.BaseLoader)
-            except (yaml.YAMLError, RecursionError) as error:
-                raise UserError(f"{brief_path(file)} is not valid YAML; fix it") from error
-            names = content.get("names") if isinstance(content, dict) else None
-        elif (file := parent / "classes.txt").is_file():
-            names = read_text(file).splitlines()
-        else:
-            continue
-        items = enumerate(names) if isinstance(names, list) else getattr(names, "items", list)()
-        return {str(number): nfc(str(name).strip()) for number, name in items}
+        names: Any = None
+        for file in filter(Path.is_file, [parent / name for name in (*YAML_NAMES, *NAMES_FILES)]):
+            names = _read_yaml(file) if file.name in YAML_NAMES else read_text(file).splitlines()
+            if names:
+                break
+        if names:
+            items = enumerate(names) if isinstance(names, list) else getattr(names, "items", list)()
+            return {str(number): nfc(str(name).strip()) for number, name in items}
     return {}
+
+
+def _read_yaml(file: Path) -> Any:
+    """Return the names in a YAML file, or None."""
+    try:
+        content = yaml.load(read_text(file), yaml.BaseLoader)  # the only one that keeps texts
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{brief_path(file)} is not valid YAML; fix it") from error
+    return content.get("names") if isinstance(content, dict) else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
-from urllib.parse import unquote
+from typing import Any, NamedTuple, NoReturn
 
 from sam2_utils import UserError
 
@@ -15,20 +14,38 @@ import numpy as np
 
 from finetuning.basics.command_line import brief, brief_path, listed, nfc
 from finetuning.basics.files import require_file
-from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.annotation_formats import (
     BOXES,
+    MOST_ERRORS,
+    NAMES_FILES,
     SUPPORTED_FORMATS,
     Entry,
-    read_coco,
+    Errors,
+    is_yolo,
     read_json,
     read_labelme,
     read_yolo,
 )
-from finetuning.sources.outlines import Outline, draw_outline, refuse_size
+from finetuning.sources.coco_format import (
+    read_coco,
+    read_run_lengths,
+    read_sa1b,
+    table_columns,
+)
+from finetuning.sources.image_lookup import (
+    ImageFinder,
+    default_image_folder,
+    is_hidden,
+    split_of_file,
+    split_of_folders,
+    split_of_source,
+)
+from finetuning.sources.outlines import Outline, draw_outline, is_rectangle, refuse_size
 
-OTHER_CLASSES = "objects of other classes"
-NOT_ANNOTATIONS = {"classes.txt", "notes.json"}  # Label Studio writes these beside them
+OTHER_CLASSES, WITHOUT_IMAGE = "other classes", "their image is not there"
+NOT_ANNOTATIONS = {*NAMES_FILES, "notes.json"}  # Label Studio writes notes.json beside them
+# COCO's own other files, of the same images as instances_train2017.json
+COCO_OTHERS = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
 
 
 class AnnotatedImage(NamedTuple):
@@ -37,6 +54,7 @@ class AnnotatedImage(NamedTuple):
     size: (H,W) stated in the annotation file, or None.
     source: the annotation file.
     has_fractions: polygons are in fractions of the image, not in pixels.
+    split: "train", "val" or "test" if the folders or files name it.
     """
 
     image: Path
@@ -44,6 +62,7 @@ class AnnotatedImage(NamedTuple):
     size: tuple[int, int] | None
     source: Path
     has_fractions: bool = False
+    split: str | None = None
 
     def masks(self, size: tuple[int, int]) -> Iterator[np.ndarray]:
         """Yield the HxW bool mask of each object, for an image of `size` (H,W).
@@ -55,7 +74,7 @@ class AnnotatedImage(NamedTuple):
             refuse_size(self.image, self.source, self.size, size)
         source = brief_path(self.source)
         for number, outline in enumerate(self.outlines, start=1):
-            for part in outline:
+            for part in outline.parts:
                 if isinstance(part, dict) and tuple(part["size"]) != size:
                     refuse_size(self.image, self.source, tuple(part["size"]), size)
             where = f"{source}: object {number} of {brief(self.image.name)}"
@@ -69,6 +88,7 @@ class Annotations(NamedTuple):
     unlabelled: the image files without any annotation, sorted.
     counts: the number of objects of each wanted class.
     left_out: the number of annotations left out, by reason.
+    notes: what the user is told about all this.
     """
 
     format: str
@@ -76,92 +96,138 @@ class Annotations(NamedTuple):
     unlabelled: list[Path]
     counts: dict[str, int]
     left_out: dict[str, int]
+    notes: list[str]
+
+
+class Export(NamedTuple):
+    """What annotation files hold. files: those that were read; names: the classes they list."""
+
+    format: str
+    files: list[Path]
+    entries: list[Entry]
+    names: set[str]
+    notes: list[str]
 
 
 def read_annotations(
-    path: Path, images: Path | None = None, classes: Sequence[str] = ()
+    path: Path,
+    images: Path | None = None,
+    classes: Sequence[str] = (),
+    skip_missing: bool = False,
 ) -> Annotations:
-    """Read a COCO or labelme file, or a folder of COCO, YOLO or labelme files.
+    """Read an annotation file or a folder of them: COCO, SA-1B, YOLO, labelme or run lengths.
 
     The format is recognized by the content. images: the folder of the images; by default that of
     the annotations, or the folder "images" beside "labels". classes: the names of the wanted
-    classes; by default all. Raises UserError for anything wrong with the files.
+    classes; by default all. skip_missing: leave out what has no image. Raises UserError for
+    anything wrong with the files.
     """
     try:
         import pycocotools.mask  # noqa: F401
     except ImportError as error:
         message = "--annotations needs pycocotools; pip install pycocotools"
         raise UserError(message) from error
-    files = _annotation_files(path)
-    kind, entries, names = _read_files(files)
-    folder = images or _image_folder(path, files[0])
+    export = _read_files(path)
+    folder = images or default_image_folder(path, export.files)
     if not folder.is_dir():
         shown = brief_path(folder)
         raise UserError(f"no such folder: {shown}; name that of the images with --images")
     # Labelme files, and some COCO files, do not list their classes
-    names = names | {name for entry in entries for name, _ in entry.objects}
+    names = export.names | {name for entry in export.entries for name, _ in entry.objects}
     wanted = _wanted_classes(path, classes, names)
-    return _assemble(path, kind, entries, wanted, _ImageFinder(folder))
+    return _assemble(path, export, wanted, ImageFinder(folder), skip_missing)
 
 
-def _annotation_files(path: Path) -> list[Path]:
-    """Return the JSON files at a path or, if there are none, its text files."""
+def holds_annotations(path: Path) -> bool:
+    """Return whether a folder has an annotation file of a known format."""
+    is_known = (_json_kind(read_json(file)) for file in _files_below(path, ".json"))
+    return any(is_known) or any(map(is_yolo, _files_below(path, ".txt")))
+
+
+def _files_below(path: Path, suffix: str) -> list[Path]:
+    """Return the files below a folder that may be annotations, sorted, or the file itself."""
+    if not path.is_dir():
+        return [path] if path.suffix.lower() == suffix else []
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() == suffix
+        and file.name.casefold() not in NOT_ANNOTATIONS
+        and not file.name.lower().startswith("readme")  # Roboflow adds one
+        and not is_hidden(file.relative_to(path))
+        and file.is_file()
+    )
+
+
+def _read_files(path: Path) -> Export:
+    """Read the annotation file at a path, or the annotation files in a folder."""
     if not path.is_dir():
         require_file(path, what="file or folder")
-    if path.is_file() and path.suffix.lower() == ".json":
-        return [path]
-    for folder in (path / "labels", path, path / "annotations"):
-        for candidates, suffix in ((folder.glob("*"), ".json"), (folder.rglob("*"), ".txt")):
-            files = [
-                file
-                for file in candidates
-                if file.suffix.lower() == suffix
-                and file.name not in NOT_ANNOTATIONS
-                and not file.name.lower().startswith("readme")  # Roboflow adds one
-                if not _is_hidden(file.relative_to(folder)) and file.is_file()
-            ]
-            if files:
-                return sorted(files)
+    errors = Errors()
+    if table_columns(path) or path.suffix.lower() == ".csv":
+        export = Export("run lengths", [path], read_run_lengths(path, errors), set(), [])
+        errors.raise_all(path)
+        return export
+    for folder in (path / "labels", path):
+        export = _read_json_files(folder, errors)
+        if export is None and folder.is_dir():
+            entries, names = read_yolo(_files_below(folder, ".txt"), errors)
+            files = [entry.source for entry in entries]
+            export = Export("YOLO", files, entries, names, []) if files else None
+        errors.raise_all(path)
+        if export:
+            return export
+    tables = [file for file in _files_below(path, ".csv") if table_columns(file)]
+    if len(tables) == 1:
+        return _read_files(tables[0])
     raise UserError(f"no annotations in {brief_path(path)}; {SUPPORTED_FORMATS}")
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _read_files(files: list[Path]) -> tuple[str, list[Entry], set[str]]:
-    """Return the format, the entries and the class names of YOLO, labelme or COCO files."""
-    if files[0].suffix.lower() == ".txt":
-        return ("YOLO", *read_yolo(files))
-    entries = []
+def _read_json_files(path: Path, errors: Errors) -> Export | None:
+    """Read the COCO, SA-1B or labelme files at a path; None if there are none."""
+    files = _files_below(path, ".json")
+    if any(file.name.startswith("instances_") for file in files):
+        files = [file for file in files if not file.name.startswith(COCO_OTHERS)]
+    entries, names = [], set()
+    used: dict[str, list[Path]] = {}
+    others = []
     for file in files:
-        document = read_json(file)
-        keys = document.keys() if isinstance(document, dict) else set()
-        if {"images", "annotations"} <= keys:
-            if len(files) > 1:
-                folder = brief_path(file.parent)
-                names = ", ".join(brief(file.name) for file in files[:3])
-                raise UserError(f"{folder} holds {names}; name one COCO file of them")
-            return ("COCO", *read_coco(file, document))
-        if "shapes" not in keys:
-            file_name = brief_path(file)
-            raise UserError(f"{file_name} is neither COCO nor labelme; {SUPPORTED_FORMATS}")
-        entries.append(read_labelme(file, document))
-    return "labelme", entries, set()
+        with errors.gathered():
+            document = read_json(file)
+            kind = _json_kind(document)
+            if kind == "COCO":
+                more, classes = read_coco(file, document, errors)
+                entries, names = entries + more, names | classes
+            elif kind is not None:
+                read = read_labelme if kind == "labelme" else read_sa1b
+                entries.append(read(file, document, errors))
+            (used.setdefault(kind, []) if kind else others).append(file)
+    if not used and path.is_file() and others:
+        raise UserError(f"{brief_path(path)} is neither COCO nor labelme; {SUPPORTED_FORMATS}")
+    if not used:
+        return None
+    if len(used) > 1:
+        shown = " and ".join(f"{kind} ({brief(found[0].name)})" for kind, found in used.items())
+        raise UserError(f"{brief_path(path)} holds files of {shown}; name one kind of them")
+    ((kind, found),) = used.items()
+    notes = []
+    if others:
+        of = f"{len(others)} of {len(files)} .json files"
+        notes.append(f"left out {of}, which are no annotations: {listed(others)}")
+    return Export(kind, found, entries, names, notes)
 
 
-def _image_folder(path: Path, file: Path) -> Path:
-    """Return the folder where the images are expected: "images", or that of the annotations."""
-    folder = path if path.is_dir() else path.parent
-    if file.suffix.lower() == ".txt" and (folder / "labels").is_dir():
-        folder = folder / "labels"
-    # Replace the last "labels" or "annotations" in the path: labels/train becomes images/train
-    for depth, name in enumerate(reversed(folder.parts)):
-        if name in ("labels", "annotations"):
-            start = len(folder.parts) - 1 - depth
-            partner = Path(*folder.parts[:start], "images", *folder.parts[start + 1 :])
-            return partner if partner.is_dir() else folder
-    return folder
+def _json_kind(document: Any) -> str | None:
+    """Return the format of a JSON document; None if it is of no known format."""
+    if isinstance(document, list):
+        is_sam = document and all(isinstance(r, dict) and "segmentation" in r for r in document)
+        return "SA-1B" if is_sam else None
+    keys = document.keys() if isinstance(document, dict) else set()
+    if {"images", "annotations"} <= keys:
+        return "COCO"
+    if "shapes" in keys:
+        return "labelme"
+    return "SA-1B" if {"image", "annotations"} <= keys else None
 
 
 def _wanted_classes(path: Path, classes: Sequence[str], names: set[str]) -> set[str]:
@@ -174,75 +240,26 @@ def _wanted_classes(path: Path, classes: Sequence[str], names: set[str]) -> set[
     return wanted or names
 
 
-class _ImageFinder:
-    """Finds image files below a folder, and only there, by the names in annotation files."""
-
-    def __init__(self, folder: Path) -> None:
-        """Index the images below `folder` by each tail of their path: b/a.jpg and a.jpg."""
-        self.folder = folder
-        self.files: dict[str, Path] = {}
-        self.by_tail: dict[str, list[str]] = {}
-        for file in sorted(folder.rglob("*")):
-            path = file.relative_to(folder)
-            is_image = path.suffix.lower() in IMAGE_SUFFIXES
-            if not is_image or _is_hidden(path) or not file.is_file():
-                continue
-            name = nfc(path.as_posix())
-            self.files[name] = file
-            for tail in {*_tails(name), *_tails(name.removesuffix(path.suffix))}:
-                self.by_tail.setdefault(tail, []).append(name)
-
-    def find(self, entry: Entry) -> Path | None:
-        """Return an entry's image: by its path, the end of its path, or the entry's file name.
-
-        Raises UserError if several images match.
-        """
-        names = [entry.source.with_suffix("").as_posix()]
-        if entry.file_name is not None:
-            plain = unquote(entry.file_name.partition("?")[0])
-            # Label Studio prefixes the names of uploads with 8 hexadecimal digits
-            original = re.sub(r"^(.*[/\\])?[0-9a-f]{8}-", "", plain)
-            names = [entry.file_name, plain, unquote(entry.file_name), original, *names]
-        # The names go from the literal one to guesses; the longest tail that fits decides
-        for name in names:
-            name = nfc(name).replace("\\", "/")
-            if name in self.files:
-                return self.files[name]
-            for tail in _tails(name):
-                found = self.by_tail.get(tail, [])
-                if len(found) > 1:
-                    folder, source = (brief_path(p) for p in (self.folder, entry.source))
-                    raise UserError(
-                        f"{brief(found[0])} and {brief(found[1])} in {folder} could both be "
-                        f"{brief(name)} of {source}; rename or remove one"
-                    )
-                if found:
-                    return self.files[found[0]]
-        return None
-
-
-def _tails(name: str) -> list[str]:
-    parts = name.split("/")
-    return ["/".join(parts[start:]) for start in range(len(parts))]
-
-
 def _assemble(
-    path: Path, kind: str, entries: list[Entry], wanted: set[str], finder: _ImageFinder
+    path: Path, export: Export, wanted: set[str], finder: ImageFinder, skip_missing: bool
 ) -> Annotations:
     """Find the entries' image files, and count the objects that are used and left out."""
     images: list[AnnotatedImage] = []
     counts, left_out = Counter(), Counter()
     sources: dict[Path, Path] = {}
     missing: list[Entry] = []
-    for entry in (entry for entry in entries if entry.objects):
+    annotated = [entry for entry in export.entries if entry.objects]
+    for entry in annotated:
+        image = finder.find(entry)
         outlines = []
         for name, outline in entry.objects:
             if name not in wanted or isinstance(outline, str):
                 left_out[outline if name in wanted else OTHER_CLASSES] += 1
+            elif image is None:
+                left_out[WITHOUT_IMAGE] += 1
             else:
                 counts[name] += 1
-                outlines.append(outline)
-        image = finder.find(entry)
+            outlines += [outline] if name in wanted and not isinstance(outline, str) else []
         if image is None:
             missing += [entry] if outlines else []
             continue
@@ -250,14 +267,85 @@ def _assemble(
             _refuse_twice(image, {sources[image], entry.source})
         sources[image] = entry.source
         if outlines:
-            images.append(AnnotatedImage(image, outlines, entry.size, entry.source, kind == "YOLO"))
-    if missing:
-        _refuse_missing(missing, finder.folder)
+            is_yolo = export.format == "YOLO"
+            split = split_of_source(entry)
+            images.append(AnnotatedImage(image, outlines, entry.size, entry.source, is_yolo, split))
+    if missing and not (skip_missing and images):
+        _refuse_missing(missing, len(annotated), finder)
     if not images:
-        _refuse_without_outlines(path, left_out)
+        _refuse_without_outlines(path, wanted, left_out)
     images.sort(key=lambda item: (item.image.name, item.image))
     unlabelled = [file for file in finder.files.values() if file not in sources]
-    return Annotations(kind, images, unlabelled, dict(counts), dict(left_out))
+    notes = _count_notes(export, images, len(annotated), counts, left_out)
+    if missing:
+        of = f"{len(missing)} of {len(annotated)} annotated images"
+        notes.append(f"left out {of}, which are not in {brief_path(finder.folder)}")
+    notes += export.notes + _remarks(images) + _lookup_notes(export, images, finder)
+    images = _with_splits(images)
+    return Annotations(export.format, images, unlabelled, dict(counts), dict(left_out), notes)
+
+
+def _count_notes(
+    export: Export,
+    images: list[AnnotatedImage],
+    annotated: int,
+    counts: Counter[str],
+    left_out: Counter[str],
+) -> list[str]:
+    """Return how many of how many objects and images are used, and what is left out."""
+    used, total = counts.total(), counts.total() + left_out.total()
+    objects = f"{used} of {total}" if used < total else f"{used}"
+    shown = f"{len(images)} of {annotated}" if len(images) < annotated else f"{annotated}"
+    classes = ", ".join(f"{brief(name)} {count}" for name, count in sorted(counts.items()))
+    kind = (
+        f"{export.format} ({len(export.files)} files)" if len(export.files) > 1 else export.format
+    )
+    notes = [f"{kind}: {objects} objects in {shown} annotated images ({classes})"]
+    notes += [f"left out {count} of {total} objects: {what}" for what, count in left_out.items()]
+    return notes
+
+
+def _remarks(images: list[AnnotatedImage]) -> list[str]:
+    """Return what is said about the objects, with how many of how many it holds for."""
+    outlines = [outline for item in images for outline in item.outlines]
+    remarks = Counter(remark for outline in outlines for remark in outline.remarks)
+    notes = []
+    for remark, count in remarks.items():
+        objects = f"{count} of {len(outlines)} objects"
+        notes.append(remark.format(objects) if "{}" in remark else f"{objects} {remark}")
+    if all(map(is_rectangle, outlines)):
+        notes.append(
+            f"warning: all {len(outlines)} outlines are rectangles (boxes), so the model learns to "
+            "draw boxes; outline the objects, or give the boxes to test_my_image.py as prompts"
+        )
+    return notes
+
+
+def _lookup_notes(export: Export, images: list[AnnotatedImage], finder: ImageFinder) -> list[str]:
+    """Return what is said about how the images were found."""
+    notes = []
+    if finder.bare:
+        example = finder.bare[0]
+        notes.append(
+            f"{len(finder.bare)} of {len(images)} images were found by their names alone: "
+            f"{brief(example.source.name)} names other folders ({brief_path(example.file_name)})"
+        )
+    split, folder = split_of_file(export.files[0].stem), split_of_folders([finder.folder.name])
+    if len(export.files) == 1 and export.format == "COCO" and split and folder not in (None, split):
+        name = brief(export.files[0].name)
+        notes.append(f"warning: {name} is read with the images in {brief_path(finder.folder)}")
+    return notes
+
+
+def _with_splits(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
+    """Set the split of each image: by the folders of images or, without any, by the sources."""
+    # Only folders below the common one can be splits: all images may lie in a folder called train
+    root = Path(os.path.commonpath([item.image.parent for item in images]))
+    splits = [split_of_folders(item.image.parent.relative_to(root).parts) for item in images]
+    if not any(splits):
+        splits = [item.split for item in images]
+        splits = splits if len(set(splits)) > 1 else [None] * len(images)
+    return [item._replace(split=split) for item, split in zip(images, splits, strict=True)]
 
 
 def _refuse_twice(image: Path, sources: set[Path]) -> NoReturn:
@@ -266,17 +354,29 @@ def _refuse_twice(image: Path, sources: set[Path]) -> NoReturn:
     raise UserError(f"{image_file} is annotated twice, in {files}; keep one of the two")
 
 
-def _refuse_missing(missing: list[Entry], folder: Path) -> NoReturn:
-    names = listed([entry.file_name or entry.source.stem for entry in missing])
+def _refuse_missing(missing: list[Entry], annotated: int, finder: ImageFinder) -> NoReturn:
+    names = listed([entry.file_name or entry.source.stem for entry in missing], MOST_ERRORS)
+    folder = brief_path(finder.folder)
+    hint = ""
+    if finder.elsewhere:
+        name, file = next(iter(finder.elsewhere.items()))
+        hint = f" ({brief_path(file)} is in another split than {brief_path(name)})"
+    skip = ", or leave them out with --skip-missing" if len(missing) < annotated else ""
     raise UserError(
-        f"{names}: annotated, but no such image in {brief_path(folder)}; "
-        "name the folder of the images with --images"
+        f"{len(missing)} of {annotated} annotated images are not in {folder}: {names}{hint}; "
+        f"name the folder of the images with --images{skip}"
     )
 
 
-def _refuse_without_outlines(path: Path, left_out: Counter[str]) -> NoReturn:
+def _refuse_without_outlines(path: Path, wanted: set[str], left_out: Counter[str]) -> NoReturn:
     file = brief_path(path)
-    if left_out[BOXES] and left_out.keys() <= {BOXES, OTHER_CLASSES}:
+    if left_out.keys() == {BOXES}:
         raise UserError(f"{file} holds boxes (detection), not outlines; export it for segmentation")
-    found = ", ".join(f"{count} {what}" for what, count in left_out.items()) or "nothing"
-    raise UserError(f"{file} holds no outlines of objects (but {found}); draw some first")
+    if not left_out:
+        raise UserError(f"{file} holds no objects; outline some, and export them again")
+    of = f"of class {listed(sorted(wanted))}" if left_out[OTHER_CLASSES] else "of objects"
+    found = ", ".join(f"{what} ({count})" for what, count in left_out.items() if count)
+    raise UserError(
+        f"{file} holds no outlines {of}, but {found}; "
+        "export the objects as polygons or masks, which SAM 2 learns from"
+    )

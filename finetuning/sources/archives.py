@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import stat
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -42,6 +43,24 @@ def open_archive(path: Path) -> Iterator[zipfile.Path]:
         raise UserError(
             f"{path} is not a whole zip archive ({error}); download it again"
         ) from error
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder with the content of a zip archive; any other path as it is."""
+    if not (path.is_file() and zipfile.is_zipfile(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="finetuning-") as folder:
+        try:
+            with open_archive(path) as root:
+                root.root.extractall(folder)
+        except OSError as error:
+            raise UserError(f"{path} cannot be unpacked ({error}); {BY_HAND}") from error
+        try:
+            yield Path(folder)
+        except UserError as error:  # name the archive instead of the temporary folder
+            raise UserError(str(error).replace(folder, str(path))) from error
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile) -> None:

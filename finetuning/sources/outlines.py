@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from sam2_utils import UserError
 
@@ -11,12 +13,30 @@ import numpy as np
 
 from finetuning.basics.command_line import brief, brief_path
 
-# The parts of one object, whose union it is: polygons (Nx2 float in (X,Y), in pixels or fractions
-# of the image), COCO's RLE dicts, and (mask, x, y), an HxW bool mask and its upper left corner.
-Outline = list[np.ndarray | dict[str, Any] | tuple[np.ndarray, int, int]]
+# A polygon (Nx2 float in (X,Y), in pixels or fractions of the image), COCO's RLE dict, a text of
+# run lengths (parse_run_lengths), or (mask, x, y): an HxW bool mask and its upper left corner.
+Part = np.ndarray | dict[str, Any] | str | tuple[np.ndarray, int, int]
 
 # In pixels: pycocotools' C code takes 50 bytes for each, and checks no limits
 LONGEST_OUTLINE = 2_000_000
+SKEW = 0.02  # of a rectangle's diagonals: by how much rounded corners may miss a rectangle
+
+
+@dataclass(frozen=True)
+class Hole:
+    """What is cut out of the parts that come before it."""
+
+    part: Part
+
+
+class Outline(NamedTuple):
+    """An object: the union of its parts, in their order, without the holes.
+
+    remarks: what the user is told about the object, such as "have holes, which are cut out".
+    """
+
+    parts: list[Part | Hole]
+    remarks: tuple[str, ...] = ()
 
 
 def parse_polygon(numbers: Any, where: str) -> np.ndarray:
@@ -77,35 +97,93 @@ def _decode_runs(text: str) -> list[int]:
     return runs
 
 
+def parse_run_lengths(text: str, where: str) -> list[int]:
+    """Return the lengths of background and object by turns, from a text "start length ...".
+
+    Pixels count from 1, column by column, as in Kaggle's tables. COCO's runs are these and a last
+    one, which fills the image.
+    """
+    numbers = text.split()
+    if len(numbers) % 2 or not all(part.isascii() and part.isdigit() for part in numbers):
+        raise UserError(f'{where}: expected pairs of whole numbers, "start length start length"')
+    if any(len(part) > 12 for part in numbers):
+        raise UserError(f"{where}: the run lengths have a number of more than 12 digits")
+    starts, lengths = np.array(numbers, np.int64).reshape(-1, 2).T
+    gaps = np.diff(starts, prepend=1) - np.concatenate([[0], lengths[:-1]])
+    if (starts < 1).any():
+        raise UserError(f"{where}: a run starts at pixel 0; count the pixels from 1")
+    if (gaps < 0).any() or not lengths.all():
+        raise UserError(
+            f"{where}: the runs overlap, are out of order or empty; "
+            'expected "start length" pairs that count from the first pixel of the image'
+        )
+    return np.stack([gaps, lengths], axis=1).ravel().tolist()
+
+
+def is_rectangle(outline: Outline) -> bool:
+    """Return whether an outline is one polygon of four corners with parallel opposite sides."""
+    if len(outline.parts) != 1 or not isinstance(polygon := outline.parts[0], np.ndarray):
+        return False
+    corners = polygon[:-1] if np.array_equal(polygon[0], polygon[-1]) else polygon
+    if len(corners) != 4:
+        return False
+    diagonals = corners[2:] - corners[:2]
+    skew = corners[0] + corners[2] - corners[1] - corners[3]
+    return bool(np.abs(skew).max() <= SKEW * np.abs(diagonals).sum())
+
+
 def draw_outline(
     outline: Outline, size: tuple[int, int], has_fractions: bool, where: str
 ) -> np.ndarray:
-    """Draw the union of an outline's parts as an HxW bool mask, for an image of `size` (H,W).
+    """Draw an outline as an HxW bool mask, for an image of `size` (H,W).
 
     has_fractions: polygons are in fractions of the image. RLEs must have that size. Raises
     UserError, which begins with `where`, if a part cannot be drawn.
     """
     from pycocotools import mask as coco_mask
 
-    rles = []
+    mask = None
     try:
-        for part in outline:
-            if isinstance(part, np.ndarray):
-                polygon = part * size[::-1] if has_fractions else part
-                _check_polygon(polygon, size, where)
-                rles += coco_mask.frPyObjects([polygon.ravel().tolist()], *size)
-            elif isinstance(part, tuple):
-                rles.append(coco_mask.encode(_place(*part, size)))
-            elif isinstance(part["counts"], str):
-                rles.append(part)
+        for is_hole, parts in itertools.groupby(outline.parts, lambda part: isinstance(part, Hole)):
+            rles = [
+                rle
+                for part in parts
+                for rle in _to_rles(part.part if is_hole else part, size, has_fractions, where)
+            ]
+            drawn = coco_mask.decode(coco_mask.merge(rles)).astype(bool, order="C")
+            if mask is None:
+                mask = drawn & (not is_hole)
             else:
-                rles.append(coco_mask.frPyObjects(part, *size))
-        return coco_mask.decode(coco_mask.merge(rles)).astype(bool, order="C")
+                mask = mask & ~drawn if is_hole else mask | drawn
+        return mask
     except (UserError, MemoryError):
         raise
     except Exception as error:  # pycocotools raises nothing more precise
         message = f"{where} cannot be drawn ({brief(str(error))}); draw it again"
         raise UserError(message) from error
+
+
+def _to_rles(
+    part: Part, size: tuple[int, int], has_fractions: bool, where: str
+) -> list[dict[str, Any]]:
+    """Return a part as compressed RLEs of pycocotools, for an image of `size` (H,W)."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(part, np.ndarray):
+        polygon = part * size[::-1] if has_fractions else part
+        _check_polygon(polygon, size, where)
+        return coco_mask.frPyObjects([polygon.ravel().tolist()], *size)
+    if isinstance(part, tuple):
+        return [coco_mask.encode(_place(*part, size))]
+    if isinstance(part, str):
+        runs, pixels = parse_run_lengths(part, where), size[0] * size[1]
+        if sum(runs) > pixels:
+            raise UserError(
+                f"{where}: its runs end at pixel {sum(runs)}, but the image, {size[1]}x{size[0]}, "
+                f"has {pixels}; check that this is the image that was annotated"
+            )
+        part = {"size": list(size), "counts": [*runs, pixels - sum(runs)]}
+    return [part if isinstance(part["counts"], str) else coco_mask.frPyObjects(part, *size)]
 
 
 def _check_polygon(polygon: np.ndarray, size: tuple[int, int], where: str) -> None:

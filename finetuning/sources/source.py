@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import ArgumentParser, brief, listed
+from finetuning.basics.command_line import ArgumentParser, brief_path, listed
 from finetuning.basics.files import (
     DATASET_SHA256,
     DATASET_URL,
@@ -19,9 +18,9 @@ from finetuning.basics.files import (
     download_file,
     lies_in,
 )
-from finetuning.sources.annotations import read_annotations
-from finetuning.sources.archives import open_archive
-from finetuning.sources.folder_layouts import SPLIT_NAMES
+from finetuning.sources.annotations import holds_annotations, read_annotations
+from finetuning.sources.archives import open_archive, unpacked
+from finetuning.sources.coco_format import table_columns
 from finetuning.sources.pairing import (
     Found,
     UnnamedExample,
@@ -44,6 +43,7 @@ class Source:
     demo: bool = False
     class_names: tuple[str, ...] = ()
     skip_unlabelled: bool = False
+    skip_missing: bool = False
 
     @property
     def name(self) -> str | None:
@@ -60,8 +60,9 @@ class Source:
         chosen = {name: str(path.resolve()) for name, path in chosen.items()}
         if self.class_names:
             chosen["class_names"] = list(self.class_names)
-        if self.skip_unlabelled:
-            chosen["skip_unlabelled"] = True
+        for name in ("skip_unlabelled", "skip_missing"):
+            if getattr(self, name):
+                chosen[name] = True
         return chosen
 
     def check_apart(self, data: Path) -> None:
@@ -79,45 +80,61 @@ class Source:
     @contextlib.contextmanager
     def find(self, data: Path) -> Iterator[Found]:
         """Yield the examples while an archive is open; without a source, fetch Kvasir-SEG's."""
-        if self.pairs:
+        run_lengths = self.pairs if self.pairs and table_columns(self.pairs) else None
+        if annotations := self.annotations or run_lengths:
+            with unpacked(annotations) as path:
+                yield self._find_annotated(path)
+        elif self.pairs:
             yield read_pairs_file(self.pairs, self.images, self.masks)
-        elif self.annotations:
-            yield find_annotated(
-                self.annotations, self.images, self.class_names, self.skip_unlabelled
-            )
         elif self.images:
             yield find_examples(self.images, self.masks, self.skip_unlabelled)
-        elif self.archive and self.archive.is_dir():
-            yield find_in_folder(self.archive, self.skip_unlabelled)
         else:
-            archive = self.archive or fetch_archive(data / "kvasir-seg.zip")
-            with open_archive(archive) as root:
-                yield find_in_folder(root, self.skip_unlabelled)
+            with self._find_in(self.archive or fetch_archive(data / "kvasir-seg.zip")) as found:
+                yield found
+
+    @contextlib.contextmanager
+    def _find_in(self, archive: Path) -> Iterator[Found]:
+        """Yield the examples of a folder or zip: images and masks or, without any, annotations."""
+        with contextlib.ExitStack() as opened:
+            root = archive if archive.is_dir() else opened.enter_context(open_archive(archive))
+            try:
+                found = find_in_folder(root, self.skip_unlabelled)
+                if self.class_names:
+                    raise UserError("these are masks, without classes; leave --class-name out")
+            except UserError:
+                folder = opened.enter_context(unpacked(archive))
+                if not holds_annotations(folder):
+                    raise
+                found = self._find_annotated(folder)
+            yield found
+
+    def _find_annotated(self, path: Path) -> Found:
+        return find_annotated(
+            path, self.images, self.class_names, self.skip_unlabelled, self.skip_missing
+        )
 
 
 def find_annotated(
-    file: Path, images: Path | None, class_names: tuple[str, ...], skip_unlabelled: bool
+    path: Path,
+    images: Path | None,
+    class_names: tuple[str, ...],
+    skip_unlabelled: bool,
+    skip_missing: bool = False,
 ) -> Found:
     """Return the examples of an annotation tool's export, with notes on it."""
-    read = read_annotations(file, images, class_names)
-    classes = ", ".join(f"{brief(name)} {count}" for name, count in sorted(read.counts.items()))
-    notes = [f"{read.format}: {sum(read.counts.values())} objects ({classes})"]
-    notes += [f"left out {count} {what}" for what, count in read.left_out.items()]
+    read = read_annotations(path, images, class_names, skip_missing)
+    notes, total = read.notes, len(read.unlabelled) + len(read.images)
     if read.unlabelled and not skip_unlabelled:
         raise UserError(
-            f"images without an object in {file}: {listed(read.unlabelled)}; "
-            "leave them out with --skip-unlabelled"
+            f"{len(read.unlabelled)} of {total} images have no object in {brief_path(path)}: "
+            f"{listed(read.unlabelled, 10)}; leave them out with --skip-unlabelled"
         )
     if read.unlabelled:
-        notes.append(f"left out {len(read.unlabelled)} without an object")
-    # Only folders below the common one can be splits: all images may lie in a folder called train
-    root = Path(os.path.commonpath([item.image.parent for item in read.images]))
-    unnamed = []
-    for item in read.images:  # in train/, valid/ and test/, as in YOLO's exports
-        parts = item.image.relative_to(root).parts[:-1]
-        splits = [SPLIT_NAMES[part.casefold()] for part in parts if part.casefold() in SPLIT_NAMES]
-        split = splits[0] if splits else None
-        unnamed.append(UnnamedExample(item.image, (), item.image.parent.name, split, item))
+        notes.append(f"left out {len(read.unlabelled)} of {total} images: without an object")
+    unnamed = [
+        UnnamedExample(item.image, (), item.image.parent.name, item.split, item)
+        for item in read.images
+    ]
     return to_examples(unnamed, notes, skip_unlabelled)
 
 
@@ -132,19 +149,28 @@ def fetch_archive(path: Path) -> Path:
 def add_source_options(parser: ArgumentParser) -> None:
     """Add the options that say where the examples come from."""
     source = parser.add_argument_group("where the pairs come from")
-    source.add_argument("--archive", type=Path, help="a zip or a folder with images and masks")
+    source.add_argument(
+        "--archive", type=Path, help="a zip or a folder with images and masks, or annotations"
+    )
     source.add_argument("--images", type=Path, help="a folder of images")
     source.add_argument("--masks", type=Path, help="the folder of their masks")
     source.add_argument(
-        "--pairs", type=Path, help="a table with columns image,mask, if names do not match"
+        "--pairs",
+        type=Path,
+        help="a table with columns image,mask, if names do not match; or ImageId,EncodedPixels",
     )
     source.add_argument(
-        "--annotations", type=Path, help="a COCO file, or a folder of YOLO or labelme files"
+        "--annotations",
+        type=Path,
+        help="a COCO file, or a folder or zip of COCO, SA-1B, YOLO or labelme files",
     )
     source.add_argument(
         "--class-name", action="append", default=[], help="only this class; may be repeated"
     )
     source.add_argument(
         "--skip-unlabelled", action="store_true", help="leave out images without a mask"
+    )
+    source.add_argument(
+        "--skip-missing", action="store_true", help="leave out annotations without an image"
     )
     source.add_argument("--demo", action="store_true", help="draw a demo data set in data/demo")

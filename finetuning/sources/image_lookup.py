@@ -1,0 +1,213 @@
+"""Finding the image files that annotations name, and the split that folders and files name."""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
+from urllib.parse import unquote
+
+from sam2_utils import UserError
+
+from finetuning.basics.command_line import brief, brief_path, nfc
+from finetuning.basics.image_files import IMAGE_SUFFIXES
+from finetuning.sources.annotation_formats import Entry
+from finetuning.sources.folder_layouts import SPLIT_NAMES
+
+# Folders of annotations, which lie beside one called images
+LABEL_FOLDERS = ("labels", "annotations")
+NEAR = 2  # how many folders above a file may name its split
+
+
+def split_of_folder(name: str) -> str | None:
+    """Return "train", "val" or "test" if a folder is called so, as valid or train2017 are."""
+    return SPLIT_NAMES.get(re.sub(r"[-_ ]?20\d\d$", "", name.casefold()))
+
+
+def split_of_file(stem: str) -> str | None:
+    """Return the one split that a file's name has as a word, as instances_val2017 has val."""
+    words = {SPLIT_NAMES.get(word) for word in re.findall(r"[^\W\d_]+", stem.casefold())} - {None}
+    return words.pop() if len(words) == 1 else None
+
+
+def split_of_folders(folders: Iterable[str]) -> str | None:
+    """Return the split that the last of some folders with such a name is called."""
+    splits = [split for folder in folders if (split := split_of_folder(folder))]
+    return splits[-1] if splits else None
+
+
+def split_of_source(entry: Entry) -> str | None:
+    """Return the split that an entry's annotation file or the folders near it name."""
+    folders = entry.source.absolute().parts[:-1]
+    return _split_of_json(entry) or split_of_folders(folders[-NEAR:])
+
+
+def _split_of_json(entry: Entry) -> str | None:
+    """Return the split in the name of a file of many images; train_1.json is of train_1.jpg."""
+    stem = entry.source.stem
+    is_shared = entry.file_name is not None and PurePath(entry.file_name).stem != stem
+    return split_of_file(stem) if is_shared else None
+
+
+def default_image_folder(path: Path, files: list[Path]) -> Path:
+    """Return the folder of the images of annotation files at `path`, if the user names none.
+
+    It is the folder "images" beside "labels", the folder of the annotations or, if that has no
+    images, the one above. For the one file of a split it is the folder of that split.
+    """
+    folder = path if path.is_dir() else path.parent
+    if files[0].suffix.lower() == ".txt" and (folder / "labels").is_dir():
+        folder = folder / "labels"
+    partner = Path(_swap_labels(folder.as_posix()))
+    names_labels = folder.name.casefold() in (*LABEL_FOLDERS, "annotation", "ann", "json")
+    places = [partner, folder, *([folder.absolute().parent] if names_labels else [])]
+    places = [place for place in places if place.is_dir() and _has_images(place)] or [folder]
+    found, split = places[0], split_of_file(files[0].stem)
+    if len(files) == 1 and split:
+        for parent in (found, found / "images"):
+            inside = parent.iterdir() if parent.is_dir() else ()
+            parts = [
+                part for part in inside if part.is_dir() and split_of_folder(part.name) == split
+            ]
+            if len(parts) == 1 and _has_images(parts[0]):
+                return parts[0]
+    return found
+
+
+def is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _has_images(folder: Path) -> bool:
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
+
+
+def _swap_labels(path: str) -> str:
+    """Replace the last "labels" or "annotations" in a path: labels/train becomes images/train."""
+    parts = path.split("/")
+    for number in reversed(range(len(parts))):
+        if parts[number] in LABEL_FOLDERS:
+            return "/".join([*parts[:number], "images", *parts[number + 1 :]])
+    return path
+
+
+class ImageFinder:
+    """Finds image files below a folder, and only there, by the names in annotation files.
+
+    bare: entries whose image was found by its name alone, although they name a folder.
+    elsewhere: an image of the right name in the folder of another split, by entry's name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Index the images below `folder` by each tail of their path: b/a.jpg and a.jpg."""
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.by_tail: dict[str, list[str]] = {}
+        self.bare: list[Entry] = []
+        self.elsewhere: dict[str, Path] = {}
+        for file in sorted(folder.rglob("*")):
+            path = file.relative_to(folder)
+            is_image = path.suffix.lower() in IMAGE_SUFFIXES
+            if not is_image or is_hidden(path) or not file.is_file():
+                continue
+            name = nfc(path.as_posix())
+            self.files[name] = file
+            for tail in {*_tails(name), *_tails(name.removesuffix(path.suffix))}:
+                self.by_tail.setdefault(tail, []).append(name)
+
+    def find(self, entry: Entry) -> Path | None:
+        """Return an entry's image: by its path, the end of its path, or the entry's file name.
+
+        An image in the folder of another split than the entry names is not taken. Raises
+        UserError if several images match.
+        """
+        found, tail = self._match(entry)
+        if found is None:
+            return None
+        if self._contradicts(entry, found):
+            self.elsewhere[entry.file_name or entry.source.name] = self.files[found]
+            return None
+        if "/" not in tail and "/" in (entry.file_name or "").replace("\\", "/"):
+            self.bare.append(entry)
+        return self.files[found]
+
+    def _match(self, entry: Entry) -> tuple[str | None, str]:
+        """Return the name of the image that fits best, and the end of its path that decided."""
+        own_name = entry.source.with_suffix("").absolute().as_posix()
+        names = [_swap_labels(own_name), own_name]
+        if entry.file_name is not None:
+            if beside := self._beside(entry):
+                return beside, f"/{beside}"
+            plain = unquote(entry.file_name.partition("?")[0])
+            # Label Studio prefixes the names of uploads with 8 hexadecimal digits
+            original = re.sub(r"^(.*[/\\])?[0-9a-f]{8}-", "", plain)
+            names = [entry.file_name, plain, unquote(entry.file_name), original, *names]
+        # The names go from the literal one to guesses; the longest tail that fits decides
+        for name in names:
+            name = nfc(name).replace("\\", "/")
+            if name in self.files:
+                return name, f"/{name}"
+            for tail in _tails(name):
+                found = self._nearest(self.by_tail.get(tail, []), entry)
+                if len(found) > 1:
+                    folder, source = (brief_path(p) for p in (self.folder, entry.source))
+                    raise UserError(
+                        f"{brief(found[0])} and {brief(found[1])} in {folder} could both be "
+                        f"{brief(name)} of {source}; rename or remove one"
+                    )
+                if found:
+                    return found[0], tail
+        return None, ""
+
+    def _beside(self, entry: Entry) -> str | None:
+        """Return the image that the entry's path names as seen from its annotation file."""
+        folder, source = (path.resolve() for path in (self.folder, entry.source))
+        if not source.is_relative_to(folder):
+            return None
+        start = source.parent.relative_to(folder).as_posix()
+        for place in (_swap_labels(start), start):
+            name = posixpath.normpath(f"{place}/{nfc(entry.file_name)}".replace("\\", "/"))
+            if name in self.files:
+                return name
+        return None
+
+    def _nearest(self, names: list[str], entry: Entry) -> list[str]:
+        """Return those of several images that are in the entry's split, and nearest to its file."""
+        if len(names) < 2:
+            return names
+        if split := _named_split(entry) or split_of_source(entry):
+            names = [name for name in names if split_of_folders(_folders(name)) == split] or names
+        folder, source = self.folder.resolve(), entry.source.resolve().parts
+        shared = [_shared(source, (folder / name).parts) for name in names]
+        return [name for name, count in zip(names, shared, strict=True) if count == max(shared)]
+
+    def _contradicts(self, entry: Entry, name: str) -> bool:
+        """Return whether an image is in the folder of another split than its entry names."""
+        below = split_of_folders(_folders(name))
+        at = below or split_of_folders(self.folder.absolute().parts[-NEAR:])
+        if named := _named_split(entry):
+            return at not in (None, named)
+        of_file = _split_of_json(entry)
+        return bool(of_file) and below not in (None, of_file)
+
+
+def _named_split(entry: Entry) -> str | None:
+    """Return the split that the folders in an entry's own name of its image name."""
+    return split_of_folders(_folders((entry.file_name or "").replace("\\", "/"))[-NEAR:])
+
+
+def _shared(path: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many parts two paths share from their beginning."""
+    pairs = zip(path, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _folders(name: str) -> list[str]:
+    return name.split("/")[:-1]
+
+
+def _tails(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
