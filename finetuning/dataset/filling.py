@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -18,11 +17,13 @@ from tqdm import tqdm
 from finetuning.basics.image_decoding import orientation
 from finetuning.basics.image_files import read_image, read_mask, require_equal_sizes, write_image
 from finetuning.dataset.copies import make_thumbnail
+from finetuning.dataset.fingerprint import Stamp, stamp_file, stamp_outlines
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import SourceExample
 
 UNSPLIT = "unsplit"  # the folder of images that are in no split yet
+CHUNK_BYTES = 1 << 18
 MAX_LABEL = 65535  # largest value of a 16-bit label map, so the most objects in an image
 
 
@@ -36,6 +37,7 @@ class Filled(NamedTuple):
     is_turned: bool  # whether its EXIF orientation turns it
     sha256: str  # of the user's image file
     thumbnail: np.ndarray  # from make_thumbnail
+    stamps: tuple[Stamp, ...] = ()  # of the user's image, then of its masks or outlines
 
 
 class Filler:
@@ -57,6 +59,7 @@ class Filler:
         """
         self.folder, self.per_object, self.value_range = folder, per_object, value_range
         self.reader = MaskReader(rule)
+        self._stamps: list[Stamp] = []  # of the files copied for the current image
 
     def fill(self, examples: list[SourceExample]) -> list[Filled]:
         """Copy each example into its split, or into UNSPLIT if it has none.
@@ -69,8 +72,9 @@ class Filler:
         return filled
 
     def _fill_one(self, example: SourceExample, split: str) -> Filled:
+        self._stamps = []
         copy = self.folder / "images" / split / (example.name + PurePath(example.image.name).suffix)
-        copy_file(example.image, copy)
+        self._copy(example.image, copy)
         with errors_naming(example.image, copy):
             image = read_image(copy, self.value_range)
         content = copy.read_bytes()
@@ -85,15 +89,22 @@ class Filler:
             mask = self._copy_mask(example, to, size)
             areas = [float(mask.mean())] if mask.any() else []
             parts = cv2.connectedComponents(mask.astype(np.uint8))[0] - 1  # without background
-        is_turned = orientation(content) != 1
-        sha256 = hashlib.sha256(content).hexdigest()
-        return Filled(example.name, split, areas, parts, is_turned, sha256, make_thumbnail(image))
+        is_turned, thumbnail = orientation(content) != 1, make_thumbnail(image)
+        stamps = tuple(self._stamps)
+        return Filled(
+            example.name, split, areas, parts, is_turned, stamps[0].sha256, thumbnail, stamps
+        )
+
+    def _copy(self, source: Path, copy: Path) -> None:
+        """Copy a file of the user and keep its stamp, taken before, so that no change is missed."""
+        stamp = stamp_file(source)
+        self._stamps.append(stamp._replace(sha256=copy_file(source, copy)))
 
     def _copy_mask(self, example: SourceExample, to: Path, size: tuple[int, int]) -> np.ndarray:
         """Copy an example's only mask, rewritten in black and white if necessary; return it."""
         source = example.masks[0]
         copy = to.with_name(to.name + PurePath(source.name).suffix)
-        copy_file(source, copy)
+        self._copy(source, copy)
         with errors_naming(source, copy):
             mask = self.reader.read_binary(copy, source)
             require_equal_sizes(example.image, size, copy, mask.shape)
@@ -105,11 +116,12 @@ class Filler:
     def _read_objects(self, example: SourceExample, size: tuple[int, int]) -> Iterator[np.ndarray]:
         """Yield the HxW bool masks of an example's objects, from outlines or mask files."""
         if example.annotated is not None:
+            self._stamps.append(stamp_outlines(example.annotated))
             yield from example.annotated.masks(size)
             return
         for source in example.masks:
             copy = self.folder / f"mask{PurePath(source.name).suffix}"
-            copy_file(source, copy)
+            self._copy(source, copy)
             with errors_naming(source, copy):
                 for mask in self.reader.read(copy, source):
                     require_equal_sizes(example.image, size, copy, mask.shape)
@@ -137,11 +149,15 @@ def errors_naming(original: Path, copy: Path) -> Iterator[None]:
         raise UserError(str(error).replace(str(copy), str(original))) from error
 
 
-def copy_file(source: Path, copy: Path) -> None:
-    """Copy a file, or a member of an archive up to the size that the archive states."""
+def copy_file(source: Path, copy: Path) -> str:
+    """Copy a file, or a member of an archive up to its stated size; return the SHA-256."""
     copy.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     with source.open("rb") as original, copy.open("wb") as file:
-        shutil.copyfileobj(original, file)  # in chunks; check_archive says why
+        while chunk := original.read(CHUNK_BYTES):  # in chunks; check_archive says why
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()
 
 
 def is_read_as(file: Path, mask: np.ndarray) -> bool:

@@ -31,6 +31,8 @@ from finetuning.sources.pairing import (
     to_examples,
 )
 
+KVASIR_FILE = "kvasir-seg.zip"  # in the data folder
+
 
 @dataclass(frozen=True)
 class Source:
@@ -55,14 +57,15 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The other choices, by name."""
-        chosen = {name: getattr(self, name) for name in ("images", "masks") if getattr(self, name)}
-        chosen = {name: str(path.resolve()) for name, path in chosen.items()}
-        if self.class_names:
-            chosen["class_names"] = list(self.class_names)
-        if self.skip_unlabelled:
-            chosen["skip_unlabelled"] = True
-        return chosen
+        """The choices besides paths, by name."""
+        chosen = {"class_names": list(self.class_names), "skip_unlabelled": self.skip_unlabelled}
+        return {name: value for name, value in chosen.items() if value}
+
+    def paths(self, data: Path) -> dict[str, Path]:
+        """Return the files and folders of the source by option; `data` is the folder to fill."""
+        names = ("archive", "images", "masks", "annotations", "pairs")
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return chosen or {"archive": data / KVASIR_FILE}
 
     def check_apart(self, data: Path) -> None:
         """Raise UserError if the folder to fill contains a source folder, or lies in one.
@@ -90,7 +93,7 @@ class Source:
         elif self.archive and self.archive.is_dir():
             yield find_in_folder(self.archive, self.skip_unlabelled)
         else:
-            archive = self.archive or fetch_archive(data / "kvasir-seg.zip")
+            archive = self.archive or fetch_archive(data / KVASIR_FILE)
             with open_archive(archive) as root:
                 yield find_in_folder(root, self.skip_unlabelled)
 
