@@ -43,6 +43,7 @@ def fill(
     source: Source,
     paths: dict[str, Path],
     rule: MaskRule,
+    value_range: tuple[float, float] | None,
     grouping: Grouping,
     facts: dict[str, Any],
     is_addition: bool,
@@ -59,13 +60,12 @@ def fill(
         draw_demo(data)
         return True
     source.check_apart(data)
-    with source.find(data) as (examples, notes):
-        for note in notes:
+    with source.find(data) as found:
+        for note in found.notes:
             tell(note)
-        value_range = facts["options"].get("value_range")
         record = take_record(paths, facts["options"], data)
         fill_or_add = add_to_folder if is_addition else fill_folder
-        filled = fill_or_add(data, examples, rule, value_range, grouping, facts, record)
+        filled = fill_or_add(data, found.examples, rule, value_range, grouping, facts, record)
     if filled is None:
         return False
     for line in describe_dataset(filled, split_pairs(data, "train")[0].per_object):
@@ -179,8 +179,13 @@ def main(argv: list[str] | None = None) -> None:
     facts |= {name: getattr(args, name) for name in SPLIT_DEFAULTS}
     paths = source.paths(args.data) | ({"groups": args.groups} if args.groups else {})
     is_addition = args.add and is_filled(args.data)
-    kept = not is_addition and is_kept(args.data, source, paths, facts, args.force)
-    if kept or not fill(args.data, source, paths, rule, grouping, facts, is_addition):
+    if is_addition or not is_kept(args.data, source, paths, facts, args.force):
+        is_done = fill(
+            args.data, source, paths, rule, args.value_range, grouping, facts, is_addition
+        )
+    else:
+        is_done = False
+    if not is_done:
         hint = "" if args.add else " (--force fills it again)"
         tell(f"{args.data} already holds this data set: nothing to do{hint}.")
     for split, count in count_pairs(args.data).items():

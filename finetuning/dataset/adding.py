@@ -70,7 +70,7 @@ def add_to_folder(
       facts: as for is_kept.
       now: the source's record, from take_record.
     """
-    known, records = _require_addable(data, facts)
+    known, records = _require_addable(data, facts, value_range)
     record = record_of(now, records)
     matches = _match(examples, now, record, records)
     todo = [index for index, match in enumerate(matches) if match.is_new or match.is_changed]
@@ -104,7 +104,9 @@ def add_to_folder(
     return list(filled.values())
 
 
-def _require_addable(data: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[Record]]:
+def _require_addable(
+    data: Path, facts: dict[str, Any], value_range: tuple[float, float] | None
+) -> tuple[dict[str, Any], list[Record]]:
     """Return the facts and the records of a folder to which images can be added."""
     known = read_facts(data)
     records = read_records(data, known) if known else None
@@ -117,8 +119,8 @@ def _require_addable(data: Path, facts: dict[str, Any]) -> tuple[dict[str, Any],
     given = {name: facts[name] if facts[name] != default else known[name]
              for name, default in SPLIT_DEFAULTS.items()}  # fmt: skip
     changes = split_changes(known, given)
-    ranges = {"value_range": known.get("value_range")}
-    changes += differences(ranges, {"value_range": facts["options"].get("value_range")})
+    new_range = list(value_range) if value_range else facts.get("value_range")
+    changes += differences({"value_range": known.get("value_range")}, {"value_range": new_range})
     if changes:
         raise UserError(f"--add keeps the split and the values: {', '.join(changes)}; {REPLACE}")
     return known, records

@@ -80,7 +80,7 @@ class Filler:
         content = copy.read_bytes()
         if self.value_range:
             copy.unlink()
-            write_image(copy.with_suffix(".png"), image)
+            write_image(copy.with_suffix(".png"), image, in_partial_folder=True)
         to = self.folder / "masks" / split / example.name
         size = image.shape[:2]
         if self.per_object:
@@ -110,7 +110,8 @@ class Filler:
             require_equal_sizes(example.image, size, copy, mask.shape)
             if not is_read_as(copy, mask):
                 copy.unlink()
-                write_image(to.with_name(f"{to.name}.png"), mask.astype(np.uint8) * 255)
+                new = to.with_name(f"{to.name}.png")
+                write_image(new, mask.astype(np.uint8) * 255, in_partial_folder=True)
         return mask
 
     def _read_objects(self, example: SourceExample, size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -195,9 +196,10 @@ def write_objects(to: Path, masks: Iterable[np.ndarray], size: tuple[int, int]) 
             occupied[part] = count
     if not is_folder:
         depth = np.uint8 if len(areas) < 256 else np.uint16
-        write_image(to.with_name(f"{to.name}.png"), labels.astype(depth))
+        new = to.with_name(f"{to.name}.png")
+        write_image(new, labels.astype(depth), in_partial_folder=True)
     return areas
 
 
 def _write_object(to: Path, number: int, mask: np.ndarray) -> None:
-    write_image(to / f"{number:05}.png", mask.astype(np.uint8) * 255)
+    write_image(to / f"{number:05}.png", mask.astype(np.uint8) * 255, in_partial_folder=True)

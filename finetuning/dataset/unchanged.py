@@ -81,7 +81,7 @@ def _require_same_choices(data: Path, known: dict[str, Any], facts: dict[str, An
     if known["source"] != "demo" and (
         changes := [*split_changes(known, given), *differences(taken, options)]
     ):
-        raise UserError(f"{data} has other options: {', '.join(changes)}; {REPLACE}")
+        raise UserError(f"{data} was filled with other options: {', '.join(changes)}; {REPLACE}")
 
 
 def _require_same_source(
@@ -106,7 +106,7 @@ def _require_same_source(
         option: str(paths[option].resolve()) for option in PATH_OPTIONS if option in paths
     }
     if changes := [*split_changes(known, facts), *differences(taken, options)]:
-        raise UserError(f"{data} has other options: {', '.join(changes)}; {REPLACE}")
+        raise UserError(f"{data} was filled with other options: {', '.join(changes)}; {REPLACE}")
     tell(
         f"warning: {data} was filled by an earlier version of this script, which did not record "
         "its sources, so changes in your files are not noticed; --force fills it again"
@@ -143,15 +143,19 @@ def _require_unchanged(
     changes, can_add = [], not choices
     if (now.listing, now.times) != (record.listing, record.times):
         try:
-            with source.find(data) as (examples, _):
-                matches = match_examples(examples, record.rows)
+            with source.find(data) as found:
+                matches = match_examples(found.examples, record.rows)
                 changes = describe_changes(matches, record.rows)
                 can_add &= not gone_rows(matches, record.rows)
         except UserError as error:
             raise UserError(f"the source has changed since {data} was filled: {error}") from error
     if changes or groups or choices:
         how = "--add takes this over and keeps the split, " if can_add else ""
-        what = "holds another state of this data set" if changes or groups else "has other options"
+        what = (
+            "holds another state of this data set"
+            if changes or groups
+            else "was filled with other options"
+        )
         raise UserError(
             f"{data} {what}: {', '.join([*changes, *groups, *choices])}; {how}{REPLACE}"
         )
