@@ -5,6 +5,7 @@
     python download_dataset.py --images photos --masks masks  # your own folders
     python download_dataset.py --images cells --masks labels --instances   # many objects per image
     python download_dataset.py --images photos --annotations coco.json      # COCO, YOLO, labelme
+    python download_dataset.py --images photos --masks masks --add   # add new and corrected ones
     python download_dataset.py --demo                         # drawn images, no network
 
 Images and masks are paired by their names, or by a table (--pairs). Your files are copied, never
@@ -21,16 +22,17 @@ from typing import Any
 
 from finetuning.basics.command_line import ArgumentParser, number, run, seed, tell
 from finetuning.basics.files import DATASET_URL, DEMO_DATA
+from finetuning.dataset.adding import add_to_folder
 from finetuning.dataset.data_folder import (
-    count_pairs,
     draw_demo,
     fill_folder,
-    is_kept,
     recover_if_killed,
 )
+from finetuning.dataset.fingerprint import take_record
 from finetuning.dataset.groups import Grouping
 from finetuning.dataset.overview import OVERVIEW_FILE, describe_dataset
-from finetuning.dataset.pairs import split_pairs
+from finetuning.dataset.pairs import count_pairs, is_filled, split_pairs
+from finetuning.dataset.unchanged import SPLIT_DEFAULTS, is_kept
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.sources.mask_values import MaskRule, add_mask_options
 from finetuning.sources.source import Source, add_source_options
@@ -39,31 +41,45 @@ from finetuning.sources.source import Source, add_source_options
 def fill(
     data: Path,
     source: Source,
+    paths: dict[str, Path],
     rule: MaskRule,
     value_range: tuple[float, float] | None,
     grouping: Grouping,
     facts: dict[str, Any],
-) -> None:
-    """Fill a data folder from its source, split it, and print a report.
+    is_addition: bool,
+) -> bool:
+    """Fill a data folder from its source, or add to it, and print a report.
 
-    facts: the values to store in split.json.
+    Returns whether there was anything to do.
+
+    Arguments:
+      paths: of the source and the table of groups, by option.
+      facts: the values to store in split.json.
     """
     if source.demo:
         draw_demo(data)
-        return
+        return True
     source.check_apart(data)
-    with source.find(data) as (examples, notes):
-        for note in notes:
+    with source.find(data) as found:
+        for note in found.notes:
             tell(note)
-        filled = fill_folder(data, examples, rule, value_range, grouping, facts)
-        outlined = sum(len(example.annotated.outlines) for example in examples if example.annotated)
-    if lost := outlined and outlined - sum(len(image.areas) for image in filled):
+        record = take_record(paths, facts["options"], data)
+        fill_or_add = add_to_folder if is_addition else fill_folder
+        filled = fill_or_add(data, found.examples, rule, value_range, grouping, facts, record)
+        outlines = [
+            len(example.annotated.outlines) for example in found.examples if example.annotated
+        ]
+    if filled is None:
+        return False
+    if lost := not is_addition and outlines and sum(outlines) - sum(len(i.areas) for i in filled):
         tell(
-            f"left out {lost} of {outlined} objects: no pixel of the image is inside their outline"
+            f"left out {lost} of {sum(outlines)} objects: no pixel of the image is inside their "
+            "outline"
         )
     for line in describe_dataset(filled, split_pairs(data, "train")[0].per_object):
         print(line)
     tell(f"look at: {data / OVERVIEW_FILE}")
+    return True
 
 
 def add_split_options(parser: ArgumentParser) -> None:
@@ -73,13 +89,13 @@ def add_split_options(parser: ArgumentParser) -> None:
     split.add_argument(
         "--val-fraction",
         type=number(float, above=0, below=1),
-        default=0.2,
+        default=SPLIT_DEFAULTS["val_fraction"],
         help="the share of pairs used for validation",
     )
     split.add_argument(
         "--test-fraction",
         type=number(float, at_least=0, below=1),
-        default=0.0,
+        default=SPLIT_DEFAULTS["test_fraction"],
         help="the share kept for compare_models.py, which training never reads",
     )
     split.add_argument(
@@ -94,8 +110,18 @@ def add_split_options(parser: ArgumentParser) -> None:
         default="together",
         help="whether (nearly) identical images stay in one split",
     )
-    split.add_argument("--seed", type=seed, default=42, help="random seed of the split")
-    split.add_argument("--force", action="store_true", help="replace the data folder's content")
+    split.add_argument(
+        "--seed", type=seed, default=SPLIT_DEFAULTS["seed"], help="random seed of the split"
+    )
+    split.add_argument(
+        "--add",
+        action="store_true",
+        help="add the new images of this or another source to a filled folder, and replace those "
+        "whose image or mask has changed; every image stays in its split",
+    )
+    split.add_argument(
+        "--force", action="store_true", help="fill the folder again: replace its content and split"
+    )
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -125,6 +151,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--pairs and --annotations are different sources; give one of them")
     if args.mask_value and (args.instances or args.classes):
         parser.error("--mask-value uses one value, --instances and --classes use all; choose one")
+    if args.add and args.force:
+        parser.error("--add keeps the data folder's content, --force replaces it; choose one")
+    if args.add and not (args.images or args.pairs or args.annotations or args.archive):
+        parser.error("--add needs a source: --images and --masks, --annotations or --archive")
     if args.demo and (args.test_fraction or args.groups or args.group_regex):
         parser.error("the demo's split is fixed; leave the options of the split out")
     if args.groups and args.group_regex:
@@ -153,15 +183,20 @@ def main(argv: list[str] | None = None) -> None:
     options = {**source.options, **rule.options, **grouping.options}
     if args.value_range:
         options["value_range"] = list(args.value_range)
-    if args.test_fraction:
-        options["test_fraction"] = args.test_fraction
     options = json.loads(json.dumps(options))  # the types that split.json gives back
-    if is_kept(args.data, source.name, options, args.force):
-        tell(f"{args.data} already holds this data set: nothing to do (--force replaces it).")
+    facts = {"source": source.name or DATASET_URL, "options": options}
+    facts |= {name: getattr(args, name) for name in SPLIT_DEFAULTS}
+    paths = source.paths(args.data) | ({"groups": args.groups} if args.groups else {})
+    is_addition = args.add and is_filled(args.data)
+    if is_addition or not is_kept(args.data, source, paths, facts, args.force):
+        is_done = fill(
+            args.data, source, paths, rule, args.value_range, grouping, facts, is_addition
+        )
     else:
-        facts = {"source": source.name or DATASET_URL, "options": options}
-        facts |= {name: getattr(args, name) for name in ("seed", "val_fraction", "test_fraction")}
-        fill(args.data, source, rule, args.value_range, grouping, facts)
+        is_done = False
+    if not is_done:
+        hint = "" if args.add else " (--force fills it again)"
+        tell(f"{args.data} already holds this data set: nothing to do{hint}.")
     for split, count in count_pairs(args.data).items():
         tell(f"{split:>6}: {count:5} pairs in {args.data / 'images' / split}")
     if not args.skip_checkpoint:

@@ -26,6 +26,9 @@ CORRELATION = 0.96  # of the gray values
 OWN_CORRELATION = 0.9  # after subtracting the mean image, which holds shared parts like a frame
 MANY = 6  # so many similar images are one scene, say from a fixed camera, rather than copies
 BLOCK = 512  # thumbnails compared with all others at once; bounds the memory
+COMPONENTS = 96  # of a thumbnail's 1024, which bound its correlations
+ROUNDING = 1e-4  # of float32 dot products
+FEW_PAIRS = 8192  # whose correlations are computed one by one
 
 
 class Copy(NamedTuple):
@@ -60,29 +63,74 @@ def find_copies(thumbnails: Sequence[np.ndarray], contents: Sequence[str]) -> li
             found[by_content[content][0], index] = 1.0
         by_content[content].append(index)
     plain = _normalized(np.stack(thumbnails).reshape(len(thumbnails), -1).astype(np.float32))
-    own = _own_parts(plain)
+    coarse = _coarse(plain)
+    own = _own_parts(plain, coarse)
     starts = range(0, len(plain), BLOCK)
     for start in tqdm(starts, desc="Looking for copies", unit="block", leave=False):
-        block = slice(start, start + BLOCK)
-        alike = plain[block] @ plain.T
-        are_copies = (alike >= CORRELATION) & (own[block] @ own.T >= OWN_CORRELATION)
-        for first, second in np.argwhere(np.triu(are_copies, start + 1)).tolist():
-            found.setdefault((start + first, second), float(alike[first, second]))
+        first, second, alike = _similar(plain, coarse, start)
+        is_pair = second > first  # each pair once
+        first, second, alike = first[is_pair], second[is_pair], alike[is_pair]
+        are_copies = _correlations(own, first, second, start) >= OWN_CORRELATION
+        pairs = zip(first[are_copies].tolist(), second[are_copies].tolist(), strict=True)
+        for pair, correlation in zip(pairs, alike[are_copies].tolist(), strict=True):
+            found.setdefault(pair, correlation)
     return [Copy(*pair, min(found[pair], 1.0)) for pair in sorted(found)]
 
 
-def _own_parts(plain: np.ndarray) -> np.ndarray:
+def _coarse(plain: np.ndarray) -> np.ndarray:
+    """Return N shorter rows, whose dot products are upper bounds of those of N normalized rows.
+
+    These are the first COMPONENTS principal components and the length of the rest. They rule out
+    most of N x N pairs quickly. Few rows are returned as they are.
+    """
+    if len(plain) <= 4 * COMPONENTS:
+        return plain
+    axes = np.linalg.eigh(plain.T @ plain)[1][:, -COMPONENTS:]
+    parts = plain @ axes
+    rest = np.sqrt(np.maximum(1 - (parts**2).sum(axis=1, keepdims=True), 0))
+    return np.hstack([parts, rest])
+
+
+def _similar(
+    plain: np.ndarray, coarse: np.ndarray, start: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the thumbnails similar to each of a block of them.
+
+    Returns the indices of both thumbnails and the correlation of each similar pair.
+    """
+    bounds = coarse[start : start + BLOCK] @ coarse.T
+    first, second = np.nonzero(bounds >= CORRELATION - ROUNDING)
+    first += start
+    correlations = _correlations(plain, first, second, start)
+    are_similar = correlations >= CORRELATION
+    return first[are_similar], second[are_similar], correlations[are_similar]
+
+
+def _correlations(
+    rows: np.ndarray, first: np.ndarray, second: np.ndarray, start: int
+) -> np.ndarray:
+    """Return the dot product of each pair of rows; the first of each pair is in one block."""
+    if len(first) > FEW_PAIRS:
+        return (rows[start : start + BLOCK] @ rows.T)[first - start, second]
+    return np.einsum("ij,ij->i", rows[first], rows[second])
+
+
+def _own_parts(plain: np.ndarray, coarse: np.ndarray) -> np.ndarray:
     """Subtract from each of N thumbnails the mean of all, or of the similar ones if there are MANY.
 
     Returns normalized rows.
     """
     means = np.broadcast_to(plain.mean(axis=0), plain.shape).copy()
     for start in range(0, len(plain), BLOCK):
-        block = slice(start, start + BLOCK)
-        are_alike = plain[block] @ plain.T >= CORRELATION
-        counts = are_alike.sum(axis=1, keepdims=True)
-        local = are_alike.astype(np.float32) @ plain / np.maximum(counts, 1)
-        means[block] = np.where(counts >= MANY, local, means[block])
+        first, second, _ = _similar(plain, coarse, start)
+        counts = np.bincount(first, minlength=len(plain))
+        many = np.flatnonzero(counts >= MANY)
+        if not len(many):
+            continue
+        are_similar = np.zeros((len(many), len(plain)), np.float32)
+        is_one = counts[first] >= MANY
+        are_similar[np.searchsorted(many, first[is_one]), second[is_one]] = 1
+        means[many] = are_similar @ plain / counts[many, None]
     return _normalized(plain - means)
 
 

@@ -3,6 +3,7 @@
     data/images/{train,val,test}/NAME.jpg   copies of the user's images
     data/masks/{train,val,test}/NAME.png    black and white, or one label map (or folder) per image
     data/split.json                         the facts: source, options, split, groups; a digest
+    data/sources.json                       the sources, to notice what changes in them
     data/copies.csv, overview.png           duplicates; a picture to look at
 
 The new files are written to a temporary folder inside the data folder. When all are complete, the
@@ -22,29 +23,43 @@ from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import brief, listed, nfc, tell
+from finetuning.basics.command_line import listed, nfc, tell
 from finetuning.basics.files import MAX_FILE_BYTES, only_run_in, require_file
-from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.dataset.copies import COPIES_FILE, describe_copies, find_copies, write_copies
+from finetuning.dataset.copies import (
+    COPIES_FILE,
+    Copy,
+    describe_copies,
+    find_copies,
+    write_copies,
+)
 from finetuning.dataset.demo_images import write_demo_dataset
 from finetuning.dataset.filling import UNSPLIT, Filled, Filler, move_to_splits
+from finetuning.dataset.fingerprint import (
+    SOURCES_FILE,
+    SOURCES_KEY,
+    Record,
+    Row,
+    key_of,
+    write_records,
+)
 from finetuning.dataset.groups import Grouping, divided_groups, find_groups, join_groups
 from finetuning.dataset.overview import OVERVIEW_FILE, draw_overview
 from finetuning.dataset.pairs import (
     SPLIT_FILE,
-    SPLITS,
     facts_text,
-    find_own_image,
     find_pairs,
-    how_to_fill,
-    read_facts,
-    split_pairs,
 )
-from finetuning.dataset.splitting import split_names
+from finetuning.dataset.splitting import split_more, split_names
 from finetuning.sources.mask_values import MaskRule
 from finetuning.sources.pairing import SourceExample
 
-MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE)  # a data set, except its SPLIT_FILE
+MOVED = (
+    "images",
+    "masks",
+    OVERVIEW_FILE,
+    COPIES_FILE,
+    SOURCES_FILE,
+)  # a data set, except its SPLIT_FILE
 BEGUN_FILE = "begun.json"  # identifies a temporary folder as this program's
 TEMPORARY_PREFIX = ".partial-"  # of the temporary folders in a data folder
 
@@ -70,6 +85,8 @@ def new_dataset(data: Path, facts: dict[str, Any]) -> Iterator[Path]:
             draw_overview(new / OVERVIEW_FILE, pairs)
             if not (new / COPIES_FILE).exists():
                 write_copies(new / COPIES_FILE, [], [])
+            if not (new / SOURCES_FILE).exists():
+                facts = facts | {SOURCES_KEY: write_records(new, [])}
             (new / SPLIT_FILE).write_text(facts_text(facts), encoding="utf-8")
             # SPLIT_FILE is the first out and the last in: where it exists, the data set is complete
             for name in (SPLIT_FILE, *MOVED):
@@ -143,41 +160,6 @@ def recover_if_killed(data: Path) -> None:
             recover(data)
 
 
-def is_kept(data: Path, source: str | None, options: dict[str, Any], force: bool) -> bool:
-    """Return whether `data` already holds the pairs of `source` (None: any), taken with `options`.
-
-    Raises UserError if it holds another data set, or files that this script did not put there.
-    """
-    split_file = data / SPLIT_FILE
-    if not split_file.is_file():
-        if is_filled(data) and not (force or source):
-            return True  # the user arranged the folder by hand
-        if holds_files(data):
-            raise UserError(
-                f"{data} holds images or masks that this script did not put there; "
-                "move them away, or use another --data folder"
-            )
-        if source in (None, "demo") and (own := find_own_image(data)):
-            raise UserError(
-                f"{data} holds images of yours ({brief(own.name)}); {how_to_fill(data)}"
-            )
-        return False
-    if force or not is_filled(data):
-        return False
-    try:
-        facts = read_facts(data)
-        made_from, taken = facts["source"], facts.get("options", options)  # the demo has no options
-    except UserError:  # edited by hand
-        made_from, taken = "an unknown source", options
-    if (source and made_from != source) or ((source or options) and taken != options):
-        how = "" if taken == options else f" with other options ({json.dumps(taken)})"
-        raise UserError(
-            f"{data} already holds a data set made from {made_from}{how}; "
-            "use another --data folder, or --force to replace it"
-        )
-    return True
-
-
 def check_files(examples: list[SourceExample]) -> None:
     """Raise UserError, before any file is copied, if one is not a file or is too large."""
     for example in examples:
@@ -206,15 +188,17 @@ def fill_folder(
     value_range: tuple[float, float] | None,
     grouping: Grouping,
     facts: dict[str, Any],
+    record: Record,
 ) -> list[Filled]:
     """Check every example and copy it into `data`; return the filled images.
 
     Examples without a split are split by the seed and the fractions in `facts`; groups and copies
     stay together. If any file is invalid, nothing is copied and UserError is raised.
+    record: of the source, from take_record.
     """
     check_files(examples)
     check_cases(examples)
-    per_object = rule.gives_objects or any(len(example.masks) != 1 for example in examples)
+    per_object = gives_objects(examples, rule)
     facts = dict(facts)
     if per_object:
         facts["masks"] = "objects"
@@ -226,29 +210,63 @@ def fill_folder(
     with new_dataset(data, facts) as folder:
         filler = Filler(folder, rule, per_object, value_range)
         filled = filler.fill(examples)
-        # Copies are found in the copied images, so the split comes after the copying
-        copies = find_copies(
-            [image.thumbnail for image in filled], [image.sha256 for image in filled]
-        )
-        alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
-        groups = join_groups(given, alike, [image.name for image in filled])
-        filled = split_filled(folder, filled, groups, facts)
-        names = [(image.split, image.name) for image in filled]
-        write_copies(folder / COPIES_FILE, names, copies)
-    if filler.reader.dropped_parts:
-        print(
-            f"left out {filler.reader.dropped_parts} parts of fewer than {rule.smallest_part} "
-            "pixels (--smallest-part)"
-        )
-    if copies:
-        tell(describe_copies(data / COPIES_FILE, names, copies))
+        filled, copies = complete_folder(folder, filled, given, grouping.joins_copies, facts)
+        rows = {
+            key_of(example): Row(f"{image.split}/{image.name}", image.stamps[0], image.stamps[1:])
+            for example, image in zip(examples, filled, strict=True)
+        }
+        facts[SOURCES_KEY] = write_records(folder, [record._replace(rows=rows)])
+    report_filled(data, filler, filled, copies)
     if divided := divided_groups(given, [image.split for image in filled]):
         print(f"warning: the given split divides {len(divided)} groups: {listed(divided)}")
     return filled
 
 
+def gives_objects(examples: list[SourceExample], rule: MaskRule) -> bool:
+    """Return whether an image may have several objects."""
+    return rule.gives_objects or any(len(example.masks) != 1 for example in examples)
+
+
+def complete_folder(
+    folder: Path,
+    filled: list[Filled],
+    given: list[str | None],
+    joins_copies: bool,
+    facts: dict[str, Any],
+    is_addition: bool = False,
+) -> tuple[list[Filled], list[Copy]]:
+    """Find copies, split the images in UNSPLIT, and add all names and groups to `facts`.
+
+    Returns the images with their splits, and the copies. given: the group of each image.
+    is_addition: split them so that all images together approach the fractions.
+    """
+    # Copies are found in the copied images, so the split comes after the copying
+    copies = find_copies([image.thumbnail for image in filled], [image.sha256 for image in filled])
+    alike = [copy[:2] for copy in copies] if joins_copies else []
+    groups = join_groups(given, alike, [image.name for image in filled])
+    filled = split_filled(folder, filled, groups, facts, is_addition)
+    write_copies(folder / COPIES_FILE, [(image.split, image.name) for image in filled], copies)
+    return filled, copies
+
+
+def report_filled(data: Path, filler: Filler, filled: list[Filled], copies: list[Copy]) -> None:
+    """Print how many parts were left out, and which images are copies."""
+    if filler.reader.dropped_parts:
+        print(
+            f"left out {filler.reader.dropped_parts} parts of fewer than "
+            f"{filler.reader.rule.smallest_part} pixels (--smallest-part)"
+        )
+    if copies:
+        names = [(image.split, image.name) for image in filled]
+        tell(describe_copies(data / COPIES_FILE, names, copies))
+
+
 def split_filled(
-    folder: Path, filled: list[Filled], groups: list[str | None], facts: dict[str, Any]
+    folder: Path,
+    filled: list[Filled],
+    groups: list[str | None],
+    facts: dict[str, Any],
+    is_addition: bool = False,
 ) -> list[Filled]:
     """Split the images in UNSPLIT and move their files; add all names and groups to `facts`."""
     unsplit = {
@@ -258,10 +276,14 @@ def split_filled(
     }
     split_of = {}
     if unsplit:
-        splits = split_names(
-            unsplit, facts["val_fraction"], facts["seed"], facts["test_fraction"], unsplit
-        )
-        split_of = {name: split for split, names in splits.items() for name in names}
+        fractions = facts["val_fraction"], facts["seed"], facts["test_fraction"]
+        if is_addition:
+            known = [(image.split, group) for image, group in zip(filled, groups, strict=True)
+                     if image.split != UNSPLIT]  # fmt: skip
+            split_of = split_more(unsplit, *fractions, known)
+        else:
+            splits = split_names(unsplit, *fractions, unsplit)
+            split_of = {name: split for split, names in splits.items() for name in names}
         move_to_splits(folder, split_of)
     filled = [
         image._replace(split=split_of[image.name]) if image.split == UNSPLIT else image
@@ -273,29 +295,6 @@ def split_filled(
         if group:
             facts["groups"].setdefault(image.split, {})[image.name] = group
     return filled
-
-
-def count_pairs(data: Path) -> dict[str, int]:
-    """Return the number of pairs in each split of a data folder."""
-    splits = [split for split in SPLITS if split != "test" or (data / "images" / split).is_dir()]
-    return {split: len(split_pairs(data, split)) for split in splits}
-
-
-def is_filled(data: Path) -> bool:
-    """Return whether a data folder holds images and masks, from this script or the user."""
-    return all(
-        any(path.suffix.lower() in IMAGE_SUFFIXES for path in (data / kind).rglob("*"))
-        for kind in ("images", "masks")
-    )
-
-
-def holds_files(data: Path) -> bool:
-    """Return whether images/ or masks/ of a data folder contain any file that is not hidden."""
-    return any(
-        path.is_file() and not path.name.startswith(".")
-        for kind in ("images", "masks")
-        for path in (data / kind).rglob("*")
-    )
 
 
 def draw_demo(data: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -26,11 +25,13 @@ from finetuning.basics.image_files import (
     write_image,
 )
 from finetuning.dataset.copies import make_thumbnail
+from finetuning.dataset.fingerprint import Stamp, stamp_file, stamp_outlines
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import SourceExample
 
 UNSPLIT = "unsplit"  # the folder of images that are in no split yet
+CHUNK_BYTES = 1 << 18
 MAX_LABEL = 65535  # largest value of a 16-bit label map, so the most objects in an image
 
 
@@ -44,6 +45,7 @@ class Filled(NamedTuple):
     is_turned: bool  # whether its EXIF orientation turns it
     sha256: str  # of the user's image file
     thumbnail: np.ndarray  # from make_thumbnail
+    stamps: tuple[Stamp, ...] = ()  # of the user's image, then of its masks or outlines
 
 
 class Filler:
@@ -66,6 +68,7 @@ class Filler:
         self.folder, self.per_object, self.value_range = folder, per_object, value_range
         self.reader = MaskReader(rule)
         self.unchanged = 0  # images of 8 bits, which have no value range
+        self._stamps: list[Stamp] = []  # of the files copied for the current image
 
     def fill(self, examples: list[SourceExample]) -> list[Filled]:
         """Copy each example into its split, or into UNSPLIT if it has none.
@@ -89,8 +92,9 @@ class Filler:
         return filled
 
     def _fill_one(self, example: SourceExample, split: str) -> Filled:
+        self._stamps = []
         copy = self.folder / "images" / split / (example.name + PurePath(example.image.name).suffix)
-        copy_file(example.image, copy)
+        self._copy(example.image, copy)
         with errors_naming(example.image, copy):
             image = read_image(copy, self.value_range)
         content = copy.read_bytes()
@@ -98,7 +102,7 @@ class Filler:
             self.unchanged += 1
         elif self.value_range:
             copy.unlink()
-            write_image(copy.with_suffix(".png"), image)
+            write_image(copy.with_suffix(".png"), image, in_partial_folder=True)
         to = self.folder / "masks" / split / example.name
         size = image.shape[:2]
         if self.per_object:
@@ -107,31 +111,40 @@ class Filler:
             mask = self._copy_mask(example, to, size)
             areas = [float(mask.mean())] if mask.any() else []
             parts = cv2.connectedComponents(mask.astype(np.uint8))[0] - 1  # without background
-        is_turned = orientation(content) != 1
-        sha256 = hashlib.sha256(content).hexdigest()
-        return Filled(example.name, split, areas, parts, is_turned, sha256, make_thumbnail(image))
+        is_turned, thumbnail = orientation(content) != 1, make_thumbnail(image)
+        stamps = tuple(self._stamps)
+        return Filled(
+            example.name, split, areas, parts, is_turned, stamps[0].sha256, thumbnail, stamps
+        )
+
+    def _copy(self, source: Path, copy: Path) -> None:
+        """Copy a file of the user and keep its stamp, taken before, so that no change is missed."""
+        stamp = stamp_file(source)
+        self._stamps.append(stamp._replace(sha256=copy_file(source, copy)))
 
     def _copy_mask(self, example: SourceExample, to: Path, size: tuple[int, int]) -> np.ndarray:
         """Copy an example's only mask, rewritten in black and white if necessary; return it."""
         source = example.masks[0]
         copy = to.with_name(to.name + PurePath(source.name).suffix)
-        copy_file(source, copy)
+        self._copy(source, copy)
         with errors_naming(source, copy):
             mask = self.reader.read_binary(copy, source)
             require_equal_sizes(example.image, size, copy, mask.shape)
             if not is_read_as(copy, mask):
                 copy.unlink()
-                write_image(to.with_name(f"{to.name}.png"), mask.astype(np.uint8) * 255)
+                new = to.with_name(f"{to.name}.png")
+                write_image(new, mask.astype(np.uint8) * 255, in_partial_folder=True)
         return mask
 
     def _read_objects(self, example: SourceExample, size: tuple[int, int]) -> Iterator[CroppedMask]:
         """Yield the masks of an example's objects, from outlines or mask files."""
         if example.annotated is not None:
+            self._stamps.append(stamp_outlines(example.annotated))
             yield from map(crop_mask, example.annotated.masks(size))
             return
         for source in example.masks:
             copy = self.folder / f"mask{PurePath(source.name).suffix}"
-            copy_file(source, copy)
+            self._copy(source, copy)
             with errors_naming(source, copy):
                 for mask in self.reader.read(copy, source):
                     require_equal_sizes(example.image, size, copy, mask.size)
@@ -159,11 +172,15 @@ def errors_naming(original: Path, copy: Path) -> Iterator[None]:
         raise UserError(str(error).replace(str(copy), str(original))) from error
 
 
-def copy_file(source: Path, copy: Path) -> None:
-    """Copy a file, or a member of an archive up to the size that the archive states."""
+def copy_file(source: Path, copy: Path) -> str:
+    """Copy a file, or a member of an archive up to its stated size; return the SHA-256."""
     copy.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     with source.open("rb") as original, copy.open("wb") as file:
-        shutil.copyfileobj(original, file)  # in chunks; check_archive says why
+        while chunk := original.read(CHUNK_BYTES):  # in chunks; check_archive says why
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()
 
 
 def is_read_as(file: Path, mask: np.ndarray) -> bool:
@@ -203,12 +220,10 @@ def write_objects(
 
 def _write_labels(to: Path, layers: list[np.ndarray]) -> None:
     """Write one label map as TO.png, or several as the pages of TO.tif."""
-    # Without atomic_write: until the data folder is complete, its files are in a temporary folder
-    to.parent.mkdir(parents=True, exist_ok=True)
     if len(layers) == 1:
-        encoded = cv2.imencode(".png", layers[0])[1].tobytes()
-        to.with_name(f"{to.name}.png").write_bytes(encoded)
+        write_image(to.with_name(f"{to.name}.png"), layers[0], in_partial_folder=True)
         return
+    to.parent.mkdir(parents=True, exist_ok=True)
     first, *others = map(Image.fromarray, layers)
     options = {"compression": "tiff_adobe_deflate", "save_all": True, "append_images": others}
     first.save(to.with_name(f"{to.name}.tif"), **options)

@@ -34,9 +34,8 @@ class Grouping(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that differ from the default, as split.json stores them."""
-        chosen = {"group_regex": self.pattern, "groups": self.table and str(self.table.resolve())}
-        chosen["copies"] = None if self.joins_copies else "ignore"
+        """The options besides the table that differ from the default, for split.json."""
+        chosen = {"group_regex": self.pattern, "copies": None if self.joins_copies else "ignore"}
         return {name: value for name, value in chosen.items() if value}
 
 

@@ -128,6 +128,29 @@ def find_own_image(folder: Path) -> Path | None:
     return None
 
 
+def count_pairs(data: Path) -> dict[str, int]:
+    """Return the number of pairs in each split of a data folder."""
+    splits = [split for split in SPLITS if split != "test" or (data / "images" / split).is_dir()]
+    return {split: len(split_pairs(data, split)) for split in splits}
+
+
+def is_filled(data: Path) -> bool:
+    """Return whether a data folder holds images and masks, from this script or the user."""
+    return all(
+        any(path.suffix.lower() in IMAGE_SUFFIXES for path in (data / kind).rglob("*"))
+        for kind in ("images", "masks")
+    )
+
+
+def holds_files(data: Path) -> bool:
+    """Return whether images/ or masks/ of a data folder contain any file that is not hidden."""
+    return any(
+        path.is_file() and not path.name.startswith(".")
+        for kind in ("images", "masks")
+        for path in (data / kind).rglob("*")
+    )
+
+
 def keep_out(data: Path, output: Path, cache: Path | None = None) -> None:
     """Raise UserError if an output or cache folder is the data folder or in its images or masks.
 

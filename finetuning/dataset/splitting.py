@@ -7,6 +7,7 @@ images of a group are in the same split.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -58,6 +59,41 @@ def split_names(
         for split, chosen in splits.items()
         if chosen
     }
+
+
+def split_more(
+    group_of: Mapping[str, str | None],
+    val_fraction: float,
+    seed: int,
+    test_fraction: float,
+    known: Iterable[tuple[str, str | None]],
+) -> dict[str, str]:
+    """Return the split of each new name, so that all images together approach the fractions.
+
+    Names of a group that is known go to its split: the one with most of its images.
+
+    Arguments:
+      group_of: the group of each new name, or None if it is alone.
+      known: the split and the group of each image that is split already.
+    """
+    homes: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    for split, group in known:
+        counts[split] += 1
+        if group:
+            homes.setdefault(group, Counter())[split] += 1
+    total = counts.total() + len(group_of)
+    wanted = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
+    split_of = {}
+    for names in _in_random_order(group_of, seed, group_of):
+        group = group_of[names[0]]
+        if group in homes:
+            split = homes[group].most_common(1)[0][0]
+        else:  # where most is missing
+            split = max(wanted, key=lambda split: wanted[split] * total - counts[split])
+        counts[split] += len(names)
+        split_of |= dict.fromkeys(names, split)
+    return split_of
 
 
 def make_folds(

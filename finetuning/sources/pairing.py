@@ -293,12 +293,12 @@ def to_examples(unnamed: list[UnnamedExample], notes: list[str], skip_unlabelled
 
 def name_examples(unnamed: list[UnnamedExample]) -> list[SourceExample]:
     """Name examples by their images; add folder and number to equal names in a split."""
-    stems = [(example.split or "", _safe(stem_of(example.image))) for example in unnamed]
+    stems = [(example.split or "", safe_name(stem_of(example.image))) for example in unnamed]
     times, examples = Counter(stems), {}
     order = sorted(zip(stems, unnamed, strict=True), key=lambda pair: (pair[0], str(pair[1].image)))
     for (split, stem), example in order:
         # The folder distinguishes equal names; a number, equal names in equal folders
-        name = base = stem if times[split, stem] == 1 else f"{_safe(example.folder)}_{stem}"
+        name = base = stem if times[split, stem] == 1 else f"{safe_name(example.folder)}_{stem}"
         number = 1
         while (split, name) in examples or (name != stem and (split, name) in times):
             number += 1
@@ -307,7 +307,8 @@ def name_examples(unnamed: list[UnnamedExample]) -> list[SourceExample]:
     return [examples[key] for key in sorted(examples)]
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
+    """Return a name without characters that some system refuses in file names."""
     return UNSAFE.sub("_", nfc(name)).rstrip(". ") or "_"
 
 

@@ -30,6 +30,8 @@ from finetuning.sources.pairing import (
     to_examples,
 )
 
+KVASIR_FILE = "kvasir-seg.zip"  # in the data folder
+
 
 @dataclass(frozen=True)
 class Source:
@@ -55,15 +57,16 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The other choices, by name."""
-        chosen = {name: getattr(self, name) for name in ("images", "masks") if getattr(self, name)}
-        chosen = {name: str(path.resolve()) for name, path in chosen.items()}
-        if self.class_names:
-            chosen["class_names"] = list(self.class_names)
-        for name in ("skip_unlabelled", "skip_missing"):
-            if getattr(self, name):
-                chosen[name] = True
-        return chosen
+        """The choices besides paths, by name."""
+        chosen = {"class_names": list(self.class_names)}
+        chosen |= {name: getattr(self, name) for name in ("skip_unlabelled", "skip_missing")}
+        return {name: value for name, value in chosen.items() if value}
+
+    def paths(self, data: Path) -> dict[str, Path]:
+        """Return the files and folders of the source by option; `data` is the folder to fill."""
+        names = ("archive", "images", "masks", "annotations", "pairs")
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return chosen or {"archive": data / KVASIR_FILE}
 
     def check_apart(self, data: Path) -> None:
         """Raise UserError if the folder to fill contains a source folder, or lies in one.
@@ -89,7 +92,7 @@ class Source:
         elif self.images:
             yield find_examples(self.images, self.masks, self.skip_unlabelled)
         else:
-            with self._find_in(self.archive or fetch_archive(data / "kvasir-seg.zip")) as found:
+            with self._find_in(self.archive or fetch_archive(data / KVASIR_FILE)) as found:
                 yield found
 
     @contextlib.contextmanager

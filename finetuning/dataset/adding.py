@@ -1,0 +1,244 @@
+"""Add images to a filled data folder (--add): all that are there stay in their split."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam2_utils import UserError
+
+from finetuning.basics.command_line import listed, tell
+from finetuning.basics.files import content_sha256
+from finetuning.basics.image_files import read_image, read_mask
+from finetuning.basics.threads import in_threads
+from finetuning.dataset.copies import make_thumbnail
+from finetuning.dataset.data_folder import (
+    check_cases,
+    check_files,
+    complete_folder,
+    gives_objects,
+    new_dataset,
+    report_filled,
+)
+from finetuning.dataset.filling import UNSPLIT, Filled, Filler, write_objects
+from finetuning.dataset.fingerprint import (
+    SOURCES_KEY,
+    Match,
+    Record,
+    Row,
+    gone_rows,
+    key_of,
+    match_examples,
+    read_records,
+    stamp_file,
+    write_records,
+)
+from finetuning.dataset.groups import Grouping, find_groups
+from finetuning.dataset.pairs import SPLITS, Pair, read_facts, split_pairs
+from finetuning.dataset.unchanged import (
+    REPLACE,
+    SPLIT_DEFAULTS,
+    differences,
+    record_of,
+    split_changes,
+)
+from finetuning.sources.folder_layouts import IMAGE_FOLDERS
+from finetuning.sources.mask_values import MaskRule
+from finetuning.sources.pairing import SourceExample, safe_name
+
+
+def add_to_folder(
+    data: Path,
+    examples: list[SourceExample],
+    rule: MaskRule,
+    value_range: tuple[float, float] | None,
+    grouping: Grouping,
+    facts: dict[str, Any],
+    now: Record,
+) -> list[Filled] | None:
+    """Add a source's new images to a filled `data`, and replace those that have changed.
+
+    Images in train, val or test stay there. Returns the added and replaced images; None if there is
+    nothing to do. Raises UserError, and changes nothing, if images of the same source are gone or
+    the options differ.
+
+    Arguments:
+      facts: as for is_kept.
+      now: the source's record, from take_record.
+    """
+    known, records = _require_addable(data, facts, value_range)
+    record = record_of(now, records)
+    matches = _match(examples, now, record, records)
+    todo = [index for index, match in enumerate(matches) if match.is_new or match.is_changed]
+    if not todo and not (record and now.groups != record.groups):
+        return None
+    check_files(examples)
+    check_cases(examples)
+    given = find_groups(examples, grouping)
+    pairs = _pairs_by_place(data)
+    placed = _place(matches, pairs)
+    group_of = {place: pair.group for place, pair in pairs.items()}
+    group_of |= {_place_of(placed[i]): group for i, group in enumerate(given) if group}
+    facts = {name: value for name, value in known.items() if name not in (*SPLITS, "groups")}
+    per_object = known.get("masks") == "objects" or gives_objects(examples, rule)
+    facts |= {"masks": "objects"} if per_object else {}
+    replaced = {_place_of(placed[index]) for index in todo}
+    kept = {place: pair for place, pair in pairs.items() if place not in replaced}
+    with new_dataset(data, facts) as folder:
+        images = _carry_over(folder, kept, records, per_object)
+        filler = Filler(folder, rule, per_object, value_range)
+        images += filler.fill([placed[index] for index in todo])
+        groups = [group_of.get(_place_of(image)) for image in images]
+        images, copies = complete_folder(folder, images, groups, grouping.joins_copies, facts, True)
+        filled = dict(zip(todo, images[len(kept) :], strict=True))
+        rows = {key_of(match.example): _row_now(match, filled.get(index))
+                for index, match in enumerate(matches)}  # fmt: skip
+        others = [old for old in records if old is not record]
+        facts[SOURCES_KEY] = write_records(folder, [*others, now._replace(rows=rows)])
+    report_filled(data, filler, images, copies)
+    tell(_summary([matches[index] for index in todo], list(filled.values())))
+    return list(filled.values())
+
+
+def _require_addable(
+    data: Path, facts: dict[str, Any], value_range: tuple[float, float] | None
+) -> tuple[dict[str, Any], list[Record]]:
+    """Return the facts and the records of a folder to which images can be added."""
+    known = read_facts(data)
+    records = read_records(data, known) if known else None
+    if not records:
+        raise UserError(
+            f"{data} has no record of its sources (arranged by hand, the demo, or filled by an "
+            "earlier version), so --add cannot tell what is new; use another --data folder, or "
+            "--force to fill it again"
+        )
+    given = {name: facts[name] if facts[name] != default else known[name]
+             for name, default in SPLIT_DEFAULTS.items()}  # fmt: skip
+    changes = split_changes(known, given)
+    new_range = list(value_range) if value_range else facts.get("value_range")
+    changes += differences({"value_range": known.get("value_range")}, {"value_range": new_range})
+    if changes:
+        raise UserError(f"--add keeps the split and the values: {', '.join(changes)}; {REPLACE}")
+    return known, records
+
+
+def _match(
+    examples: list[SourceExample], now: Record, record: Record | None, records: list[Record]
+) -> list[Match]:
+    """Match the examples to the rows of their source (record), then to those of other sources."""
+    if record and (changes := differences(record.options, now.options)):
+        raise UserError(f"--add needs the same options as before: {', '.join(changes)}; {REPLACE}")
+    rows = record.rows if record else {}
+    others = {row.place: row for old in records if old is not record for row in old.rows.values()}
+    matches = match_examples(examples, rows, list(others.values()))
+    if gone := [row.place.partition("/")[2] for row in gone_rows(matches, rows)]:
+        raise UserError(
+            f"{len(gone)} of {len(rows)} images, or their masks, are gone from the source: "
+            f"{listed(gone)}; bring them back, or fill the folder again without them: --force"
+        )
+    return matches
+
+
+def _pairs_by_place(data: Path) -> dict[str, Pair]:
+    """Return all pairs of a data folder by SPLIT/NAME."""
+    return {
+        f"{split}/{pair.name}": pair
+        for split in SPLITS
+        if (data / "images" / split).is_dir()
+        for pair in split_pairs(data, split)
+    }
+
+
+def _place_of(image: SourceExample | Filled) -> str:
+    return f"{image.split or UNSPLIT}/{image.name}"
+
+
+def _place(matches: Sequence[Match], places: Iterable[str]) -> list[SourceExample]:
+    """Return the examples with their names and splits in the data folder.
+
+    A new image with a name that is there gets its folder's name and a number, as in name_examples.
+    """
+    names = {place.partition("/")[2].casefold() for place in places}
+    placed = []
+    for match in matches:
+        example, (split, _, name) = (
+            match.example,
+            (match.row.place if match.row else "").partition("/"),
+        )
+        if not match.row:
+            split, name = example.split, example.name
+            folders = [example.image.parent.name, example.image.parent.parent.name]
+            telling = [folder for folder in folders if folder.casefold() not in IMAGE_FOLDERS]
+            base = f"{safe_name(telling[0])}_{name}" if any(telling[:1]) else name
+            number = 0
+            while name.casefold() in names:
+                number += 1
+                name = base if number == 1 else f"{base}_{number}"
+            names.add(name.casefold())
+        placed.append(example._replace(name=name, split=split))
+    return placed
+
+
+def _carry_over(
+    folder: Path, kept: dict[str, Pair], records: Sequence[Record], per_object: bool
+) -> list[Filled]:
+    """Link the files of pairs into a new data folder; return what complete_folder needs of them."""
+    hashes = {row.place: row.image.sha256 for old in records for row in old.rows.values()}
+    for kind in ("images", "masks"):
+        for split in {place.partition("/")[0] for place in kept}:
+            (folder / kind / split).mkdir(parents=True)
+
+    def carry(place: str) -> Filled:
+        pair, (split, _, name) = kept[place], place.partition("/")
+        _link(pair.image, folder / "images" / split / pair.image.name)
+        mask = folder / "masks" / split / pair.mask.name
+        if per_object and not pair.per_object:  # a label map, as the added images need
+            binary = read_mask(pair.mask)
+            write_objects(mask.with_name(name), [binary], binary.shape)
+        elif pair.mask.is_dir():
+            mask.mkdir()
+            for file in pair.mask_files():
+                _link(file, mask / file.name)
+        else:
+            _link(pair.mask, mask)
+        sha256 = hashes.get(place) or content_sha256(pair.image)
+        thumbnail = make_thumbnail(read_image(pair.image))
+        return Filled(name, split, [], 0, False, sha256, thumbnail)
+
+    return in_threads(carry, list(kept), "Reading the images that are there", "image")
+
+
+def _link(file: Path, to: Path) -> None:
+    """Give a file a second name, or copy it where the drive has no links."""
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copy2(file, to)
+
+
+def _row_now(match: Match, filled: Filled | None) -> Row:
+    """Return the row of a match, which was filled now or is as it was but for its times."""
+    if filled:
+        return Row(_place_of(filled), filled.stamps[0], filled.stamps[1:])
+    example, (place, image, masks) = match.example, match.row
+    if example.annotated is None:
+        masks = tuple(map(stamp_file, example.masks, [mask.sha256 for mask in masks]))
+    return Row(place, stamp_file(example.image, image.sha256), masks)
+
+
+def _summary(done: Sequence[Match], filled: Sequence[Filled]) -> str:
+    """Return the line that says what was added and replaced."""
+    pairs = list(zip(done, filled, strict=True))
+    splits = Counter(image.split for match, image in pairs if match.is_new)
+    where = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split])
+    replaced = {
+        "image": sum(match.image_changed for match in done),
+        "mask": sum(match.masks_changed and not match.image_changed for match in done),
+    }
+    parts = [f"{splits.total()} new images ({where})" if where else "no new images"]
+    parts += [f"{n} replaced {what}s" for what, n in replaced.items() if n]
+    return f"added: {', '.join(parts)}; all others stay in their split"

@@ -1,0 +1,289 @@
+"""Notice what has changed in the sources of a data folder since it was filled.
+
+    data/sources.json   each source: its paths and options, digests of the listing of its files, and
+                        for each example its place in the data folder and the stamps of its files
+
+If a source's listing (names, sizes, times; the content of text files) is unchanged, nothing else is
+read. Otherwise its examples are compared, by content where only the time of a file differs, so that
+a folder that was copied or moved is recognised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sam2_utils import UserError
+
+import numpy as np
+
+from finetuning.basics.command_line import listed, nfc
+from finetuning.basics.files import content_sha256, read_file
+from finetuning.sources.folder_layouts import IGNORED, suffix_of
+from finetuning.sources.pairing import SourceExample
+
+SOURCES_FILE = "sources.json"  # beside split.json, which holds its SHA-256
+SOURCES_KEY = "sources_sha256"  # of that hash in split.json
+TEXT_SUFFIXES = {".csv", ".json", ".tsv", ".txt", ".xml", ".yaml", ".yml"}  # compared by content
+
+
+class Stamp(NamedTuple):
+    """What identifies the content of a file."""
+
+    size: int
+    time: int  # of the last change, in ns; for a member of an archive its CRC, for outlines 0
+    sha256: str
+
+
+class Row(NamedTuple):
+    """What a data folder's record says of one example."""
+
+    place: str  # SPLIT/NAME in the data folder
+    image: Stamp
+    masks: tuple[Stamp, ...]  # of the mask files, or one of the outlines
+
+
+class Record(NamedTuple):
+    """One source of a data folder."""
+
+    paths: dict[str, str]  # by option: absolute paths of the source, and of the table of groups
+    options: dict[str, Any]
+    listing: str  # digest of the names and sizes of its files, and of the content of text files
+    times: str  # digest of the times of the other files
+    groups: str | None  # SHA-256 of the table of groups
+    rows: dict[str, Row]  # by key_of the example
+
+
+class Match(NamedTuple):
+    """An example, and the row that records its image; None if it is new."""
+
+    example: SourceExample
+    key: str | None
+    row: Row | None
+    image_changed: bool = False
+    masks_changed: bool = False
+
+    @property
+    def is_new(self) -> bool:
+        return self.row is None
+
+    @property
+    def is_changed(self) -> bool:
+        return self.image_changed or self.masks_changed
+
+
+def key_of(example: SourceExample) -> str:
+    """Return SPLIT/NAME of an example in its source, where the split may be empty."""
+    return f"{example.split or ''}/{example.name}"
+
+
+# Stamps
+
+
+def stamp_file(path: Path, sha256: str = "") -> Stamp:
+    """Return the stamp of a file, or of a member of a zip archive (zipfile.Path)."""
+    if isinstance(path, zipfile.Path):
+        member = path.root.getinfo(path.at)
+        return Stamp(member.file_size, member.CRC, sha256)
+    facts = path.stat()
+    return Stamp(facts.st_size, facts.st_mtime_ns, sha256)
+
+
+def stamp_outlines(annotated: Any) -> Stamp:
+    """Return the stamp of the outlines of an image, wherever their files are."""
+    digest = hashlib.sha256()
+    _add_to_digest(digest, annotated)
+    return Stamp(0, 0, digest.hexdigest())
+
+
+def _add_to_digest(digest: Any, value: Any) -> None:
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        _add_to_digest(digest, sorted(value.items()))
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for item in value:
+            _add_to_digest(digest, item)
+    elif not isinstance(value, Path):
+        digest.update(repr(value).encode("utf-8", "surrogateescape"))
+
+
+def _sha256(path: Path) -> str:
+    if isinstance(path, Path):
+        return content_sha256(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_same(stamp: Stamp, path: Path) -> bool:
+    now = stamp_file(path)
+    return now[:2] == stamp[:2] or (now.size == stamp.size and _sha256(path) == stamp.sha256)
+
+
+def _are_same_masks(row: Row, example: SourceExample) -> bool:
+    if example.annotated is not None:
+        return row.masks == (stamp_outlines(example.annotated),)
+    same_count = len(row.masks) == len(example.masks)
+    return same_count and all(map(_is_same, row.masks, example.masks))
+
+
+# The record in the data folder
+
+
+def take_record(paths: dict[str, Path], options: dict[str, Any], data: Path) -> Record:
+    """Return the record of a source, as yet without examples.
+
+    paths: of the source and the table of groups, by option. The files of `data` do not count.
+    """
+    listing, times = hashlib.sha256(), hashlib.sha256()
+    for option, root in sorted(paths.items()):
+        for name, path, facts in sorted(_list_files(root, data.resolve())):
+            listing.update(f"{option}/{name}\0{facts.st_size}\n".encode("utf-8", "surrogateescape"))
+            if suffix_of(path) in TEXT_SUFFIXES:
+                listing.update(content_sha256(path).encode())
+            else:
+                times.update(f"{facts.st_mtime_ns}\n".encode())
+    table = paths.get("groups")
+    return Record(
+        {option: str(path.resolve()) for option, path in paths.items()},
+        options,
+        listing.hexdigest(),
+        times.hexdigest(),
+        content_sha256(table) if table else None,
+        {},
+    )
+
+
+def _list_files(root: Path, skipped: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
+    """Yield the path in `root`, the path and the facts of each file that is not hidden."""
+    if not root.is_dir():
+        if root.exists():  # a missing file is refused, more precisely, by those who read it
+            yield "", root, root.stat()
+        return
+    folders = [(str(root), "", {os.path.realpath(root)})]
+    while folders:
+        folder, inside, above = folders.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = inside + nfc(entry.name)
+                if entry.name.startswith(".") or entry.name.lower() in IGNORED:
+                    continue
+                if entry.is_dir():
+                    real = os.path.realpath(entry.path)
+                    if real not in above and real != str(skipped):
+                        folders.append((entry.path, f"{name}/", above | {real}))
+                elif entry.is_file():
+                    yield name, Path(entry.path), entry.stat()
+
+
+def write_records(folder: Path, records: Sequence[Record]) -> str:
+    """Write the records of a data folder; return the SHA-256 of the file."""
+    text = json.dumps([record._asdict() for record in records], ensure_ascii=False)
+    content = text.encode("utf-8", "surrogateescape")
+    (folder / SOURCES_FILE).write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_records(data: Path, facts: dict[str, Any]) -> list[Record] | None:
+    """Return the records of a data folder; None if an earlier version of this script filled it.
+
+    facts: of its split.json. Raises UserError if the file does not match its hash.
+    """
+    if SOURCES_KEY not in facts:
+        return None
+    path = data / SOURCES_FILE
+    content = read_file(path) if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != facts[SOURCES_KEY]:
+        raise UserError(
+            f"{path} is missing, damaged, or was edited; restore it, or fill the folder again with "
+            "download_dataset.py --force"
+        )
+    records = json.loads(content.decode("utf-8", "surrogateescape"))
+    for record in records:
+        for key, (place, image, masks) in record["rows"].items():
+            record["rows"][key] = Row(place, Stamp(*image), tuple(Stamp(*mask) for mask in masks))
+    return [Record(**record) for record in records]
+
+
+# Comparing a source with its record
+
+
+def match_examples(
+    examples: Sequence[SourceExample], rows: Mapping[str, Row], others: Sequence[Row] = ()
+) -> list[Match]:
+    """Find the row of each example: of the same name and content, the same content, or the name.
+
+    rows: of the same source, by key_of. others: of other sources. A row is given to one example.
+    """
+    matches: dict[int, Match] = {}
+    taken: set[str] = set()  # places
+
+    def match(index: int, key: str | None, row: Row, image_changed: bool = False) -> None:
+        taken.add(row.place)
+        changed = not _are_same_masks(row, examples[index])
+        matches[index] = Match(examples[index], key, row, image_changed, changed)
+
+    for index, example in enumerate(examples):
+        row = rows.get(key_of(example))
+        if row and row.place not in taken and _is_same(row.image, example.image):
+            match(index, key_of(example), row)
+    by_content: dict[str, list[tuple[str | None, Row]]] = {}
+    for key, row in [*rows.items(), *((None, row) for row in others)]:
+        by_content.setdefault(row.image.sha256, []).append((key, row))
+    left = [index for index in range(len(examples)) if index not in matches]
+    for index in left:
+        for key, row in by_content.get(_sha256(examples[index].image), ()):
+            if row.place not in taken:
+                match(index, key, row)
+                break
+    for index in left:
+        key = key_of(examples[index])
+        if index not in matches and key in rows and rows[key].place not in taken:
+            match(index, key, rows[key], image_changed=True)
+    return [
+        matches.get(index) or Match(example, None, None) for index, example in enumerate(examples)
+    ]
+
+
+def gone_rows(matches: Sequence[Match], rows: Mapping[str, Row]) -> list[Row]:
+    """Return the rows of a source that no example matches."""
+    places = {match.row.place for match in matches if match.row}
+    return [row for row in rows.values() if row.place not in places]
+
+
+def describe_changes(matches: Sequence[Match], rows: Mapping[str, Row]) -> list[str]:
+    """Return phrases that name the differences between a source's examples and its rows."""
+    known = [match for match in matches if match.row]
+    total = len(rows)
+
+    def phrase(what: str, names: Sequence[str], of: str = "") -> list[str]:
+        count = f"{len(names)}{of}"
+        return [f"{what.format(count)} ({listed(names)})"] if names else []
+
+    of = f" of {total}"
+    masks = [
+        (match.example.masks or [match.example.image])[0].name
+        for match in known
+        if match.masks_changed
+    ]
+    images = [match.example.image.name for match in known if match.image_changed]
+    moved = [
+        match.example.image.name
+        for match in known
+        if match.key and match.key.partition("/")[0] != (match.example.split or "")
+    ]
+    new = [match.example.image.name for match in matches if not match.row]
+    gone = [row.place.partition("/")[2] for row in gone_rows(matches, rows)]
+    return [
+        *phrase("the masks of {} images changed", masks, of),
+        *phrase("{} images changed", images, of),
+        *phrase("{} images are in another split now", moved, of),
+        *phrase("{} images are new", new),
+        *phrase("{} images are gone", gone, of),
+    ]
