@@ -14,10 +14,12 @@ import torch
 from conftest import CPU, draw_pair, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageSequence
 
 import compare_models
 import test_my_image
 import train_sam2_proper
+from finetuning.basics.cropped_masks import crop_mask, value_masks
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.dataset.filling import write_objects
 from finetuning.dataset.objects import count_objects, limit_objects, read_objects
@@ -93,6 +95,67 @@ def test_objects_are_read_as_they_were_written_overlapping_or_not(tmp_path_facto
     assert len(objects) == len(masks)
     for found, mask, area in zip(objects, masks, areas, strict=True):
         assert np.array_equal(found, mask) and area == mask.mean()
+
+
+def write_overlapping(folder: Path) -> tuple[Pair, list[np.ndarray]]:
+    """Write 300 disks, many of which overlap, as the objects of an image."""
+    rng = np.random.default_rng(0)
+    masks = [disk(*rng.integers(SIZE[::-1]), 5) for _ in range(300)]
+    write_objects(folder / "a", masks, SIZE)
+    return Pair("a", folder / "a.tif", folder / "a.tif", per_object=True), masks
+
+
+def test_overlapping_objects_are_one_file_that_other_programs_open(tmp_path):
+    pair, masks = write_overlapping(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]
+    assert pair.mask_files() == [pair.mask]
+    with Image.open(pair.mask) as file:
+        pages = [np.array(page) for page in ImageSequence.Iterator(file)]
+    assert len(pages) > 2 and {page.dtype for page in pages} == {np.dtype(np.uint16)}
+    for number, mask in enumerate(masks, start=1):
+        (found,) = [page == number for page in pages if (page == number).any()]
+        assert np.array_equal(found, mask)
+    some = read_objects(pair._replace(chosen=(299, 7)))
+    assert np.array_equal(some[0], masks[299]) and np.array_equal(some[1], masks[7])
+
+
+def test_a_damaged_file_of_overlapping_objects_is_refused_not_read_in_part(tmp_path, capfd):
+    pair, masks = write_overlapping(tmp_path)
+    content, rng = pair.mask.read_bytes(), np.random.default_rng(1)
+    damaged = [content[: len(content) * k // 20] for k in range(20)]
+    for place in rng.integers(len(content), size=40):
+        changed = bytearray(content)
+        changed[place] ^= 255
+        damaged.append(bytes(changed))
+    for changed in damaged:
+        pair.mask.write_bytes(changed)
+        with contextlib.suppress(UserError):
+            assert all(map(np.array_equal, read_objects(pair), masks))
+
+
+def test_a_folder_with_a_file_for_each_object_is_read_as_earlier_versions_wrote_it(tmp_path):
+    masks = [disk(30, 30), disk(35, 30), disk(90, 60)]
+    for number, mask in enumerate(masks, start=1):
+        write_image(tmp_path / "a" / f"{number:05}.png", mask.astype(np.uint8) * 255)
+    objects = read_objects(Pair("a", tmp_path / "a", tmp_path / "a", per_object=True))
+    assert objects.size == SIZE and len(objects) == 3
+    assert all(map(np.array_equal, objects, masks))
+    assert np.array_equal(objects.together()[0], np.logical_or.reduce(masks))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from((np.uint8, np.uint16, np.int64)))
+def test_the_masks_of_all_values_are_found_in_one_pass(seed, dtype):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, rng.integers(1, 256), rng.integers(1, 12, 2)).astype(dtype)
+    expected = {value: values == value for value in np.unique(values).tolist() if value}
+    found = dict(value_masks(values))
+    assert list(found) == list(expected)  # in ascending order
+    for value, mask in found.items():
+        assert np.array_equal(mask.full(), expected[value])
+        assert crop_mask(mask).box == mask.box and mask.area == expected[value].sum()
+        assert all(mask.overlap(other) == 0 for other in found.values() if other is not mask)
+        assert mask.overlap(crop_mask(values > 0)) == mask.area
 
 
 def test_what_split_json_says_decides_how_masks_are_read(tmp_path):
@@ -232,7 +295,10 @@ def test_validation_takes_some_of_very_many_objects(tmp_path, capsys):
 
 
 def test_training_and_comparison_count_the_same_objects(run_script, tmp_path, random_mini):
-    write_disks(tmp_path / "data", {"train": [3, 1, 9], "val": [4, 2]})
+    data = write_disks(tmp_path / "data", {"train": [3, 1, 9], "val": [4, 2]})
+    (data / "masks/val/val_1.png").unlink()
+    write_objects(data / "masks/val/val_1", [disk(14, 20), disk(24, 20)], SIZE)  # they overlap
+    assert (data / "masks/val/val_1.tif").is_file()
     options = "--model", "mini", "--checkpoint", random_mini
     outcome = run_script(
         train_sam2_proper.main, *options, "--epochs", 1, "--objects-per-image", 3, "--lr", 1e-3

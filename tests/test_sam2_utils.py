@@ -17,6 +17,7 @@ from sam2.utils.transforms import SAM2Transforms
 
 import compare_models
 from finetuning.basics import pictures
+from finetuning.basics.cropped_masks import crop_mask
 from finetuning.model import models, segmentation
 from finetuning.model.drawing import draw_object
 from finetuning.model.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
@@ -35,6 +36,7 @@ from finetuning.model.segmentation import (
     predict_masks,
     segment_with_logits,
     upscale_masks,
+    upscale_to_mask,
 )
 
 
@@ -334,6 +336,18 @@ def test_a_pixel_that_was_clicked_is_not_clicked_again():
     assert corrective_click(predicted, true_mask, [(22, 12), (50, 30)]) is None
 
 
+@pytest.mark.parametrize("kind", ["center", "random", "inner", "box", "none"])
+def test_a_prompt_made_in_a_masks_box_is_that_of_the_whole_mask(kind):
+    for index in range(5):
+        mask = draw_pair(index)[1]
+        cropped = crop_mask(mask)
+        expected = prompt_from_mask(mask, kind, np.random.default_rng(index))
+        prompt = prompt_from_mask(cropped.crop, kind, np.random.default_rng(index))
+        prompt = prompt.moved(cropped.x, cropped.y)
+        assert prompt.point_coords.tolist() == expected.point_coords.tolist()
+        assert prompt.point_labels.tolist() == expected.point_labels.tolist()
+
+
 def test_a_prompt_lists_the_box_first_then_foreground_then_background():
     prompt = make_prompt([(1, 2)], [(3, 4)], (5, 6, 7, 8))
     assert prompt.point_coords.tolist() == [[5, 6], [7, 8], [1, 2], [3, 4]]
@@ -376,6 +390,36 @@ def test_masks_and_scores_equal_those_of_sam2_image_predictor(predictor, size, k
     mask, score, _ = segment_with_logits(predictor, features, prompt, size)
     assert np.array_equal(mask, expected_masks[expected_scores.argmax()] > 0)
     assert score == pytest.approx(expected_scores.max(), abs=1e-5)
+
+
+def test_a_mask_is_upscaled_to_the_last_digit_alike_inside_its_box_and_as_a_whole(predictor):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        side = int(rng.choice([32, 64, 256]))
+        size = tuple(map(int, rng.integers(1, 700, 2)))
+        ys, xs = np.mgrid[:side, :side] - rng.uniform(0, side, 2)[:, None, None]
+        blob = rng.uniform(1, side / 3) - np.hypot(xs, ys) + rng.normal(0, 0.5, (side, side))
+        logits = torch.from_numpy(blob).float()[None, None]
+        found = upscale_to_mask(predictor, logits, size)
+        expected = upscale_masks(predictor, logits, size)[0, 0].numpy() > 0
+        assert found.size == size and np.array_equal(found.full(), expected)
+        assert found.crop.shape == crop_mask(expected).crop.shape
+    nothing = upscale_to_mask(predictor, torch.full((1, 1, 64, 64), -1.0), (300, 400))
+    assert not nothing.full().any() and nothing.full().shape == (300, 400)
+
+
+def test_upscaling_a_small_object_takes_time_for_its_box_only(predictor, monkeypatch):
+    asked, upscale = [], segmentation.upscale_masks
+
+    def note_pixels(predictor, logits, size):
+        asked.append(size[0] * size[1])
+        return upscale(predictor, logits, size)
+
+    monkeypatch.setattr(segmentation, "upscale_masks", note_pixels)
+    logits = torch.full((1, 1, 64, 64), -1.0)
+    logits[..., 30:32, 40:42] = 1.0
+    upscale_to_mask(predictor, logits, (4000, 4000))
+    assert sum(asked) < 0.1 * 4000 * 4000
 
 
 @pytest.mark.parametrize("stable", [True, False])
@@ -459,7 +503,11 @@ def test_a_drawing_shows_mask_points_and_box_and_leaves_the_rest_alone():
     canvas = np.full((200, 300, 3), 100, np.uint8)
     mask = np.zeros((200, 300), bool)
     mask[50:150, 100:200] = True
-    draw_object(canvas, mask, make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160)))
+    prompt = make_prompt([(120, 80)], [(20, 20)], (90, 40, 210, 160))
+    cropped = canvas.copy()
+    draw_object(cropped, crop_mask(mask), prompt)
+    draw_object(canvas, mask, prompt)
+    assert np.array_equal(cropped, canvas)
     assert tuple(canvas[120, 150]) == (65, 122, 177)  # half gray, half blue
     assert tuple(canvas[80, 120]) == pictures.GREEN
     assert tuple(canvas[20, 20]) == pictures.RED

@@ -1,6 +1,7 @@
 """Validation finds what compare_models.py measures, and reads its masks once."""
 
 import copy
+import re
 from pathlib import Path
 
 from sam2_utils import NotFiniteError, UserError
@@ -143,6 +144,26 @@ def test_images_without_an_object_are_counted(pairs, model, capsys):
     assert capsys.readouterr().out == ("skipped 1 of 7 validation images: their masks are empty\n")
     Validation(pairs[:2]).measure(model)
     assert capsys.readouterr().out == ""
+
+
+def test_a_long_validation_of_many_objects_says_what_it_costs_once(
+    pairs, model, capsys, monkeypatch
+):
+    monkeypatch.setattr(measuring, "SLOW", 0)
+    measured = Validation(pairs[:2])
+    measured.measure(model)
+    line = r"validation takes \d+ s each time: 4 prompts in 2 images\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+    measured.measure(model)
+    Validation(pairs[1:2]).measure(model)  # one object in each image
+    assert capsys.readouterr().out == ""
+
+
+def test_the_bar_counts_objects_where_an_image_has_several(pairs, model, capsys):
+    measure([model], pairs[:2])
+    assert "/4 [" in capsys.readouterr().err
+    measure([model], pairs[:2], "none")
+    assert "/2 [" in capsys.readouterr().err
 
 
 def test_what_is_found_where_nothing_is_is_counted(pairs, predictor, model):

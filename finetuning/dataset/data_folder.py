@@ -1,7 +1,7 @@
 """Fill a data folder with pairs, split into train and val: completely, or not at all.
 
     data/images/{train,val,test}/NAME.jpg   copies of the user's images
-    data/masks/{train,val,test}/NAME.png    black and white, or one label map (or folder) per image
+    data/masks/{train,val,test}/NAME.png    black and white, or a label map (NAME.tif: several)
     data/split.json                         the facts: source, options, split, groups; a digest
     data/sources.json                       the sources, to notice what changes in them
     data/copies.csv, overview.png           duplicates; a picture to look at

@@ -12,7 +12,6 @@ from sam2_utils import UserError
 
 import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from finetuning.basics.cropped_masks import CroppedMask, crop_mask
@@ -26,6 +25,7 @@ from finetuning.basics.image_files import (
 )
 from finetuning.dataset.copies import make_thumbnail
 from finetuning.dataset.fingerprint import Stamp, stamp_file, stamp_outlines
+from finetuning.dataset.objects import write_label_maps
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import SourceExample
@@ -200,30 +200,19 @@ def write_objects(
     in the first one where it covers no other. Objects are numbered in order. Empty masks are left
     out.
     """
-    layers, areas = [np.zeros(size, np.uint16)], []
+    maps, areas = [np.zeros(size, np.uint16)], []
     for mask in map(crop_mask, masks):
         if not mask.area:
             continue
         areas.append(mask.area / (size[0] * size[1]))
         if len(areas) > MAX_LABEL:
             raise UserError(f"{to.name} has more than {MAX_LABEL} objects; use smaller images")
-        free = (layer for layer in layers if not layer[mask.box][mask.crop].any())
-        layer = next(free, None)
-        if layer is None:
-            layer = np.zeros(size, np.uint16)
-            layers.append(layer)
-        layer[mask.box][mask.crop] = len(areas)
+        free = (page for page in maps if not page[mask.box][mask.crop].any())
+        page = next(free, None)
+        if page is None:
+            page = np.zeros(size, np.uint16)
+            maps.append(page)
+        page[mask.box][mask.crop] = len(areas)
     depth = np.uint8 if len(areas) < 256 else np.uint16
-    _write_labels(to, [layer.astype(depth) for layer in layers])
+    write_label_maps(to, [page.astype(depth) for page in maps])
     return areas
-
-
-def _write_labels(to: Path, layers: list[np.ndarray]) -> None:
-    """Write one label map as TO.png, or several as the pages of TO.tif."""
-    if len(layers) == 1:
-        write_image(to.with_name(f"{to.name}.png"), layers[0], in_partial_folder=True)
-        return
-    to.parent.mkdir(parents=True, exist_ok=True)
-    first, *others = map(Image.fromarray, layers)
-    options = {"compression": "tiff_adobe_deflate", "save_all": True, "append_images": others}
-    first.save(to.with_name(f"{to.name}.tif"), **options)

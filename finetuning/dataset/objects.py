@@ -7,7 +7,9 @@ mask per object, as earlier versions wrote it, is read too.
 
 from __future__ import annotations
 
-import contextlib
+import io
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from sam2_utils import UserError
 
 import cv2
 import numpy as np
+from PIL import Image, ImageSequence
 
 from finetuning.basics.cropped_masks import CroppedMask, crop_mask, value_boxes
 from finetuning.basics.files import read_file
@@ -25,6 +28,9 @@ from finetuning.basics.tiff import tiff_pages
 from finetuning.dataset.pairs import Pair, files_by_stem
 
 DEPTHS = (np.uint8, np.uint16)  # of label maps
+COMMENT_TAG = 270  # TIFF's ImageDescription
+# Decoders take damaged pages without an error, so a TIFF's comment holds what to check
+COMMENT = re.compile(rb"label maps of overlapping objects: (\d+), CRC-32 ([0-9a-f]{8})")
 DRAW_SEED = 42  # of limit_objects: every run validates on the same objects, whatever its --seed
 
 
@@ -87,44 +93,23 @@ def read_objects(pair: Pair) -> Objects:
             raise UserError(f"no masks in {pair.mask}; fill the data folder again")
         objects = Objects(read_mask(files[0]).shape, files, _read_object)
     else:
-        layers = read_labels(pair.mask)
+        maps = read_label_maps(pair.mask)
         found = [
-            (value, layer, box)
-            for layer, labels in enumerate(layers)
+            (value, page, box)
+            for page, labels in enumerate(maps)
             for value, box in value_boxes(labels)
         ]
         found.sort(key=lambda one: one[:2])
 
         def make(one: tuple[int, int, tuple[slice, slice]]) -> CroppedMask:
-            value, layer, (rows, columns) = one
-            crop = layers[layer][rows, columns] == value
-            return CroppedMask(crop, columns.start, rows.start, layers[layer].shape)
+            value, page, (rows, columns) = one
+            crop = maps[page][rows, columns] == value
+            return CroppedMask(crop, columns.start, rows.start, maps[page].shape)
 
-        objects = Objects(layers[0].shape, found, make)
+        objects = Objects(maps[0].shape, found, make)
     if pair.as_one:
         return objects.together()
     return objects if pair.chosen is None else objects.only(pair.chosen)
-
-
-def read_labels(path: Path) -> list[np.ndarray]:
-    """Read the label map of an image, or the pages of a TIFF of several.
-
-    Each is HxW uint8 or uint16; 0 is background, each other value an object.
-    """
-    content = read_file(path)
-    pages, is_lossy = [], False
-    if (count := len(tiff_pages(content))) > 1:
-        with contextlib.suppress(cv2.error):
-            buffer = np.frombuffer(content, np.uint8)
-            pages = list(cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED)[1])
-        if len(pages) != count or len({page.shape for page in pages}) > 1:
-            raise UserError(f"{path} is damaged; fill the data folder again")
-    else:
-        page, is_lossy = read_values(path)
-        pages = [page]
-    if is_lossy or any(page.ndim != 2 or page.dtype not in DEPTHS for page in pages):
-        raise UserError(f"{path} is not an 8- or 16-bit label map; fill the data folder again")
-    return pages
 
 
 def _read_object(path: Path) -> np.ndarray:
@@ -168,3 +153,62 @@ def limit_objects(pairs: list[Pair], most: int, seed: int = DRAW_SEED) -> list[P
     for index, k in (all_objects[i] for i in sorted(drawn)):
         chosen.setdefault(index, []).append(k)
     return [pairs[index]._replace(chosen=tuple(numbers)) for index, numbers in chosen.items()]
+
+
+def write_label_maps(to: Path, maps: Sequence[np.ndarray]) -> None:
+    """Write one HxW uint8 or uint16 label map as TO.png, or several as the pages of TO.tif."""
+    # Without atomic_write: a data folder's files are written to a temporary folder
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if len(maps) == 1:
+        encoded = cv2.imencode(".png", maps[0])[1].tobytes()
+        to.with_name(f"{to.name}.png").write_bytes(encoded)
+        return
+    comment = f"label maps of overlapping objects: {len(maps)}, CRC-32 {_checksum(maps):08x}"
+    first, *others = map(Image.fromarray, maps)
+    first.save(
+        to.with_name(f"{to.name}.tif"),
+        save_all=True,
+        append_images=others,
+        compression="tiff_adobe_deflate",
+        tiffinfo={COMMENT_TAG: comment},
+    )
+
+
+def read_label_maps(path: Path) -> list[np.ndarray]:
+    """Read the label maps of an image, each HxW uint8 or uint16.
+
+    0 is background, each other value an object. Raises UserError if the file is damaged, or holds
+    other values.
+    """
+    content = read_file(path)
+    comment, is_lossy = COMMENT.search(content), False
+    if comment or len(tiff_pages(content)) > 1:
+        maps = _read_pages(content)
+        is_whole = len({page.shape for page in maps}) == 1
+        if comment:
+            found = len(maps), _checksum(maps)
+            is_whole = is_whole and found == (int(comment[1]), int(comment[2], 16))
+        if not is_whole:
+            raise UserError(f"{path} is damaged; fill the data folder again")
+    else:
+        values, is_lossy = read_values(path)
+        maps = [values]
+    if is_lossy or any(page.ndim != 2 or page.dtype not in DEPTHS for page in maps):
+        raise UserError(f"{path} is not an 8- or 16-bit label map; fill the data folder again")
+    return maps
+
+
+def _read_pages(content: bytes) -> list[np.ndarray]:
+    """Return the pages of a TIFF; none if they cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["TIFF"]) as image:
+            return [np.array(page) for page in ImageSequence.Iterator(image)]
+    except Exception:  # damaged files raise many kinds
+        return []
+
+
+def _checksum(maps: Sequence[np.ndarray]) -> int:
+    checksum = 0
+    for page in maps:
+        checksum = zlib.crc32(np.ascontiguousarray(page).tobytes(), checksum)
+    return checksum

@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
     name: str  # the file stem
     image: Path
-    mask: Path  # a black-and-white image; with per_object a label map, or a folder of such images
+    mask: Path  # a black-and-white image; with per_object label maps, or a folder of such images
     per_object: bool = False  # whether the mask tells objects apart, else it is one object
     chosen: tuple[int, ...] | None = None  # indices of the objects to use; None: all
     as_one: bool = False  # whether all objects, chosen or not, are merged into one

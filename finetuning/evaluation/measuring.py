@@ -284,10 +284,8 @@ class Validation:
             results = measure_examples([model], self._images, metrics=LOGGED)
             results = list(tqdm(results, "Validating", count, unit=unit, leave=False))
         if is_first and unit == "object" and (seconds := time.perf_counter() - begun) > SLOW:
-            print(
-                f"validation takes {seconds:.0f} s after each epoch: {len(results)} prompts in "
-                f"{len(self._images)} images; fewer val images would be faster"
-            )
+            images = f"{len(self._images)} image{'s' * (len(self._images) > 1)}"
+            print(f"validation takes {seconds:.0f} s each time: {len(results)} prompts in {images}")
         means = {
             kind: mean_metrics([result for result in results if result.prompt_kind == kind])
             for kind in self.kinds

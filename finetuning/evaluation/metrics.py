@@ -16,7 +16,8 @@ import numpy as np
 from finetuning.model.prompts import distance_to_zero
 
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its 4 neighbours
-
+PAIRS_PER_PIXEL = 3  # two distance transforms take as long as this many pairs of pixels per pixel
+MOST_PAIRS = 1 << 20  # compared at once: 8 MB
 
 Size = tuple[int, int]
 
@@ -56,12 +57,8 @@ def calculate_hd95(
     if not predicted.any() or not true.any():
         diagonal = float(np.hypot(*(image_size or true.shape)))
         return diagonal if predicted.any() or true.any() else 0.0
-    surfaces = find_surface(predicted), find_surface(true)
-    directed = [
-        np.percentile(distances_to(target, surface), 95)
-        for surface, target in (surfaces, surfaces[::-1])
-    ]
-    return float(max(directed))
+    directed = find_distances(find_surface(predicted), find_surface(true))
+    return float(max(np.percentile(distances, 95) for distances in directed))
 
 
 Metric = Callable[[np.ndarray, np.ndarray, Size], float]  # predicted, true, (H,W) of the image
@@ -97,9 +94,28 @@ def find_surface(mask: np.ndarray) -> np.ndarray:
     return mask & (inner == 0)
 
 
-def distances_to(surface: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Return the Euclidean distance to the nearest pixel of a surface for each of N pixels.
+def find_distances(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Euclidean distance from each pixel of a surface to the other surface, both ways.
 
-    surface, pixels: HxW bool. Returns N float64.
+    first, second: HxW bool, not empty. Returns float64 arrays, a value per pixel of a surface.
     """
-    return distance_to_zero((~surface).view(np.uint8), np.float64, pixels)
+    pixels, others = (
+        np.stack(np.divmod(np.flatnonzero(surface), surface.shape[1]), axis=1).astype(np.float64)
+        for surface in (first, second)
+    )
+    if len(pixels) * len(others) > PAIRS_PER_PIXEL * first.size:
+        zeros = [(~surface).view(np.uint8) for surface in (second, first)]
+        return tuple(
+            distance_to_zero(values, np.float64)[surface]
+            for values, surface in zip(zeros, (first, second), strict=True)
+        )
+    # A small surface in a large image: comparing the pixels of both is faster than the transform
+    rows = max(1, MOST_PAIRS // len(others))
+    nearest, nearest_other = [], np.full(len(others), np.inf)
+    for start in range(0, len(pixels), rows):
+        some = pixels[start : start + rows]
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 ab, exactly, since coordinates are whole numbers
+        squared = np.square(some).sum(1)[:, None] + np.square(others).sum(1) - 2 * some @ others.T
+        nearest.append(squared.min(axis=1))
+        nearest_other = np.minimum(nearest_other, squared.min(axis=0))
+    return np.sqrt(np.concatenate(nearest)), np.sqrt(nearest_other)

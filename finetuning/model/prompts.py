@@ -52,16 +52,9 @@ def distance_inside(mask: np.ndarray) -> np.ndarray:
     return distance_to_zero(padded, np.float32)[1:-1, 1:-1]
 
 
-def distance_to_zero(
-    values: np.ndarray, dtype: type, pixels: np.ndarray | None = None
-) -> np.ndarray:
-    """Return each pixel's Euclidean distance to the nearest 0 of HxW uint8 values, as a dtype.
-
-    pixels: HxW bool, to return only the distances of these pixels.
-    """
+def distance_to_zero(values: np.ndarray, dtype: type) -> np.ndarray:
+    """Return each pixel's Euclidean distance to the nearest 0 of HxW uint8 values, as a dtype."""
     distance = cv2.distanceTransform(values, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    if pixels is not None:
-        distance = distance[pixels]
     # Squared distances are whole numbers. OpenCV's square roots of equal ones differ in the last
     # digit, depending on memory alignment, so a tie for the deepest pixel would be broken by luck.
     return np.sqrt(np.rint(np.square(distance, dtype=dtype)))
