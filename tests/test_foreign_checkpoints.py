@@ -1,7 +1,9 @@
 """Weights of SAM 2.1 are taken in every form that people save them in, and no code is run."""
 
+import argparse
 import copy
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,10 +16,18 @@ from safetensors.torch import save_file
 
 import test_my_image
 import train_sam2_proper
+from finetuning.basics.files import content_sha256
 from finetuning.model import checkpoints, models
-from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
+from finetuning.model.checkpoints import (
+    RESAVED,
+    checkpoint_path,
+    load_checkpoint,
+    save_checkpoint,
+)
 from finetuning.model.models import build_predictor, load_predictor
 from finetuning.model.weight_names import is_for_images, transformers_weights
+
+MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 
 
 @pytest.fixture(scope="module")
@@ -347,3 +357,28 @@ def test_what_this_project_saves_loads_as_saved(tmp_path):
     model = build_predictor("mini", CPU).model
     save_checkpoint(tmp_path / "own.pt", model, epoch=2)
     assert assert_same_weights(tmp_path / "own.pt", model.state_dict())["epoch"] == 2
+
+
+# Files of this project
+
+
+def test_mini_is_saved_for_computers_without_a_gpu_and_known_by_its_earlier_hash(tmp_path):
+    saved = torch.load(MINI, weights_only=True)  # no map_location
+    assert {weight.device.type for weight in saved["model"].values()} == {"cpu"}
+    for earlier, now in RESAVED.items():
+        settings = {"checkpoint_sha256": earlier}
+        torch.save({"model": saved["model"], "settings": settings}, tmp_path / "best.pt")
+        facts = load_checkpoint(tmp_path / "best.pt")
+        assert facts["settings"]["checkpoint_sha256"] == now == content_sha256(MINI)
+
+
+def test_a_folder_stands_for_the_best_model_in_it(tmp_path):
+    for folder, name in (("run", "sam2_best.pt"), ("hf", "model.safetensors")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
+        assert checkpoint_path(str(tmp_path / folder)) == tmp_path / folder / name
+    assert checkpoint_path(str(tmp_path / "absent.pt")) == tmp_path / "absent.pt"
+    (tmp_path / "empty").mkdir()
+    for folder, says in ((tmp_path, str(Path("run/sam2_best.pt"))), (tmp_path / "empty", "a file")):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(says)):
+            checkpoint_path(str(folder))

@@ -5,6 +5,7 @@ coco.json holds exact RLEs; coco_polygons.json holds outlines, for tools that on
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ CATEGORY = {"id": 1, "name": "object"}
 # at most 0.71
 OUTLINE_TOLERANCE = 0.75
 FEW_POINTS = 50  # outlines up to this length stay exact: small parts would lose too much
+THIN = 8.0  # pixels: parts up to this mean width stay exact, too, as they would vanish
 
 
 def require_pycocotools() -> None:
@@ -47,22 +49,53 @@ def to_rle(mask: np.ndarray) -> dict[str, Any]:
 def to_polygons(mask: np.ndarray) -> list[list[int]]:
     """Return an outline x1, y1, x2, y2, ... of each part of an HxW bool mask that is not empty.
 
-    Outlines follow the edges of pixels; long ones are simplified, within OUTLINE_TOLERANCE. Holes
-    are filled, as COCO polygons cannot have any.
+    Outlines follow the edges of pixels; long ones are simplified, within OUTLINE_TOLERANCE, unless
+    the part is thin. A COCO polygon has no holes, so a cut of no width joins each to its outline.
     """
     x1, y1, x2, y2 = mask_box(mask)
     part = mask[y1 : y2 + 1, x1 : x2 + 1].astype(np.uint8)
     # OpenCV connects the centers of the outermost pixels, not their edges. After doubling, a pixel
     # x has the centers 2x and 2x+1, which (center + 1) // 2 maps to its edges x and x+1.
     doubled = part.repeat(2, axis=0).repeat(2, axis=1)
-    outlines, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    polygons = []
-    for outline in outlines:
-        edges = (outline + 1) // 2 + np.array([x1, y1], np.int32)
-        if len(edges) > FEW_POINTS:
-            edges = cv2.approxPolyDP(edges, OUTLINE_TOLERANCE, closed=True)
-        polygons.append(edges.ravel().tolist())
-    return polygons
+    contours, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    rings = [(contour[:, 0] + 1) // 2 + np.array([x1, y1], np.int32) for contour in contours]
+    holes: dict[int, list[np.ndarray]] = {}  # by the index of the outline around them
+    for ring, (*_, parent) in zip(rings, tree[0], strict=True):
+        holes.setdefault(int(parent), []).append(ring)
+    outlines = [index for index, (*_, parent) in enumerate(tree[0]) if parent < 0]
+    return [_to_polygon([rings[index], *holes.get(index, [])]) for index in outlines]
+
+
+def _to_polygon(rings: list[np.ndarray]) -> list[int]:
+    """Return the polygon of a part: its outline and holes, each Nx2 int32, joined by cuts."""
+    area, *hole_areas = map(cv2.contourArea, rings)
+    length = sum(cv2.arcLength(ring, closed=True) for ring in rings)
+    if 2 * (area - sum(hole_areas)) >= THIN * length:
+        rings = [
+            ring
+            if len(ring) <= FEW_POINTS
+            else cv2.approxPolyDP(ring, OUTLINE_TOLERANCE, closed=True)[:, 0]
+            for ring in rings
+        ]
+    return cut_open(*rings).ravel().tolist()
+
+
+def cut_open(outline: np.ndarray, *holes: np.ndarray) -> np.ndarray:
+    """Join an outline and the holes in it, each Nx2 in (X,Y), into one polygon.
+
+    A cut of no width leads from the outline to each hole, and back.
+    """
+    detours: dict[int, list[np.ndarray]] = {}  # by the index of the outline's point
+    for hole in holes:
+        start = int(((outline - hole[0]) ** 2).sum(1).argmin())
+        end = int(((hole - outline[start]) ** 2).sum(1).argmin())
+        hole = np.roll(hole, -end, axis=0)
+        detours.setdefault(start, []).append(np.concatenate([hole, hole[:1], outline[[start]]]))
+    ends = sorted(detours)
+    parts = np.split(outline, [end + 1 for end in ends])
+    for part, end in enumerate(ends):
+        parts[part] = np.concatenate([parts[part], *detours[end]])
+    return np.concatenate(parts)
 
 
 class CocoFile:
@@ -131,9 +164,19 @@ class CocoFile:
             temporary.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
 
 
-def coco_files(folder: Path, prefix: str = "") -> list[CocoFile]:
-    """Return a folder's two COCO files, with RLEs and with polygons; prefix starts their names."""
-    return [
-        CocoFile(folder / f"{prefix}coco.json", to_rle),
-        CocoFile(folder / f"{prefix}coco_polygons.json", to_polygons),
-    ]
+def coco_files(folder: Path, prefix: str = "", is_forced: bool = True) -> list[CocoFile]:
+    """Return a folder's two COCO files, with RLEs and with polygons; prefix starts their names.
+
+    is_forced: False for those that exist already and are this script's.
+    """
+    outlines = {f"{prefix}coco.json": to_rle, f"{prefix}coco_polygons.json": to_polygons}
+    if is_forced:
+        return [CocoFile(folder / name, outline) for name, outline in outlines.items()]
+    files = []
+    for name, outline in outlines.items():
+        with contextlib.suppress(UserError):
+            files.append(CocoFile(folder / name, outline))
+    files = [file for file in files if file.path.is_file()]
+    if files:
+        require_pycocotools()
+    return files

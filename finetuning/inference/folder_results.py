@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,19 @@ from finetuning.basics.files import (
 )
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.inference.coco_files import coco_files
-from finetuning.inference.result_files import file_names, remove_outdated, write_files
+from finetuning.inference.result_files import IMAGE_ENDINGS, file_names, write_files
 from finetuning.model.automatic import Rule, SegmentedObject
 from finetuning.model.prompts import Prompt, mask_box, prompt_text
 
-RESULT_COLUMNS = ("image", "object", "prompt", "score", "area", "box", "files", "error")
+EARLIER_COLUMNS = ("image", "object", "prompt", "score", "area", "box", "files", "error")
+RESULT_COLUMNS = (
+    *("image", "object", "class", "status", "prompt", "score", "area", "box", "files", "error"),
+    *("image_size", "image_time", "model_sha256"),
+)
 RESULTS_FILE, SETTINGS_FILE = "results.csv", "settings.json"
+GONE_FOLDER = "gone"  # in the results: the files of images that are no longer there
+RULE_SETTING = "way of finding objects"  # empty unless objects are found without a prompt
+WRITING_SHARE = 0.05  # of the time, at most: the files are written in full each time
 
 
 class FolderImage(NamedTuple):
@@ -83,8 +91,13 @@ def make_settings(
         "folder": str(folder.resolve()),
         "model": content_sha256(checkpoint),
         "value range": list(value_range or trained_range or ()),
-        "way of finding objects": list(rule or ()),
+        RULE_SETTING: list(rule or ()),
     }
+
+
+def image_time(path: Path) -> str:
+    """Return when a file was last changed, in UTC; it tells an image from its replacement."""
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
 
 
 class FolderResults:
@@ -105,9 +118,12 @@ class FolderResults:
         """
         self.folder, self.kinds, self.settings = folder, kinds, settings
         self.rows = _read_rows(folder / RESULTS_FILE)  # by image name
-        self.earlier_counts = {image: len(rows) for image, rows in self.rows.items()}
-        self.coco = coco_files(folder) if "coco" in kinds else []
-        self.is_written, self.written_at = True, time.monotonic()
+        self.files = {image: _files_in(rows) for image, rows in self.rows.items()}
+        # Existing COCO files are kept up to date, whether or not this run asks for them
+        self.coco = coco_files(folder, is_forced="coco" in kinds)
+        self.is_written, self.written_at, self.writing_took = True, time.monotonic(), 0.0
+        for row in (row for rows in self.rows.values() for row in rows if not row["error"]):
+            row["status"] = row["status"] or self._status(row["prompt"])
         if self.rows and (changed := self._changed_setting()):
             if not overwrite:
                 raise UserError(
@@ -127,15 +143,40 @@ class FolderResults:
     def is_done(self, image: FolderImage, prompts: dict[str, Prompt] | None) -> bool:
         """Return whether an image has all its files and rows, for these prompts if given."""
         rows = self.rows.get(image.name, [])
-        if not rows or any(row.get("error") for row in rows):
+        if not rows or any(row.get("error") for row in rows) or self.is_replaced(image):
             return False
         given = [(row["object"], row["prompt"]) for row in rows]
         if prompts and given != [(name, prompt_text(prompt)) for name, prompt in prompts.items()]:
             return False
         names = file_names(image.stem, self.kinds, [bool(row["box"]) for row in rows])
         files = {name for object_names in names for name in object_names.values()}
-        is_in_coco = all(image.name in file.entries for file in self.coco)
+        coco = self.coco if "coco" in self.kinds else ()
+        is_in_coco = all(image.name in file.entries for file in coco)
         return is_in_coco and all((self.folder / name).is_file() for name in files)
+
+    def is_replaced(self, image: FolderImage) -> bool:
+        """Return whether an image's file has changed since it was segmented."""
+        times = {row.get("image_time") for row in self.rows.get(image.name, [])} - {"", None}
+        return bool(times) and times != {image_time(image.path)}
+
+    def drop_gone(self, images: list[FolderImage]) -> list[str]:
+        """Drop the results of all other images, and return their names.
+
+        Their files are moved to GONE_FOLDER, as objects may have been clicked on by hand.
+        """
+        gone = sorted(self.rows.keys() - {image.name for image in images})
+        for name in gone:
+            for file in self.files[name]:
+                if (self.folder / file).is_file():
+                    (self.folder / GONE_FOLDER).mkdir(exist_ok=True)
+                    (self.folder / file).replace(self.folder / GONE_FOLDER / file)
+        if gone:
+            self.forget(gone)
+        return gone
+
+    def _status(self, prompt: str) -> str:
+        """Return how an object with this prompt was found: by a person or without one."""
+        return "clicked" if prompt and not self.settings[RULE_SETTING] else "automatic"
 
     def forget(self, images: list[str]) -> None:
         """Drop the rows and COCO entries of images that will be redone."""
@@ -149,19 +190,26 @@ class FolderResults:
     def add(self, image: FolderImage, values: np.ndarray, objects: list[SegmentedObject]) -> None:
         """Write the files of an image, HxWx3 uint8 RGB, and add a row for each object."""
         names = write_files(self.folder, image.stem, values, objects, self.kinds)
-        if image.name in self.earlier_counts:
-            remove_outdated(self.folder, image.stem, names, self.earlier_counts[image.name])
+        self._replace_files(image, {file for files in names for file in files.values()})
         for file in self.coco:
             file.put(image.name, objects)
         coco_names = [file.path.name for file in self.coco]
+        height, width = values.shape[:2]
+        shared = {
+            "image_size": f"{width}x{height}",
+            "image_time": image_time(image.path),
+            "model_sha256": self.settings["model"],
+        }
         self.rows[image.name] = [
             {
                 "object": found.name,
+                "status": self._status(prompt_text(found.prompt)),
                 "prompt": prompt_text(found.prompt),
                 "score": f"{found.score:.4f}",
                 "area": str(found.mask.sum()),
                 "box": " ".join(map(str, mask_box(found.mask))) if found.mask.any() else "",
                 "files": ";".join([*object_names.values(), *coco_names]),
+                **shared,
             }
             for found, object_names in zip(objects, names, strict=True)
         ]
@@ -169,15 +217,27 @@ class FolderResults:
 
     def fail(self, image: FolderImage, reason: str) -> None:
         """Add a row with the reason why an image failed, and remove its earlier results."""
-        remove_outdated(self.folder, image.stem, [], self.earlier_counts.get(image.name, 0))
+        self._replace_files(image, set())
         for file in self.coco:
             file.entries.pop(image.name, None)
         self.rows[image.name] = [{"error": reason}]
         self.is_written = False
 
+    def _replace_files(self, image: FolderImage, files: set[str]) -> None:
+        """Remove an image's earlier files, except the new ones."""
+        for old in self.files.get(image.name, set()) - files:
+            (self.folder / old).unlink(missing_ok=True)
+        self.files[image.name] = files
+
     def write(self, after_seconds: float = 0) -> None:
-        """Write the tables if anything is new and the last write is so many seconds ago."""
-        if self.is_written or time.monotonic() - self.written_at < after_seconds:
+        """Write the tables if anything is new and the last write is so many seconds ago.
+
+        With after_seconds, writing takes WRITING_SHARE of the time at most, however long it takes.
+        """
+        if after_seconds:
+            after_seconds = max(after_seconds, self.writing_took / WRITING_SHARE)
+        started = time.monotonic()
+        if self.is_written or started - self.written_at < after_seconds:
             return
         with atomic_write(self.folder / SETTINGS_FILE) as temporary:
             temporary.write_text(json.dumps(self.settings), encoding="utf-8")
@@ -190,6 +250,7 @@ class FolderResults:
         ]
         write_csv(self.folder / RESULTS_FILE, RESULT_COLUMNS, lines)
         self.is_written, self.written_at = True, time.monotonic()
+        self.writing_took = self.written_at - started
 
     def close(self) -> None:
         """Write what is new, for contextlib.closing: also when a run fails or is interrupted."""
@@ -197,7 +258,7 @@ class FolderResults:
 
 
 def _read_rows(file: Path) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of results.csv by image name."""
+    """Return the rows of results.csv by image name; cells that an earlier version lacks are ""."""
     found: dict[str, list[dict[str, str]]] = {}
     if not file.is_file():
         return found
@@ -205,9 +266,10 @@ def _read_rows(file: Path) -> dict[str, list[dict[str, str]]]:
         f"{file} has other columns, so this script has not written it; choose another --output"
     )
     try:
-        for row in read_table(file, RESULT_COLUMNS):
-            if row.keys() != set(RESULT_COLUMNS):
+        for cells in read_table(file, EARLIER_COLUMNS):
+            if not set(EARLIER_COLUMNS) <= cells.keys() <= set(RESULT_COLUMNS):
                 raise UserError(foreign)
+            row = dict.fromkeys(RESULT_COLUMNS, "") | cells
             found.setdefault(without_apostrophe(row.pop("image")), []).append(row)
     except UserError as error:
         raise UserError(foreign) from error
@@ -215,3 +277,9 @@ def _read_rows(file: Path) -> dict[str, list[dict[str, str]]]:
         for row in rows:
             row["object"] = without_apostrophe(row["object"])
     return found
+
+
+def _files_in(rows: list[dict[str, str]]) -> set[str]:
+    """Return the result files of one image that its rows name; COCO files are shared by all."""
+    names = {name for row in rows for name in row["files"].split(";")}
+    return {name for name in names if name.endswith(IMAGE_ENDINGS) and Path(name).name == name}

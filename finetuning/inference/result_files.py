@@ -15,6 +15,7 @@ from finetuning.model.drawing import draw_object
 from finetuning.model.prompts import mask_box
 
 RESULT_KINDS = ("masks", "overlays", "cutouts", "coco")  # coco: see coco_files.py
+IMAGE_ENDINGS = ("_mask.png", "_labels.png", "_overlay.png", "_cutout.png")  # of result files
 # Suffixes of a single image's results; where one exists, its number is taken
 ENDINGS = ("mask.png", "labels.png", "overlay.png", "1_cutout.png", "coco.json")
 
@@ -91,14 +92,3 @@ def _write_rgba(path: Path, image: np.ndarray) -> None:
     encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGBA2BGRA))[1]
     with atomic_write(path) as temporary:
         temporary.write_bytes(encoded.tobytes())
-
-
-def remove_outdated(folder: Path, name: str, kept: list[dict[str, str]], objects: int) -> None:
-    """Remove the files that an earlier run wrote for an image, except those in `kept`.
-
-    objects: how many objects the image had in that run.
-    """
-    names = {f"{name}_{kind}.png" for kind in ("mask", "labels", "overlay")}
-    names |= {f"{name}_{number}_cutout.png" for number in range(1, objects + 1)}
-    for old in names.difference(*(object_names.values() for object_names in kept)):
-        (folder / old).unlink(missing_ok=True)

@@ -16,9 +16,9 @@ from sam2_utils import UserError
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.basics.command_line import brief
+from finetuning.basics.command_line import brief, listed, tell
 from finetuning.basics.image_files import read_image
-from finetuning.inference.folder_results import FolderImage, FolderResults
+from finetuning.inference.folder_results import GONE_FOLDER, FolderImage, FolderResults
 from finetuning.inference.given_prompts import check_inside
 from finetuning.inference.window import ask_in_window
 from finetuning.model.automatic import Rule, SegmentedObject, find_objects
@@ -123,8 +123,15 @@ def segment_folder(
 
     An image that cannot be read, or with a prompt outside it, is reported; the others go on.
     """
+    if gone := results.drop_gone(images):
+        tell(
+            f"dropped the results of {len(gone)} images that are gone: {listed(gone)}; "
+            f"their files are in {results.folder / GONE_FOLDER}"
+        )
     wanted = [image for image in images if prompts is None or image.name in prompts]
     todo = [image for image in wanted if overwrite or not _is_done(image, prompts, results)]
+    if replaced := [image.name for image in todo if results.is_replaced(image)]:
+        tell(f"changed since they were segmented: {len(replaced)} images: {listed(replaced)}")
     # In the window the user may stop early: images keep their results until new ones are saved
     if overwrite and not method.opens_window:
         results.forget([image.name for image in todo])
