@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -27,7 +29,13 @@ from finetuning.sources.folder_layouts import (
     stem_of,
     suffix_of,
 )
-from finetuning.sources.name_matching import affixes_in, core_of, marked_masks, match_names
+from finetuning.sources.name_matching import (
+    affixes_in,
+    core_of,
+    marked_masks,
+    match_names,
+    worded_masks,
+)
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 # Characters that Windows refuses, control characters, and those that set the writing direction
@@ -89,7 +97,7 @@ def find_in_folder(root: Path, skip_unlabelled: bool = False) -> Found:
 
 
 def _find_in(root: Folder, skip_unlabelled: bool) -> Found:
-    places = list(find_places(root))
+    places = list(find_places(root)) or list(_find_mixed(root))
     if len(places) == 1:
         return _pair_all(places[0][1], [f"found in {brief_path(places[0][0])}"], skip_unlabelled)
     inside = listed([f"{folder.path.name}/" for folder in root.folders])
@@ -98,6 +106,21 @@ def _find_in(root: Folder, skip_unlabelled: bool) -> Found:
     if places:
         what = f"has images and masks in several places: {listed([path for path, _ in places])}"
     raise UserError(f"{brief_path(root.path)} {what}; choose two folders by --images and --masks")
+
+
+def _find_mixed(folder: Folder) -> Iterator[tuple[Path, list[Level]]]:
+    """Yield each folder that has images and masks side by side, perhaps in train/ and val/."""
+    parts = [(child, SPLIT_NAMES.get(child.path.name.casefold())) for child in folder.folders]
+    parts = [(folder, None)] if folder.files else [part for part in parts if part[1]]
+    levels = []
+    for part, split in parts:
+        with contextlib.suppress(UserError):
+            levels += [_divide(part)._replace(split=split)] if part.files else []
+    if levels:
+        yield folder.path, levels
+    else:
+        for child in folder.folders:
+            yield from _find_mixed(child)
 
 
 def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Found:
@@ -180,7 +203,8 @@ def _divide(folder: Folder) -> Level:
     # Masks are exact, so photos and masks in one folder are often JPEG and PNG
     files = {path: ".jpg" if kind in JPEG_SUFFIXES else kind for path, kind in files.items()}
     stems = [stem_of(path) for path in files]
-    marked = marked_masks(stems) if len(set(stems)) == len(stems) else set()
+    is_unique = len(set(stems)) == len(stems)
+    marked = (marked_masks(stems) or worded_masks(stems)) if is_unique else set()
     if marked:
         masks = {path: None for path, stem in zip(files, stems, strict=True) if stem in marked}
     elif len(set(files.values())) == 2 and ".jpg" in files.values():
@@ -229,7 +253,11 @@ def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
     folder = level.images.path.name if level.item is None else level.item
     return [
         UnnamedExample(
-            files[stem], tuple(sorted(found, key=_in_numeric_order)), folder, level.split
+            image=files[stem],
+            masks=tuple(sorted(found, key=_in_numeric_order)),
+            folder=folder,
+            split=level.split,
+            group=level.group,
         )
         for stem, found in masks_of.items()
     ]
