@@ -30,7 +30,7 @@ from finetuning.dataset.data_folder import (
 )
 from finetuning.dataset.groups import Grouping
 from finetuning.dataset.overview import OVERVIEW_FILE, describe_dataset
-from finetuning.dataset.pairs import split_pairs
+from finetuning.dataset.pairs import read_facts
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.sources.mask_values import MaskRule, add_mask_options
 from finetuning.sources.source import Source, add_source_options
@@ -56,7 +56,7 @@ def fill(
         for note in notes:
             tell(note)
         filled = fill_folder(data, examples, rule, value_range, grouping, facts)
-    for line in describe_dataset(filled, split_pairs(data, "train")[0].per_object):
+    for line in describe_dataset(filled, read_facts(data).get("masks") == "objects"):
         print(line)
     tell(f"look at: {data / OVERVIEW_FILE}")
 

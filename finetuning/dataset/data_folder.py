@@ -32,11 +32,11 @@ from finetuning.dataset.groups import Grouping, divided_groups, find_groups, joi
 from finetuning.dataset.overview import OVERVIEW_FILE, draw_overview
 from finetuning.dataset.pairs import (
     SPLIT_FILE,
-    SPLITS,
     facts_text,
     find_pairs,
     read_facts,
     split_pairs,
+    splits_of,
 )
 from finetuning.dataset.splitting import split_names
 from finetuning.sources.mask_values import MaskRule
@@ -64,7 +64,8 @@ def new_dataset(data: Path, facts: dict[str, Any]) -> Iterator[Path]:
             (folder / BEGUN_FILE).write_text(mark_of(folder), encoding="utf-8")
             yield new
             per_object = facts.get("masks") == "objects"
-            pairs = find_pairs(new / "images/train", new / "masks/train", per_object)
+            shown = splits_of(new)[0]
+            pairs = find_pairs(new / "images" / shown, new / "masks" / shown, per_object)
             draw_overview(new / OVERVIEW_FILE, pairs)
             if not (new / COPIES_FILE).exists():
                 write_copies(new / COPIES_FILE, [], [])
@@ -271,8 +272,7 @@ def split_filled(
 
 def count_pairs(data: Path) -> dict[str, int]:
     """Return the number of pairs in each split of a data folder."""
-    splits = [split for split in SPLITS if split != "test" or (data / "images" / split).is_dir()]
-    return {split: len(split_pairs(data, split)) for split in splits}
+    return {split: len(split_pairs(data, split)) for split in splits_of(data)}
 
 
 def is_filled(data: Path) -> bool:

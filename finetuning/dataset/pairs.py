@@ -14,7 +14,7 @@ from finetuning.basics.files import DEMO_DATA, MAX_FILE_BYTES, lies_in, read_fil
 from finetuning.basics.image_decoding import require_heic_reader
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 
-SPLITS = ("train", "val", "test")  # not every data folder has a test split
+SPLITS = ("train", "val", "test")  # not every data folder has all; see splits_of
 SPLIT_FILE = "split.json"  # in every data folder that download_dataset.py filled
 DIGEST_KEY = "sha256"  # in SPLIT_FILE: the hash of its other values
 
@@ -85,6 +85,12 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
     return files
 
 
+def splits_of(data: Path) -> list[str]:
+    """Return the splits that a data folder has; compare_models.py can do without train."""
+    kinds = ("images", "masks")
+    return [split for split in SPLITS if any((data / kind / split).is_dir() for kind in kinds)]
+
+
 def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
     """Return the pairs of a split of a data folder, or the first `limit` of them.
 
@@ -93,6 +99,13 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
     image_dir, mask_dir = data / "images" / split, data / "masks" / split
     for folder in (image_dir, mask_dir):
         if not folder.is_dir():
+            found = splits_of(data)
+            if found and split not in found:
+                raise UserError(
+                    f"{data} has no {split} images, only {' and '.join(found)}"
+                    + ": there is nothing to train on" * (split == "train")
+                    + "; use another --data folder"
+                )
             option = "--demo" if data == DEMO_DATA else f"--data {data}"
             raise UserError(f"no data in {folder}; run: python download_dataset.py {option}")
     facts = read_facts(data)

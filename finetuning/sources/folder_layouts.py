@@ -162,7 +162,11 @@ def pair_levels(images: Folder, masks: Folder) -> list[Level]:
     splits = {} if images.files else _by_split(images)
     mask_splits = {} if masks.files else _by_split(masks)
     if not splits or not mask_splits:
-        return _mirrored(images, masks)
+        levels = _mirrored(images, masks)
+        if len(levels) > 1 and all(len(level.images.files) == 1 for level in levels):
+            # A folder an image: its masks are its own, whatever they are called
+            return [level._replace(item=level.images.path.name, group=None) for level in levels]
+        return levels
     for split in mask_splits.keys() - splits.keys():
         raise UserError(
             f"{brief_path(mask_splits[split].path)} has no partner in {brief_path(images.path)}; "

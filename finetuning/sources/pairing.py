@@ -14,6 +14,7 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.csv_files import read_table
+from finetuning.basics.image_decoding import video_hint
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.folder_layouts import (
     BY_TABLE,
@@ -229,7 +230,9 @@ def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
     """Pair the files of a level; images without masks are returned, too."""
     files, masks = by_stem(level.images), level.masks
     if not files:
-        raise UserError(f"no images in {brief_path(level.images.path)}{_inside(level.images)}")
+        inside = video_hint(level.images.others) or _inside(level.images)
+        inside += "; the masks must be in folders of the same names" if level.images.folders else ""
+        raise UserError(f"no images in {brief_path(level.images.path)}{inside}")
     if not masks:
         groups = {}
     # Masks by the name of their image: those of one image's folder are its own, whatever they are
@@ -306,12 +309,12 @@ def to_examples(unnamed: list[UnnamedExample], notes: list[str], skip_unlabelled
     if splits.keys() - {None, "train"}:
         kinds = [split for split in ("train", "val", "test") if split in splits]
         ready = ", ".join(f"{splits[split]} {split}" for split in kinds)
-        notes.append(f"ready split: {ready}")
-        if "train" not in splits:
-            raise UserError(f"there are no images to train on ({ready}); add train")
+        alone = "" if "train" in splits else "; to measure with compare_models.py, not to train on"
+        notes.append(f"ready split: {ready}{alone}")
     # Without val, train is split into both; a ready test stays as it is
     if "val" not in splits:
-        notes += ["no val: it will be split off from train"] if "test" in splits else []
+        is_divided = "test" in splits and "train" in splits
+        notes += ["no val: it will be split off from train"] if is_divided else []
         unnamed = [
             example._replace(split=None) if example.split == "train" else example
             for example in unnamed
