@@ -31,7 +31,7 @@ from finetuning.dataset.data_folder import (
 from finetuning.dataset.fingerprint import take_record
 from finetuning.dataset.groups import Grouping
 from finetuning.dataset.overview import OVERVIEW_FILE, describe_dataset
-from finetuning.dataset.pairs import count_pairs, is_filled, split_pairs
+from finetuning.dataset.pairs import count_pairs, is_filled, read_facts
 from finetuning.dataset.unchanged import SPLIT_DEFAULTS, is_kept
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.sources.mask_values import MaskRule, add_mask_options
@@ -76,7 +76,7 @@ def fill(
             f"left out {lost} of {sum(outlines)} objects: no pixel of the image is inside their "
             "outline"
         )
-    for line in describe_dataset(filled, split_pairs(data, "train")[0].per_object):
+    for line in describe_dataset(filled, read_facts(data).get("masks") == "objects"):
         print(line)
     tell(f"look at: {data / OVERVIEW_FILE}")
     return True

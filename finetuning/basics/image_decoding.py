@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from sam2_utils import MAX_MEGAPIXELS, UserError
@@ -59,6 +60,12 @@ OTHER_KINDS = {
     "a web page": rb"(?i)\s*<(!doctype )?html",
     "a pointer of Git LFS, not the image itself": rb"version https://git-lfs",
 }
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv")
+# First bytes of MP4 and MOV (but not of AVIF and HEIC), AVI, MKV and WebM, MPEG, WMV, FLV
+VIDEO_START = (
+    rb"....ftyp(?!avif|avis|hei|hev|mif|msf)|....(moov|mdat|wide)|RIFF....AVI |\x1aE\xdf\xa3"
+    rb"|\0\0\x01[\xb3\xba]|0&\xb2u\x8ef\xcf\x11|FLV\x01"
+)
 
 
 def decode_image(path: Path, content: bytes, color: bool = False) -> np.ndarray:
@@ -87,6 +94,8 @@ def decode_image(path: Path, content: bytes, color: bool = False) -> np.ndarray:
     if values is None:
         if re.match(HEIC_START, content, re.DOTALL):
             require_heic_reader(path)
+        if re.match(VIDEO_START, content, re.DOTALL):
+            raise UserError(f"{path} is a video; {how_to_save_frames(path.name)}")
         raise UserError(f"{path} is not a readable image {_reason_and_remedy(content, pages)}")
 
     return _upright(values, turn)
@@ -137,6 +146,21 @@ def is_lossy_format(content: bytes) -> bool:
     """Return whether a file's format is lossy, so that saved values change."""
     is_lossy_webp = content.startswith(b"RIFF") and b"VP8 " in content
     return is_lossy_webp or content.startswith(JPEG_START) or content[4:8] == b"ftyp"
+
+
+def how_to_save_frames(video: str) -> str:
+    """Return what to do with a video of this file name."""
+    frames = f"{video.rpartition('.')[0]}_%05d.png"
+    return (
+        "save its frames as images first, such as two a second: "
+        f'ffmpeg -i "{video}" -vf fps=2 "{frames}"'
+    )
+
+
+def video_hint(files: Iterable[Path]) -> str:
+    """Return what to do with the first video among the files, or ""."""
+    names = [path.name for path in files if path.name.lower().endswith(VIDEO_SUFFIXES)]
+    return f"; {names[0]} is a video: {how_to_save_frames(names[0])}" if names else ""
 
 
 def require_heic_reader(path: Path) -> None:

@@ -48,6 +48,7 @@ from finetuning.dataset.pairs import (
     SPLIT_FILE,
     facts_text,
     find_pairs,
+    splits_of,
 )
 from finetuning.dataset.splitting import split_more, split_names
 from finetuning.sources.mask_values import MaskRule
@@ -81,7 +82,8 @@ def new_dataset(data: Path, facts: dict[str, Any]) -> Iterator[Path]:
             (folder / BEGUN_FILE).write_text(mark_of(folder), encoding="utf-8")
             yield new
             per_object = facts.get("masks") == "objects"
-            pairs = find_pairs(new / "images/train", new / "masks/train", per_object)
+            shown = splits_of(new)[0]
+            pairs = find_pairs(new / "images" / shown, new / "masks" / shown, per_object)
             draw_overview(new / OVERVIEW_FILE, pairs)
             if not (new / COPIES_FILE).exists():
                 write_copies(new / COPIES_FILE, [], [])

@@ -51,6 +51,7 @@ def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[s
         groups = _match_groups(grouping.pattern, examples)
     elif any(example.group for example in examples):
         groups = [example.group for example in examples]
+        print(f"each folder of images is a group: {listed(sorted(set(filter(None, groups))))}")
     else:
         _warn_of_frames([stem_of(example.image) for example in examples])
         return [None] * len(examples)

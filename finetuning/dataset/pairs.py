@@ -15,7 +15,7 @@ from finetuning.basics.files import DEMO_DATA, MAX_FILE_BYTES, lies_in, read_fil
 from finetuning.basics.image_decoding import require_heic_reader
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 
-SPLITS = ("train", "val", "test")  # not every data folder has a test split
+SPLITS = ("train", "val", "test")  # not every data folder has all; see splits_of
 SPLIT_FILE = "split.json"  # in every data folder that download_dataset.py filled
 DIGEST_KEY = "sha256"  # in SPLIT_FILE: the hash of its other values
 
@@ -86,6 +86,12 @@ def files_by_stem(folder: Path, with_folders: bool = False) -> dict[str, Path]:
     return files
 
 
+def splits_of(data: Path) -> list[str]:
+    """Return the splits that a data folder has; compare_models.py can do without train."""
+    kinds = ("images", "masks")
+    return [split for split in SPLITS if any((data / kind / split).is_dir() for kind in kinds)]
+
+
 def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
     """Return the pairs of a split of a data folder, or the first `limit` of them.
 
@@ -94,6 +100,15 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
     image_dir, mask_dir = data / "images" / split, data / "masks" / split
     for folder in (image_dir, mask_dir):
         if not folder.is_dir():
+            found = splits_of(data)
+            if found and split not in found:
+                how = "fill another --data folder"
+                how += " with --test-fraction" * (split == "test")
+                raise UserError(
+                    f"{data} has no {split} images, only {' and '.join(found)}"
+                    + ": there is nothing to train on" * (split == "train")
+                    + f"; {how}"
+                )
             raise UserError(f"no data in {folder}; {how_to_fill(data)}")
     facts = read_facts(data)
     pairs = find_pairs(image_dir, mask_dir, facts.get("masks") == "objects")[:limit]
@@ -104,8 +119,6 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
 def how_to_fill(data: Path) -> str:
     """Return what a user does who has no data in `data`: the command that fills a data folder."""
     command = "python download_dataset.py"
-    if (data / SPLIT_FILE).is_file():
-        return f"{data} was filled without that split (for a test split: --test-fraction)"
     own = None if data == DEMO_DATA else find_own_image(data)
     if own is None:
         options = ["--demo"] if data == DEMO_DATA else ["--data", str(data)]
@@ -130,8 +143,7 @@ def find_own_image(folder: Path) -> Path | None:
 
 def count_pairs(data: Path) -> dict[str, int]:
     """Return the number of pairs in each split of a data folder."""
-    splits = [split for split in SPLITS if split != "test" or (data / "images" / split).is_dir()]
-    return {split: len(split_pairs(data, split)) for split in splits}
+    return {split: len(split_pairs(data, split)) for split in splits_of(data)}
 
 
 def is_filled(data: Path) -> bool:

@@ -21,6 +21,7 @@ from finetuning.basics.files import (
     without_apostrophe,
     write_csv,
 )
+from finetuning.basics.image_decoding import video_hint
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.inference.coco_files import coco_files
 from finetuning.inference.result_files import IMAGE_ENDINGS, file_names, write_files
@@ -61,7 +62,8 @@ def list_images(folder: Path) -> list[FolderImage]:
         and not (path.name.startswith(".") or path.is_dir())
     )
     if not paths:
-        raise UserError(f"no images in {folder}; expected files like name.jpg or name.png")
+        hint = video_hint(sorted(folder.iterdir())) or "; expected files like name.jpg or name.png"
+        raise UserError(f"no images in {folder}{hint}")
     taken = Counter(path.stem.casefold() for path in paths)
     taken.update(path.name.casefold() for path in paths)  # a.jpg.png must not clash with a.jpg
     stems = [path.stem if taken[path.stem.casefold()] == 1 else path.name for path in paths]

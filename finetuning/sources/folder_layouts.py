@@ -43,6 +43,7 @@ class Level(NamedTuple):
     masks: Folder | None
     split: str | None = None
     item: str | None = None  # the name of a folder that holds one image and its masks
+    group: str | None = None  # the folder of these images below those of all: a patient, a video
 
 
 def read_folder(root: Path) -> Folder:
@@ -110,7 +111,7 @@ def _layout(folder: Folder) -> list[Level]:
         levels = []
         for split, (child, inside) in parts.items():
             images = _called(child, IMAGE_FOLDERS)
-            inside = inside or ([Level(images, None)] if images else [])
+            inside = inside or (_mirrored(images, None) if images else [])
             levels += [level._replace(split=split) for level in inside]
         return levels
 
@@ -153,17 +154,52 @@ def _put_once(found: dict[str, Folder], key: str, folder: Folder) -> None:
 
 
 def pair_levels(images: Folder, masks: Folder) -> list[Level]:
-    """Return the levels to pair in two folders: the folders, or their train/, val/ and test/."""
+    """Return the levels to pair in two folders: the folders, or their train/, val/ and test/.
+
+    Where images lie in sub-folders, each of them is a level, paired with the same sub-folder of the
+    masks.
+    """
     splits = {} if images.files else _by_split(images)
     mask_splits = {} if masks.files else _by_split(masks)
     if not splits or not mask_splits:
-        return [Level(images, masks)]
+        levels = _mirrored(images, masks)
+        if len(levels) > 1 and all(len(level.images.files) == 1 for level in levels):
+            # A folder an image: its masks are its own, whatever they are called
+            return [level._replace(item=level.images.path.name, group=None) for level in levels]
+        return levels
     for split in mask_splits.keys() - splits.keys():
         raise UserError(
             f"{brief_path(mask_splits[split].path)} has no partner in {brief_path(images.path)}; "
             "add its images"
         )
-    return [Level(folder, mask_splits.get(split), split) for split, folder in splits.items()]
+    levels = []
+    for split, folder in splits.items():
+        inside = _mirrored(folder, mask_splits.get(split))
+        levels += [level._replace(split=split) for level in inside]
+    return levels
+
+
+def _mirrored(images: Folder, masks: Folder | None, group: str = "") -> list[Level]:
+    """Return a level for each sub-folder of images, down to those with files."""
+    folders = [folder for folder in images.folders if _holds_files(folder)]
+    partners = {nfc(folder.path.name): folder for folder in masks.folders} if masks else {}
+    names = [nfc(folder.path.name) for folder in folders]
+    if images.files or not folders or (masks and not partners.keys() & set(names)):
+        return [Level(images, masks, group=group or None)]
+    for name in partners.keys() - set(names):
+        if _holds_files(partners[name]):
+            raise UserError(
+                f"{brief_path(partners[name].path)} has no partner in {brief_path(images.path)}; "
+                "add its images"
+            )
+    levels = []
+    for name, folder in zip(names, folders, strict=True):
+        levels += _mirrored(folder, partners.get(name), f"{group}/{name}" if group else name)
+    return levels
+
+
+def _holds_files(folder: Folder) -> bool:
+    return bool(folder.files) or any(map(_holds_files, folder.folders))
 
 
 def by_stem(folder: Folder) -> dict[str, Path]:

@@ -12,6 +12,9 @@ from sam2_utils import UserError
 from finetuning.basics.command_line import brief_path, nfc
 from finetuning.sources.folder_layouts import BY_TABLE
 
+# The first or last word in the names of masks: 000_masks beside 000_img
+MASK_WORDS = {"mask", "masks", "label", "labels", "labelmap", "seg", "segs", "segmentation", "gt"}
+MASK_WORDS |= {"groundtruth", "truth", "annotation", "annotations", "annot", "ann", "manual"}
 MAX_GUESSES = 50  # if more endings are equally frequent, none of them marks masks
 
 OBJECT_NUMBER = re.compile(r"[ _.-]?\(\d+\)$|[ _.-]?\d+$")  # at the end of a mask's name
@@ -185,3 +188,18 @@ def marked_masks(stems: list[str]) -> set[str]:
     for owners in ways[1:]:
         _require_equal(ways[0], owners)
     return set(ways[0]) if ways else set()
+
+
+def worded_masks(stems: list[str]) -> set[str]:
+    """Return the names whose first or last word says that they are masks: 000_masks; or none.
+
+    They must belong to the other names, which are those of images: 000_img.
+    """
+    found: list[set[str]] = []
+    for place in (0, -1):
+        words = {stem: re.findall(r"[^\W\d_]+", stem) for stem in stems}
+        masks = {stem for stem in stems if words[stem] and words[stem][place].lower() in MASK_WORDS}
+        images = [stem for stem in stems if stem not in masks]
+        if masks and images and match_names(images, sorted(masks))[0]:
+            found.append(masks)
+    return found[0] if found and all(masks == found[0] for masks in found) else set()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.csv_files import read_table
+from finetuning.basics.image_decoding import video_hint
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.folder_layouts import (
     BY_TABLE,
@@ -27,7 +30,13 @@ from finetuning.sources.folder_layouts import (
     stem_of,
     suffix_of,
 )
-from finetuning.sources.name_matching import affixes_in, core_of, marked_masks, match_names
+from finetuning.sources.name_matching import (
+    affixes_in,
+    core_of,
+    marked_masks,
+    match_names,
+    worded_masks,
+)
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 # Characters that Windows refuses, control characters, and those that set the writing direction
@@ -89,7 +98,7 @@ def find_in_folder(root: Path, skip_unlabelled: bool = False) -> Found:
 
 
 def _find_in(root: Folder, skip_unlabelled: bool) -> Found:
-    places = list(find_places(root))
+    places = list(find_places(root)) or list(_find_mixed(root))
     if len(places) == 1:
         return _pair_all(places[0][1], [f"found in {brief_path(places[0][0])}"], skip_unlabelled)
     inside = listed([f"{folder.path.name}/" for folder in root.folders])
@@ -98,6 +107,21 @@ def _find_in(root: Folder, skip_unlabelled: bool) -> Found:
     if places:
         what = f"has images and masks in several places: {listed([path for path, _ in places])}"
     raise UserError(f"{brief_path(root.path)} {what}; choose two folders by --images and --masks")
+
+
+def _find_mixed(folder: Folder) -> Iterator[tuple[Path, list[Level]]]:
+    """Yield each folder that has images and masks side by side, perhaps in train/ and val/."""
+    parts = [(child, SPLIT_NAMES.get(child.path.name.casefold())) for child in folder.folders]
+    parts = [(folder, None)] if folder.files else [part for part in parts if part[1]]
+    levels = []
+    for part, split in parts:
+        with contextlib.suppress(UserError):
+            levels += [_divide(part)._replace(split=split)] if part.files else []
+    if levels:
+        yield folder.path, levels
+    else:
+        for child in folder.folders:
+            yield from _find_mixed(child)
 
 
 def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Found:
@@ -180,7 +204,8 @@ def _divide(folder: Folder) -> Level:
     # Masks are exact, so photos and masks in one folder are often JPEG and PNG
     files = {path: ".jpg" if kind in JPEG_SUFFIXES else kind for path, kind in files.items()}
     stems = [stem_of(path) for path in files]
-    marked = marked_masks(stems) if len(set(stems)) == len(stems) else set()
+    is_unique = len(set(stems)) == len(stems)
+    marked = (marked_masks(stems) or worded_masks(stems)) if is_unique else set()
     if marked:
         masks = {path: None for path, stem in zip(files, stems, strict=True) if stem in marked}
     elif len(set(files.values())) == 2 and ".jpg" in files.values():
@@ -205,7 +230,9 @@ def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
     """Pair the files of a level; images without masks are returned, too."""
     files, masks = by_stem(level.images), level.masks
     if not files:
-        raise UserError(f"no images in {brief_path(level.images.path)}{_inside(level.images)}")
+        inside = video_hint(level.images.others) or _inside(level.images)
+        inside += "; the masks must be in folders of the same names" if level.images.folders else ""
+        raise UserError(f"no images in {brief_path(level.images.path)}{inside}")
     if not masks:
         groups = {}
     # Masks by the name of their image: those of one image's folder are its own, whatever they are
@@ -229,7 +256,11 @@ def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
     folder = level.images.path.name if level.item is None else level.item
     return [
         UnnamedExample(
-            files[stem], tuple(sorted(found, key=_in_numeric_order)), folder, level.split
+            image=files[stem],
+            masks=tuple(sorted(found, key=_in_numeric_order)),
+            folder=folder,
+            split=level.split,
+            group=level.group,
         )
         for stem, found in masks_of.items()
     ]
@@ -278,12 +309,12 @@ def to_examples(unnamed: list[UnnamedExample], notes: list[str], skip_unlabelled
     if splits.keys() - {None, "train"}:
         kinds = [split for split in ("train", "val", "test") if split in splits]
         ready = ", ".join(f"{splits[split]} {split}" for split in kinds)
-        notes.append(f"ready split: {ready}")
-        if "train" not in splits:
-            raise UserError(f"there are no images to train on ({ready}); add train")
+        alone = "" if "train" in splits else "; to measure with compare_models.py, not to train on"
+        notes.append(f"ready split: {ready}{alone}")
     # Without val, train is split into both; a ready test stays as it is
     if "val" not in splits:
-        notes += ["no val: it will be split off from train"] if "test" in splits else []
+        is_divided = "test" in splits and "train" in splits
+        notes += ["no val: it will be split off from train"] if is_divided else []
         unnamed = [
             example._replace(split=None) if example.split == "train" else example
             for example in unnamed
