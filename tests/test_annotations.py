@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from finetuning.basics.command_line import brief
 from finetuning.basics.image_files import write_image
-from finetuning.sources.annotations import AnnotatedImage, Annotations, read_annotations
-from finetuning.sources.outlines import Outline
+from finetuning.sources.annotations import Annotations, read_annotations
+from finetuning.sources.outlines import AnnotatedImage, Outline
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 # pycocotools 2.0.11 with NumPy 2

@@ -249,7 +249,7 @@ def test_outlines_of_an_annotation_tool_are_drawn(run_script, tmp_path):
     options = ("--images", "images", "--annotations", "coco.json", "--skip-checkpoint")
     outcome = run_script(main, *options)
     assert outcome.status == 0, outcome.err
-    assert "COCO: 8 objects (dog 4, 고양이 4)" in outcome.out
+    assert "COCO: 8 objects in 4 annotated images (dog 4, 고양이 4)" in outcome.out
     first, second = read_objects(all_pairs()["a0"])
     assert first[30, 30] and first.mean() == pytest.approx(1600 / first.size, rel=0.05)
     assert second[50, 70] and not (first & second).any()

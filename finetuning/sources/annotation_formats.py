@@ -22,7 +22,7 @@ import yaml
 from finetuning.basics.command_line import brief, brief_path, nfc, plain_number
 from finetuning.basics.files import read_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.sources.outlines import Hole, Outline, Part, parse_polygon
+from finetuning.sources.outlines import Hole, Outline, Part, cut_out, parse_polygon
 
 # Reasons why an object has no outline
 BOXES, CROWDS = "boxes without an outline", "crowd regions"
@@ -32,7 +32,6 @@ SLIVERS = "have parts of fewer than three points, which are left out"
 CUT_OUT = "have holes, which are cut out"
 HOLE_LABELS = {"_background_", "__ignore__"}  # labelme's own words for what is no object
 MOST_ERRORS = 10  # that are named at once
-YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 NAMES_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels", "labels.txt")
 SUPPORTED_FORMATS = (
     "COCO (.json), SA-1B (a .json per image), YOLO segmentation (a folder of .txt), labelme (a "
@@ -63,14 +62,19 @@ class Errors:
         """Raise UserError if there were errors; paths in it are below `folder`."""
         if len(self.messages) == 1:
             raise UserError(self.messages[0])
-        if self.messages:
-            start = f"{brief_path(folder)}"
-            short = [m.removeprefix(start).lstrip("/\\: ") for m in self.messages[:MOST_ERRORS]]
-            shown = "; ".join(message.rpartition("; ")[0] or message for message in short)
-            more = len(self.messages) - len(short)
+        places: dict[str, list[str]] = {}  # by what is wrong there, without the advice
+        for message in self.messages[:MOST_ERRORS]:
+            text = message.removeprefix(brief_path(folder)).lstrip("/\\:, ")
+            place, _, problem = (text.rpartition("; ")[0] or text).rpartition(": ")
+            places.setdefault(problem, []).append(place)
+        if places:
+            shown = "; ".join(
+                f"{', '.join(filter(None, at))}: {what}" for what, at in places.items()
+            )
+            more = len(self.messages) - MOST_ERRORS
             raise UserError(
-                f"{len(self.messages)} mistakes in {start}: {shown}"
-                + (f"; and {more} more" if more else "")
+                f"{len(self.messages)} mistakes in {brief_path(folder)}: {shown.removeprefix(': ')}"
+                + (f"; and {more} more" if more > 0 else "")
                 + "; correct or delete these"
             )
 
@@ -148,7 +152,7 @@ def read_labelme(path: Path, document: dict[str, Any], errors: Errors) -> Entry:
             group_id = get_field(shape, "group_id", (int, str), where, optional=True)
             parts = _labelme_parts(shape, where)
             if label in HOLE_LABELS:
-                _cut_out(parts, [drawn for _, drawn in objects])
+                cut_out(parts, [drawn for _, drawn in objects])
             elif isinstance(parts, str) or group_id is None:
                 objects.append((label, parts))
             elif shape.get("difficult") is True:
@@ -158,7 +162,7 @@ def read_labelme(path: Path, document: dict[str, Any], errors: Errors) -> Entry:
     in_groups = list(groups.items())
     for label, group_id, parts in difficult:
         if around := [drawn for (_, other), drawn in in_groups if other == group_id]:
-            _cut_out(parts, around)
+            cut_out(parts, around)
         else:
             _add_to_group(label, group_id, parts, groups, objects)
     size = stated_size(document, "imageHeight", "imageWidth", file)
@@ -179,28 +183,6 @@ def _add_to_group(
     else:
         groups[label, group_id] = parts
         objects.append((label, parts))
-
-
-def _cut_out(holes: list[Part] | str, objects: list[list[Part | Hole] | str]) -> None:
-    """Cut holes out of the objects that they may overlap."""
-    if isinstance(holes, str):
-        return
-    for hole in holes:
-        start, end = _bounds(hole)
-        for parts in objects:
-            if isinstance(parts, str):
-                continue
-            corners = [_bounds(part) for part in parts if not isinstance(part, Hole)]
-            if any((low < end).all() and (start < high).all() for low, high in corners):
-                parts.append(Hole(hole))
-
-
-def _bounds(part: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Return the upper left and lower right corners (X,Y) of a polygon or a placed mask."""
-    if isinstance(part, tuple):
-        mask, x, y = part
-        return np.array([x, y]), np.array([x + mask.shape[1], y + mask.shape[0]])
-    return part.min(axis=0), part.max(axis=0)
 
 
 def _to_outline(parts: list[Part | Hole] | str) -> Outline | str:
@@ -309,9 +291,11 @@ def _yolo_names(folder: Path) -> dict[str, str]:
     """Return class names by number, from a file like data.yaml in a folder or the two above."""
     for parent in (folder, *folder.parents[:2]):
         names: Any = None
-        for file in filter(Path.is_file, [parent / name for name in (*YAML_NAMES, *NAMES_FILES)]):
-            names = _read_yaml(file) if file.name in YAML_NAMES else read_text(file).splitlines()
-            if names:
+        files = [parent / "data.yaml", *sorted(parent.glob("*.y*ml"))]
+        files += [parent / name for name in NAMES_FILES]
+        for file in filter(Path.is_file, files):
+            is_yaml = file.name not in NAMES_FILES
+            if names := _read_yaml(file) if is_yaml else read_text(file).splitlines():
                 break
         if names:
             items = enumerate(names) if isinstance(names, list) else getattr(names, "items", list)()

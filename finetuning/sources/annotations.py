@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from sam2_utils import UserError
 
-import numpy as np
-
 from finetuning.basics.command_line import brief, brief_path, listed, nfc
 from finetuning.basics.files import require_file
 from finetuning.sources.annotation_formats import (
     BOXES,
-    MOST_ERRORS,
     NAMES_FILES,
     SUPPORTED_FORMATS,
     Entry,
@@ -36,49 +32,15 @@ from finetuning.sources.image_lookup import (
     ImageFinder,
     default_image_folder,
     is_hidden,
-    split_of_file,
-    split_of_folders,
     split_of_source,
+    with_splits,
 )
-from finetuning.sources.outlines import Outline, draw_outline, is_rectangle, refuse_size
+from finetuning.sources.outlines import AnnotatedImage, is_rectangle
 
 OTHER_CLASSES, WITHOUT_IMAGE = "other classes", "their image is not there"
 NOT_ANNOTATIONS = {*NAMES_FILES, "notes.json"}  # Label Studio writes notes.json beside them
 # COCO's own other files, of the same images as instances_train2017.json
 COCO_OTHERS = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
-
-
-class AnnotatedImage(NamedTuple):
-    """An image file and the outlines of its objects.
-
-    size: (H,W) stated in the annotation file, or None.
-    source: the annotation file.
-    has_fractions: polygons are in fractions of the image, not in pixels.
-    split: "train", "val" or "test" if the folders or files name it.
-    """
-
-    image: Path
-    outlines: list[Outline]
-    size: tuple[int, int] | None
-    source: Path
-    has_fractions: bool = False
-    split: str | None = None
-
-    def masks(self, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Yield the HxW bool mask of each object, for an image of `size` (H,W).
-
-        Parts outside the image are cut off, so a mask may be empty. Raises UserError if the
-        annotations are for an image of another size.
-        """
-        if self.size not in (None, size):
-            refuse_size(self.image, self.source, self.size, size)
-        source = brief_path(self.source)
-        for number, outline in enumerate(self.outlines, start=1):
-            for part in outline.parts:
-                if isinstance(part, dict) and tuple(part["size"]) != size:
-                    refuse_size(self.image, self.source, tuple(part["size"]), size)
-            where = f"{source}: object {number} of {brief(self.image.name)}"
-            yield draw_outline(outline, size, self.has_fractions, where)
 
 
 class Annotations(NamedTuple):
@@ -271,7 +233,7 @@ def _assemble(
             split = split_of_source(entry)
             images.append(AnnotatedImage(image, outlines, entry.size, entry.source, is_yolo, split))
     if missing and not (skip_missing and images):
-        _refuse_missing(missing, len(annotated), finder)
+        finder.refuse_missing(missing, len(annotated))
     if not images:
         _refuse_without_outlines(path, wanted, left_out)
     images.sort(key=lambda item: (item.image.name, item.image))
@@ -280,8 +242,8 @@ def _assemble(
     if missing:
         of = f"{len(missing)} of {len(annotated)} annotated images"
         notes.append(f"left out {of}, which are not in {brief_path(finder.folder)}")
-    notes += export.notes + _remarks(images) + _lookup_notes(export, images, finder)
-    images = _with_splits(images)
+    notes += export.notes + _remarks(images) + finder.notes(export.files, len(images))
+    images = with_splits(images)
     return Annotations(export.format, images, unlabelled, dict(counts), dict(left_out), notes)
 
 
@@ -321,51 +283,10 @@ def _remarks(images: list[AnnotatedImage]) -> list[str]:
     return notes
 
 
-def _lookup_notes(export: Export, images: list[AnnotatedImage], finder: ImageFinder) -> list[str]:
-    """Return what is said about how the images were found."""
-    notes = []
-    if finder.bare:
-        example = finder.bare[0]
-        notes.append(
-            f"{len(finder.bare)} of {len(images)} images were found by their names alone: "
-            f"{brief(example.source.name)} names other folders ({brief_path(example.file_name)})"
-        )
-    split, folder = split_of_file(export.files[0].stem), split_of_folders([finder.folder.name])
-    if len(export.files) == 1 and export.format == "COCO" and split and folder not in (None, split):
-        name = brief(export.files[0].name)
-        notes.append(f"warning: {name} is read with the images in {brief_path(finder.folder)}")
-    return notes
-
-
-def _with_splits(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
-    """Set the split of each image: by the folders of images or, without any, by the sources."""
-    # Only folders below the common one can be splits: all images may lie in a folder called train
-    root = Path(os.path.commonpath([item.image.parent for item in images]))
-    splits = [split_of_folders(item.image.parent.relative_to(root).parts) for item in images]
-    if not any(splits):
-        splits = [item.split for item in images]
-        splits = splits if len(set(splits)) > 1 else [None] * len(images)
-    return [item._replace(split=split) for item, split in zip(images, splits, strict=True)]
-
-
 def _refuse_twice(image: Path, sources: set[Path]) -> NoReturn:
     files = " and ".join(brief_path(file) for file in sorted(sources))
     image_file = brief_path(image)
     raise UserError(f"{image_file} is annotated twice, in {files}; keep one of the two")
-
-
-def _refuse_missing(missing: list[Entry], annotated: int, finder: ImageFinder) -> NoReturn:
-    names = listed([entry.file_name or entry.source.stem for entry in missing], MOST_ERRORS)
-    folder = brief_path(finder.folder)
-    hint = ""
-    if finder.elsewhere:
-        name, file = next(iter(finder.elsewhere.items()))
-        hint = f" ({brief_path(file)} is in another split than {brief_path(name)})"
-    skip = ", or leave them out with --skip-missing" if len(missing) < annotated else ""
-    raise UserError(
-        f"{len(missing)} of {annotated} annotated images are not in {folder}: {names}{hint}; "
-        f"name the folder of the images with --images{skip}"
-    )
 
 
 def _refuse_without_outlines(path: Path, wanted: set[str], left_out: Counter[str]) -> NoReturn:

@@ -130,36 +130,26 @@ def _with_holes(polygons: list[np.ndarray], record: dict[str, Any]) -> Outline:
     A polygon inside another is a hole if that agrees with the stated area; otherwise it is
     filled, as COCO's own tools do.
     """
-    areas = [_area(polygon) for polygon in polygons]
-    # An odd number of larger polygons around it make a polygon a hole
-    depths = [
-        sum(
-            _contains(outer, inner) for outer, size in zip(polygons, areas, strict=True) if size > a
-        )
-        for inner, a in zip(polygons, areas, strict=True)
-    ]
-    signed = [-a if depth % 2 else a for a, depth in zip(areas, depths, strict=True)]
-    filled = sum(a for a, depth in zip(areas, depths, strict=True) if not depth)
     stated = record.get("area")
     is_stated = type(stated) in (int, float) and 1 < stated < 1e12  # many tools write 0
-    border = AREA_BORDER * sum(
-        float(np.linalg.norm(polygon - np.roll(polygon, 1, axis=0), axis=1).sum())
-        for polygon in polygons
-    )
-    tolerance = border + AREA_SHARE * max(stated, filled) if is_stated else 0
+    polygons = sorted(polygons, key=_area, reverse=True)
+    areas = list(map(_area, polygons))
+    # A polygon inside an odd number of others would be a hole
+    depths = _depths(polygons)
+    filled = sum(area for area, depth in zip(areas, depths, strict=True) if not depth)
+    cut = sum(-area if depth % 2 else area for area, depth in zip(areas, depths, strict=True))
+    border = sum(_length(polygon) for polygon in polygons)
+    much = AREA_BORDER * border + AREA_SHARE * max(stated, filled) if is_stated else 0
     if any(depths):
-        cut = sum(signed)
-        is_hole = is_stated and abs(stated - cut) < min(abs(stated - filled), tolerance)
-        if is_hole:
-            order = np.argsort([-a for a in areas], kind="stable")
-            parts = [Hole(polygons[i]) if depths[i] % 2 else polygons[i] for i in order]
-            return Outline(parts, (CUT_OUT,))
-        is_filled = is_stated and abs(stated - filled) <= tolerance
-        return Outline(list(polygons), () if is_filled else (FILLED,))
+        if is_stated and abs(stated - cut) < min(abs(stated - filled), much):
+            pairs = zip(polygons, depths, strict=True)
+            return Outline([Hole(part) if depth % 2 else part for part, depth in pairs], (CUT_OUT,))
+        is_filled = is_stated and abs(stated - filled) <= much
+        return Outline(polygons, () if is_filled else (FILLED,))
     # Parts may overlap: their union covers between the largest and the sum of all
-    is_other = is_stated and not max(areas) - tolerance <= stated <= filled + tolerance
-    is_other = is_other and not _is_box_area(stated, polygons, record)
-    return Outline(list(polygons), (OTHER_AREA,) if is_other else ())
+    is_other = is_stated and not areas[0] - much <= stated <= filled + much
+    is_other = is_other and not _is_box_area(stated, polygons)
+    return Outline(polygons, (OTHER_AREA,) if is_other else ())
 
 
 def _area(polygon: np.ndarray) -> float:
@@ -168,16 +158,29 @@ def _area(polygon: np.ndarray) -> float:
     return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
 
 
+def _length(polygon: np.ndarray) -> float:
+    return float(np.linalg.norm(polygon - np.roll(polygon, 1, axis=0), axis=1).sum())
+
+
+def _depths(polygons: list[np.ndarray]) -> list[int]:
+    """Return how many of the polygons before it, which are larger, each polygon lies in."""
+    starts = np.array([polygon.min(axis=0) for polygon in polygons])
+    ends = np.array([polygon.max(axis=0) for polygon in polygons])
+    depths = []
+    for i, polygon in enumerate(polygons):
+        around = (starts[:i] <= starts[i]).all(axis=1) & (ends[:i] >= ends[i]).all(axis=1)
+        depths.append(sum(_contains(polygons[j], polygon) for j in np.flatnonzero(around)))
+    return depths
+
+
 def _contains(outer: np.ndarray, inner: np.ndarray) -> bool:
     """Return whether nearly all corners of a polygon lie in another one, or on its border."""
-    if (inner.min(axis=0) < outer.min(axis=0)).any() or (inner.max(axis=0) > outer.max(0)).any():
-        return False
     contour = outer.astype(np.float32)
     inside = [cv2.pointPolygonTest(contour, corner, False) >= 0 for corner in inner.tolist()]
     return np.mean(inside) > 0.9
 
 
-def _is_box_area(area: float, polygons: list[np.ndarray], record: dict[str, Any]) -> bool:
+def _is_box_area(area: float, polygons: list[np.ndarray]) -> bool:
     """Return whether an area is that of the box around the polygons: some tools write that."""
     points = np.concatenate(polygons)
     width, height = points.max(axis=0) - points.min(axis=0)

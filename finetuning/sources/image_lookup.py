@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
+from typing import NoReturn
 from urllib.parse import unquote
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import brief, brief_path, nfc
+from finetuning.basics.command_line import brief, brief_path, listed, nfc
 from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.sources.annotation_formats import Entry
+from finetuning.sources.annotation_formats import MOST_ERRORS, Entry
 from finetuning.sources.folder_layouts import SPLIT_NAMES
+from finetuning.sources.outlines import AnnotatedImage
 
 # Folders of annotations, which lie beside one called images
 LABEL_FOLDERS = ("labels", "annotations")
+# What tools write around the name of a split: train2017, train_images, CVAT's obj_train_data
+AROUND_SPLIT = re.compile(r"^obj_|[-_ ]?(20\d\d|data|images|set)$")
 NEAR = 2  # how many folders above a file may name its split
 
 
 def split_of_folder(name: str) -> str | None:
-    """Return "train", "val" or "test" if a folder is called so, as valid or train2017 are."""
-    return SPLIT_NAMES.get(re.sub(r"[-_ ]?20\d\d$", "", name.casefold()))
+    """Return "train", "val" or "test" if a folder is called so, as valid and train2017 are."""
+    return SPLIT_NAMES.get(AROUND_SPLIT.sub("", name.casefold()))
 
 
 def split_of_file(stem: str) -> str | None:
@@ -74,6 +79,17 @@ def default_image_folder(path: Path, files: list[Path]) -> Path:
             if len(parts) == 1 and _has_images(parts[0]):
                 return parts[0]
     return found
+
+
+def with_splits(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
+    """Set the split of each image: by the folders of images or, without any, by the sources."""
+    # Only folders below the common one can be splits: all images may lie in a folder called train
+    root = Path(os.path.commonpath([item.image.parent for item in images]))
+    splits = [split_of_folders(item.image.parent.relative_to(root).parts) for item in images]
+    if not any(splits):
+        splits = [item.split for item in images]
+        splits = splits if len(set(splits)) > 1 else [None] * len(images)
+    return [item._replace(split=split) for item, split in zip(images, splits, strict=True)]
 
 
 def is_hidden(path: Path) -> bool:
@@ -129,9 +145,38 @@ class ImageFinder:
         if self._contradicts(entry, found):
             self.elsewhere[entry.file_name or entry.source.name] = self.files[found]
             return None
-        if "/" not in tail and "/" in (entry.file_name or "").replace("\\", "/"):
+        named = (entry.file_name or "").replace("\\", "/").split("/")
+        if "/" not in tail and named[-2:-1] not in ([], [self.folder.resolve().name]):
             self.bare.append(entry)
         return self.files[found]
+
+    def refuse_missing(self, missing: list[Entry], annotated: int) -> NoReturn:
+        """Raise UserError: of a number of annotated images, some are missing."""
+        names = listed([entry.file_name or entry.source.stem for entry in missing], MOST_ERRORS)
+        hint = ""
+        if self.elsewhere:
+            name, file = next(iter(self.elsewhere.items()))
+            hint = f" ({brief_path(file)} is in another split than {brief_path(name)})"
+        skip = ", or leave them out with --skip-missing" if len(missing) < annotated else ""
+        raise UserError(
+            f"{len(missing)} of {annotated} annotated images are not in {brief_path(self.folder)}: "
+            f"{names}{hint}; name the folder of the images with --images{skip}"
+        )
+
+    def notes(self, files: list[Path], count: int) -> list[str]:
+        """Return what is said about how `count` images of annotation files were found."""
+        notes = []
+        if self.bare:
+            source, name = brief(self.bare[0].source.name), brief_path(self.bare[0].file_name)
+            notes.append(
+                f"{len(self.bare)} of {count} images were found by their names alone: "
+                f"{source} names other folders ({name})"
+            )
+        of_file, of_folder = split_of_file(files[0].stem), split_of_folders([self.folder.name])
+        if len(files) == 1 and count > 1 and of_file and of_folder not in (None, of_file):
+            name, folder = brief(files[0].name), brief_path(self.folder)
+            notes.append(f"warning: {name} is read with the images in {folder}")
+        return notes
 
     def _match(self, entry: Entry) -> tuple[str | None, str]:
         """Return the name of the image that fits best, and the end of its path that decided."""

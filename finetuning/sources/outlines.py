@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -37,6 +38,39 @@ class Outline(NamedTuple):
 
     parts: list[Part | Hole]
     remarks: tuple[str, ...] = ()
+
+
+class AnnotatedImage(NamedTuple):
+    """An image file and the outlines of its objects.
+
+    size: (H,W) stated in the annotation file, or None.
+    source: the annotation file.
+    has_fractions: polygons are in fractions of the image, not in pixels.
+    split: "train", "val" or "test" if the folders or files name it.
+    """
+
+    image: Path
+    outlines: list[Outline]
+    size: tuple[int, int] | None
+    source: Path
+    has_fractions: bool = False
+    split: str | None = None
+
+    def masks(self, size: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Yield the HxW bool mask of each object, for an image of `size` (H,W).
+
+        Parts outside the image are cut off, so a mask may be empty. Raises UserError if the
+        annotations are for an image of another size.
+        """
+        if self.size not in (None, size):
+            refuse_size(self.image, self.source, self.size, size)
+        source = brief_path(self.source)
+        for number, outline in enumerate(self.outlines, start=1):
+            for part in outline.parts:
+                if isinstance(part, dict) and tuple(part["size"]) != size:
+                    refuse_size(self.image, self.source, tuple(part["size"]), size)
+            where = f"{source}: object {number} of {brief(self.image.name)}"
+            yield draw_outline(outline, size, self.has_fractions, where)
 
 
 def parse_polygon(numbers: Any, where: str) -> np.ndarray:
@@ -118,6 +152,28 @@ def parse_run_lengths(text: str, where: str) -> list[int]:
             'expected "start length" pairs that count from the first pixel of the image'
         )
     return np.stack([gaps, lengths], axis=1).ravel().tolist()
+
+
+def cut_out(holes: list[Part] | str, objects: list[list[Part | Hole] | str]) -> None:
+    """Cut holes out of the objects that they may overlap."""
+    if isinstance(holes, str):
+        return
+    for hole in holes:
+        start, end = _bounds(hole)
+        for parts in objects:
+            if isinstance(parts, str):
+                continue
+            corners = [_bounds(part) for part in parts if not isinstance(part, Hole)]
+            if any((low < end).all() and (start < high).all() for low, high in corners):
+                parts.append(Hole(hole))
+
+
+def _bounds(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Return the upper left and lower right corners (X,Y) of a polygon or a placed mask."""
+    if isinstance(part, tuple):
+        mask, x, y = part
+        return np.array([x, y]), np.array([x + mask.shape[1], y + mask.shape[0]])
+    return part.min(axis=0), part.max(axis=0)
 
 
 def is_rectangle(outline: Outline) -> bool:
