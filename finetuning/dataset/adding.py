@@ -239,6 +239,6 @@ def _summary(done: Sequence[Match], filled: Sequence[Filled]) -> str:
         "image": sum(match.image_changed for match in done),
         "mask": sum(match.masks_changed and not match.image_changed for match in done),
     }
-    parts = [f"{splits.total()} new images ({where})" if where else "no new images"]
-    parts += [f"{n} replaced {what}s" for what, n in replaced.items() if n]
-    return f"added: {', '.join(parts)}; all others stay in their split"
+    parts = [f"{splits.total()} new image{'s' * (splits.total() > 1)} ({where})"] if where else []
+    parts += [f"{n} replaced {what}{'s' * (n > 1)}" for what, n in replaced.items() if n]
+    return f"added: {', '.join(parts) or 'no image'}; every image of before keeps its split"

@@ -24,12 +24,12 @@ import numpy as np
 
 from finetuning.basics.command_line import listed, nfc
 from finetuning.basics.files import content_sha256, read_file
-from finetuning.sources.folder_layouts import IGNORED, suffix_of
+from finetuning.sources.folder_layouts import IGNORED
 from finetuning.sources.pairing import SourceExample
 
 SOURCES_FILE = "sources.json"  # beside split.json, which holds its SHA-256
 SOURCES_KEY = "sources_sha256"  # of that hash in split.json
-TEXT_SUFFIXES = {".csv", ".json", ".tsv", ".txt", ".xml", ".yaml", ".yml"}  # compared by content
+TEXT_SUFFIXES = (".csv", ".json", ".tsv", ".txt", ".xml", ".yaml", ".yml")  # compared by content
 
 
 class Stamp(NamedTuple):
@@ -145,8 +145,8 @@ def take_record(paths: dict[str, Path], options: dict[str, Any], data: Path) -> 
     for option, root in sorted(paths.items()):
         for name, path, facts in sorted(_list_files(root, data.resolve())):
             listing.update(f"{option}/{name}\0{facts.st_size}\n".encode("utf-8", "surrogateescape"))
-            if suffix_of(path) in TEXT_SUFFIXES:
-                listing.update(content_sha256(path).encode())
+            if path.lower().endswith(TEXT_SUFFIXES):
+                listing.update(content_sha256(Path(path)).encode())
             else:
                 times.update(f"{facts.st_mtime_ns}\n".encode())
     table = paths.get("groups")
@@ -160,11 +160,11 @@ def take_record(paths: dict[str, Path], options: dict[str, Any], data: Path) -> 
     )
 
 
-def _list_files(root: Path, skipped: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
+def _list_files(root: Path, skipped: Path) -> Iterator[tuple[str, str, os.stat_result]]:
     """Yield the path in `root`, the path and the facts of each file that is not hidden."""
     if not root.is_dir():
         if root.exists():  # a missing file is refused, more precisely, by those who read it
-            yield "", root, root.stat()
+            yield "", str(root), root.stat()
         return
     folders = [(str(root), "", {os.path.realpath(root)})]
     while folders:
@@ -179,7 +179,7 @@ def _list_files(root: Path, skipped: Path) -> Iterator[tuple[str, Path, os.stat_
                     if real not in above and real != str(skipped):
                         folders.append((entry.path, f"{name}/", above | {real}))
                 elif entry.is_file():
-                    yield name, Path(entry.path), entry.stat()
+                    yield name, entry.path, entry.stat()
 
 
 def write_records(folder: Path, records: Sequence[Record]) -> str:
@@ -260,13 +260,12 @@ def gone_rows(matches: Sequence[Match], rows: Mapping[str, Row]) -> list[Row]:
 def describe_changes(matches: Sequence[Match], rows: Mapping[str, Row]) -> list[str]:
     """Return phrases that name the differences between a source's examples and its rows."""
     known = [match for match in matches if match.row]
-    total = len(rows)
 
-    def phrase(what: str, names: Sequence[str], of: str = "") -> list[str]:
-        count = f"{len(names)}{of}"
-        return [f"{what.format(count)} ({listed(names)})"] if names else []
+    def phrase(names: Sequence[str], one: str, several: str, of: str = "") -> list[str]:
+        what = several if len(names) > 1 or of else one
+        return [f"{what.format(f'{len(names)}{of}')} ({listed(names)})"] if names else []
 
-    of = f" of {total}"
+    of = f" of {len(rows)}"
     masks = [
         (match.example.masks or [match.example.image])[0].name
         for match in known
@@ -278,12 +277,12 @@ def describe_changes(matches: Sequence[Match], rows: Mapping[str, Row]) -> list[
         for match in known
         if match.key and match.key.partition("/")[0] != (match.example.split or "")
     ]
-    new = [match.example.image.name for match in matches if not match.row]
+    new = [match.example.image.name for match in matches if match.is_new]
     gone = [row.place.partition("/")[2] for row in gone_rows(matches, rows)]
     return [
-        *phrase("the masks of {} images changed", masks, of),
-        *phrase("{} images changed", images, of),
-        *phrase("{} images are in another split now", moved, of),
-        *phrase("{} images are new", new),
-        *phrase("{} images are gone", gone, of),
+        *phrase(masks, "", "the masks of {} images changed", of),
+        *phrase(images, "", "{} images changed", of),
+        *phrase(moved, "", "{} images have another split now", of),
+        *phrase(new, "{} image is new", "{} images are new"),
+        *phrase(gone, "{} image is gone", "{} images are gone"),
     ]
