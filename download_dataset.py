@@ -89,6 +89,14 @@ def add_split_options(parser: ArgumentParser) -> None:
         default="together",
         help="whether (nearly) identical images stay in one split",
     )
+    split.add_argument(
+        "--frames",
+        choices=("auto", "time", "random"),
+        default="auto",
+        help="frames of a recording (names with a number). auto: if they look consecutive, whole "
+        "recordings stay in one split; one or two are split in time, val at the end; time: each "
+        "folder or group is a recording and split in time; random: like other images",
+    )
     split.add_argument("--seed", type=seed, default=42, help="random seed of the split")
     split.add_argument("--force", action="store_true", help="replace the data folder's content")
 
@@ -120,7 +128,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--pairs and --annotations are different sources; give one of them")
     if args.mask_value and (args.instances or args.classes):
         parser.error("--mask-value uses one value, --instances and --classes use all; choose one")
-    if args.demo and (args.test_fraction or args.groups or args.group_regex):
+    has_split_options = args.test_fraction or args.groups or args.group_regex
+    if args.demo and (has_split_options or args.frames != "auto"):
         parser.error("the demo's split is fixed; leave the options of the split out")
     if args.groups and args.group_regex:
         parser.error("--groups and --group-regex both define groups; give one of them")
@@ -142,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         args.smallest_part,
         args.ignore_value,
     )
-    grouping = Grouping(args.group_regex, args.groups, args.copies == "together")
+    grouping = Grouping(args.group_regex, args.groups, args.copies == "together", args.frames)
     recover_if_killed(args.data)
     options = {**source.options, **rule.options, **grouping.options}
     if args.value_range:

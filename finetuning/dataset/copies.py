@@ -59,7 +59,7 @@ def find_copies(thumbnails: Sequence[np.ndarray], contents: Sequence[str]) -> li
         if content in by_content:
             found[by_content[content][0], index] = 1.0
         by_content[content].append(index)
-    plain = _normalized(np.stack(thumbnails).reshape(len(thumbnails), -1).astype(np.float32))
+    plain = normalized(np.stack(thumbnails))
     own = _own_parts(plain)
     starts = range(0, len(plain), BLOCK)
     for start in tqdm(starts, desc="Looking for copies", unit="block", leave=False):
@@ -83,14 +83,15 @@ def _own_parts(plain: np.ndarray) -> np.ndarray:
         counts = are_alike.sum(axis=1, keepdims=True)
         local = are_alike.astype(np.float32) @ plain / np.maximum(counts, 1)
         means[block] = np.where(counts >= MANY, local, means[block])
-    return _normalized(plain - means)
+    return normalized(plain - means)
 
 
-def _normalized(rows: np.ndarray) -> np.ndarray:
-    """Scale rows to mean 0 and length 1, so that dot products are correlations.
+def normalized(rows: np.ndarray) -> np.ndarray:
+    """Scale rows, NxD or NxHxW, to mean 0 and length 1: dot products become correlations.
 
-    A constant row becomes 0, which correlates with nothing.
+    Returns NxD float32. A constant row becomes 0, which correlates with nothing.
     """
+    rows = rows.reshape(len(rows), -1).astype(np.float32, copy=False)
     rows = rows - rows.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(lengths > 1e-3, rows / np.maximum(lengths, 1e-3), 0)

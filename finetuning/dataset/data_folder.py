@@ -28,7 +28,7 @@ from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.dataset.copies import COPIES_FILE, describe_copies, find_copies, write_copies
 from finetuning.dataset.demo_images import write_demo_dataset
 from finetuning.dataset.filling import UNSPLIT, Filled, Filler, move_to_splits
-from finetuning.dataset.groups import Grouping, divided_groups, find_groups, join_groups
+from finetuning.dataset.groups import Grouping, divided_groups, find_groups
 from finetuning.dataset.overview import OVERVIEW_FILE, draw_overview
 from finetuning.dataset.pairs import (
     SPLIT_FILE,
@@ -38,7 +38,8 @@ from finetuning.dataset.pairs import (
     read_facts,
     split_pairs,
 )
-from finetuning.dataset.splitting import split_names
+from finetuning.dataset.recordings import Arranged, arrange
+from finetuning.dataset.splitting import LEFT_OUT, split_names
 from finetuning.sources.mask_values import MaskRule
 from finetuning.sources.pairing import SourceExample
 
@@ -224,10 +225,10 @@ def fill_folder(
         copies = find_copies(
             [image.thumbnail for image in filled], [image.sha256 for image in filled]
         )
-        alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
-        groups = join_groups(given, alike, [image.name for image in filled])
-        filled = split_filled(folder, filled, groups, facts)
+        arranged = arrange(examples, filled, copies, given, grouping, facts)
+        filled = split_filled(folder, filled, arranged, facts)
         names = [(image.split, image.name) for image in filled]
+        copies = [copy for copy in copies if LEFT_OUT not in (names[copy[0]][0], names[copy[1]][0])]
         write_copies(folder / COPIES_FILE, names, copies)
     if filler.reader.dropped_parts:
         print(
@@ -236,36 +237,40 @@ def fill_folder(
         )
     if copies:
         tell(describe_copies(data / COPIES_FILE, names, copies))
-    if divided := divided_groups(given, [image.split for image in filled]):
+    is_ready = any(example.split for example in examples)
+    if is_ready and (divided := divided_groups(given, [image.split for image in filled])):
         print(f"warning: the given split divides {len(divided)} groups: {listed(divided)}")
-    return filled
+    return [image for image in filled if image.split != LEFT_OUT]
 
 
 def split_filled(
-    folder: Path, filled: list[Filled], groups: list[str | None], facts: dict[str, Any]
+    folder: Path, filled: list[Filled], arranged: Arranged, facts: dict[str, Any]
 ) -> list[Filled]:
-    """Split the images in UNSPLIT and move their files; add all names and groups to `facts`."""
+    """Split the images in UNSPLIT, in time or at random; move their files; add all to `facts`."""
+    split_of = {filled[index].name: split for index, split in arranged.splits.items()}
     unsplit = {
         image.name: group
-        for image, group in zip(filled, groups, strict=True)
-        if image.split == UNSPLIT
+        for image, group in zip(filled, arranged.groups, strict=True)
+        if image.split == UNSPLIT and image.name not in split_of
     }
-    split_of = {}
     if unsplit:
         splits = split_names(
             unsplit, facts["val_fraction"], facts["seed"], facts["test_fraction"], unsplit
         )
-        split_of = {name: split for split, names in splits.items() for name in names}
+        split_of |= {name: split for split, names in splits.items() for name in names}
+    if split_of:
         move_to_splits(folder, split_of)
     filled = [
         image._replace(split=split_of[image.name]) if image.split == UNSPLIT else image
         for image in filled
     ]
     facts["groups"] = {}
-    for image, group in zip(filled, groups, strict=True):
+    for index, (image, group) in enumerate(zip(filled, arranged.groups, strict=True)):
         facts.setdefault(image.split, []).append(image.name)
         if group:
             facts["groups"].setdefault(image.split, {})[image.name] = group
+        if recording := arranged.recordings.get(index):
+            facts.setdefault("recordings", {}).setdefault(image.split, {})[image.name] = recording
     return filled
 
 

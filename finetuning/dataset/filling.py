@@ -19,6 +19,7 @@ from finetuning.basics.image_decoding import orientation
 from finetuning.basics.image_files import read_image, read_mask, require_equal_sizes, write_image
 from finetuning.dataset.copies import make_thumbnail
 from finetuning.dataset.pairs import files_by_stem
+from finetuning.dataset.splitting import LEFT_OUT
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import SourceExample
 
@@ -118,14 +119,18 @@ class Filler:
 
 
 def move_to_splits(folder: Path, split_of: dict[str, str]) -> None:
-    """Move each image and mask in UNSPLIT to the folder of its split; split_of: by name."""
+    """Move each image and mask in UNSPLIT to the folder of its split, or remove it (LEFT_OUT).
+
+    split_of: the split of each name.
+    """
     for kind in ("images", "masks"):
         unsplit = folder / kind / UNSPLIT
         for name, path in files_by_stem(unsplit, with_folders=kind == "masks").items():
-            to = folder / kind / split_of[name]
-            to.mkdir(exist_ok=True)
-            path.rename(to / path.name)
-        unsplit.rmdir()
+            if split_of[name] != LEFT_OUT:
+                to = folder / kind / split_of[name]
+                to.mkdir(exist_ok=True)
+                path.rename(to / path.name)
+        shutil.rmtree(unsplit)
 
 
 @contextlib.contextmanager
