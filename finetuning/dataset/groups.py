@@ -61,7 +61,8 @@ def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[s
         return [None] * len(examples)
     alone = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     rest = f"; {len(alone)} images are in none: {listed(alone)}" if alone else ""
-    print(f"groups: {len(set(filter(None, groups)))}, which stay together{rest}")
+    together = "each split in time" if grouping.frames == "time" else "which stay together"
+    print(f"groups: {len(set(filter(None, groups)))}, {together}{rest}")
     return groups
 
 

@@ -75,6 +75,8 @@ def arrange(
     names = [image.name for image in filled]
     alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
     recordings, is_forced = [], grouping.frames == "time"
+    if not grouping.is_given and len(set(given)) == 1:
+        given = [None] * len(names)  # one folder with all images is no group
     if is_forced or (grouping.frames == "auto" and not grouping.is_given):
         thumbnails = [image.thumbnail for image in filled]
         recordings = find_recordings(examples, thumbnails, copies, given, is_forced)
@@ -87,26 +89,34 @@ def arrange(
     named = [group or recording_of.get(index) for index, group in enumerate(given)]
     groups = join_groups(named, alike, names)
     if not is_forced and _are_enough([groups[index] for index in recording_of], facts):
-        tell(f"{_describe(recordings, len(names))}: each recording stays in one split")
+        if named != list(given):  # else find_groups has said it
+            tell(f"{_describe(recordings, len(names))}: each recording stays in one split")
         return Arranged(groups, {}, {})
     alike = [pair for pair in alike if not recording_of.keys() & set(pair)]
     arranged = Arranged(join_groups(given, alike, names), {}, recording_of)
     for recording in recordings:
         _divide(recording, copies, names, facts, arranged)
-    # Other images are split at random, if there are enough
+    what = _describe(recordings, len(names), "are" if is_forced else "look like")
+    if not _add_others(examples, arranged, 2 + bool(facts["test_fraction"])):
+        raise UserError(f"{what}, too few to be split in time; add more images")
+    tell(f"{what}: {_describe_division(len(recordings), arranged, facts)}")
+    return arranged
+
+
+def _add_others(examples: Sequence[SourceExample], arranged: Arranged, needed: int) -> bool:
+    """Leave images of no recording to a random split, or add them to train if they are too few.
+
+    Returns whether each of the `needed` splits then has images.
+    """
     others = {
         index: group or index
         for index, group in enumerate(arranged.groups)
-        if index not in recording_of and not examples[index].split
+        if index not in arranged.recordings and not examples[index].split
     }
-    what = _describe(recordings, len(names), "are" if is_forced else "look like")
-    needed = {"train", "val", "test"} if facts["test_fraction"] else {"train", "val"}
-    if len(set(others.values())) < len(needed):
-        arranged.splits.update(dict.fromkeys(others, "train"))
-        if not needed <= set(arranged.splits.values()):
-            raise UserError(f"{what}, too few to be split in time; add more images")
-    tell(f"{what}: {_describe_division(len(recordings), arranged, facts)}")
-    return arranged
+    if len(set(others.values())) >= needed:
+        return True
+    arranged.splits.update(dict.fromkeys(others, "train"))
+    return len(set(arranged.splits.values()) - {LEFT_OUT}) == needed
 
 
 def find_recordings(
@@ -182,7 +192,7 @@ def _series_names(
 ) -> list[str]:
     """Return a short, unique name of each series: its group, folder, or what its names share."""
     firsts = [examples[frames[0]] for frames in series]
-    shared = [_shared_start([stem_of(examples[i].image) for i in frames]) for frames in series]
+    shared = [_shared_part([stem_of(examples[i].image) for i in frames]) for frames in series]
     folders = [first.image.parent.name for first in firsts]
     own = [groups[frames[0]] for frames in series]
     short = [a or b or c for a, b, c in zip(own, shared, folders, strict=True)]
@@ -191,10 +201,15 @@ def _series_names(
     return next(names for names in (short, longer, whole) if len(set(names)) == len(names))
 
 
-def _shared_start(stems: list[str]) -> str:
-    """Return what names begin with, without the first digits of their numbers."""
-    equal = itertools.takewhile(lambda chars: len(set(chars)) == 1, zip(*stems, strict=False))
-    return re.sub(r"\d*$", "", "".join(chars[0] for chars in equal)).rstrip("_-. ")
+def _shared_part(stems: list[str]) -> str:
+    """Return what names begin and end with, without their numbers: video1_012_left, video1_left."""
+    parts = []
+    for step in (1, -1):
+        letters = zip(*(stem[::step] for stem in stems), strict=False)
+        equal = itertools.takewhile(lambda same: len(set(same)) == 1, letters)
+        start = "".join(same[0] for same in equal)
+        parts.append(re.sub(r"[_. -]*\d*$", "", start)[::step])
+    return "_".join(filter(None, parts))
 
 
 def looks_consecutive(rows: np.ndarray) -> bool:
