@@ -66,11 +66,11 @@ def fill(
         record = take_record(paths, facts["options"], data)
         fill_or_add = add_to_folder if is_addition else fill_folder
         filled = fill_or_add(data, found.examples, rule, value_range, grouping, facts, record)
-        outlines = [
-            len(example.annotated.outlines) for example in found.examples if example.annotated
-        ]
     if filled is None:
         return False
+    kept = {image.name for image in filled}
+    outlines = [len(example.annotated.outlines) for example in found.examples
+                if example.annotated and example.name in kept]  # fmt: skip
     if lost := not is_addition and outlines and sum(outlines) - sum(len(i.areas) for i in filled):
         tell(
             f"left out {lost} of {sum(outlines)} objects: no pixel of the image is inside their "
@@ -109,6 +109,14 @@ def add_split_options(parser: ArgumentParser) -> None:
         choices=("together", "ignore"),
         default="together",
         help="whether (nearly) identical images stay in one split",
+    )
+    split.add_argument(
+        "--frames",
+        choices=("auto", "time", "random"),
+        default="auto",
+        help="frames of a recording (names with a number). auto: if they look consecutive, whole "
+        "recordings stay in one split; one or two are split in time, val at the end; time: each "
+        "folder or group is a recording and split in time; random: like other images",
     )
     split.add_argument(
         "--seed", type=seed, default=SPLIT_DEFAULTS["seed"], help="random seed of the split"
@@ -155,7 +163,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--add keeps the data folder's content, --force replaces it; choose one")
     if args.add and not (args.images or args.pairs or args.annotations or args.archive):
         parser.error("--add needs a source: --images and --masks, --annotations or --archive")
-    if args.demo and (args.test_fraction or args.groups or args.group_regex):
+    has_split_options = args.test_fraction or args.groups or args.group_regex
+    if args.demo and (has_split_options or args.frames != "auto"):
         parser.error("the demo's split is fixed; leave the options of the split out")
     if args.groups and args.group_regex:
         parser.error("--groups and --group-regex both define groups; give one of them")
@@ -178,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         args.smallest_part,
         args.ignore_value,
     )
-    grouping = Grouping(args.group_regex, args.groups, args.copies == "together")
+    grouping = Grouping(args.group_regex, args.groups, args.copies == "together", args.frames)
     recover_if_killed(args.data)
     options = {**source.options, **rule.options, **grouping.options}
     if args.value_range:

@@ -62,6 +62,11 @@ KOREAN = {
     "; one group of images is too few for a confidence interval": (
         ", 이미지가 모두 한 그룹이어서 신뢰구간을 구할 수 없습니다"
     ),
+    "{count} of these {images} images are frames of recordings that also have frames in train: "
+    "neither the numbers nor the interval show how good the model is on other recordings": (
+        "이미지 {images}장 중 {count}장은 train에도 프레임이 있는 영상의 프레임입니다. 다른 "
+        "영상에서의 성능은 이 수치와 신뢰구간으로 알 수 없습니다"
+    ),
     "; it includes 0, so this could be chance": "; 0을 포함하므로 우연일 수 있습니다",
     "; with so few images, the true interval is wider": (
         "; 이미지가 적으므로 실제 구간은 더 넓다고 보아야 합니다"

@@ -11,7 +11,12 @@ import numpy as np
 from finetuning.basics.command_line import one_line
 from finetuning.basics.files import write_csv
 from finetuning.basics.language import say
-from finetuning.comparison.report_sentences import count_sentence, runs_sentence, split_sentences
+from finetuning.comparison.report_sentences import (
+    count_sentence,
+    recordings_sentence,
+    runs_sentence,
+    split_sentences,
+)
 from finetuning.comparison.tables import (
     BOX_WIDTH,
     Table,
@@ -79,7 +84,8 @@ def summarize(
     gains = np.array([result.gain for result in results])
     images = len({result.index for result in results})
     interval, line = format_interval(gains, seed, group_numbers(results), images)
-    sentences = [count_sentence(results), line, *split_sentences(split, overlap)]
+    sentences = [count_sentence(results), line, *recordings_sentence(results, split)]
+    sentences += split_sentences(split, overlap)
     if runs_file and runs_file.is_file():
         sentences.append(runs_sentence(runs_file))
     return Summary(

@@ -32,6 +32,22 @@ def count_sentence(results: list[Result]) -> str:
     )
 
 
+def recordings_sentence(results: list[Result], split: str) -> list[str]:
+    """Return what numbers on frames of recordings that were split in time do not say."""
+    images = {result.index: result.pair.recording for result in results}
+    count = sum(map(bool, images.values()))
+    if not count or split == "train":
+        return []
+    return [
+        say(
+            "{count} of these {images} images are frames of recordings that also have frames in "
+            "train: neither the numbers nor the interval show how good the model is on other "
+            "recordings",
+            count=count, images=len(images),
+        )
+    ]  # fmt: skip
+
+
 def split_sentences(split: str, overlap: Overlap) -> list[str]:
     """Return what makes numbers on a split reliable, and what makes them doubtful."""
     images, sentences = overlap.images, []

@@ -10,6 +10,7 @@ groups: keep images that belong together in one split
 objects: the objects of an image, each with its mask
 overview: counts, warnings and a picture of a data folder
 pairs: find images and masks of a data folder; read split.json
+recordings: recognise frames of a recording, and split it in time
 splitting: choose images for validation, test and folds
 unchanged: whether a filled folder still holds what its source holds
 """

@@ -19,10 +19,12 @@ from finetuning.dataset.copies import make_thumbnail
 from finetuning.dataset.data_folder import (
     check_cases,
     check_files,
-    complete_folder,
+    find_copies_among,
     gives_objects,
     new_dataset,
     report_filled,
+    split_filled,
+    write_kept_copies,
 )
 from finetuning.dataset.filling import UNSPLIT, Filled, Filler, write_objects
 from finetuning.dataset.fingerprint import (
@@ -37,8 +39,9 @@ from finetuning.dataset.fingerprint import (
     stamp_file,
     write_records,
 )
-from finetuning.dataset.groups import Grouping, find_groups
+from finetuning.dataset.groups import Grouping, find_groups, join_groups
 from finetuning.dataset.pairs import SPLITS, Pair, read_facts, split_pairs
+from finetuning.dataset.recordings import Arranged, find_recordings
 from finetuning.dataset.unchanged import (
     REPLACE,
     SPLIT_DEFAULTS,
@@ -73,9 +76,10 @@ def add_to_folder(
     known, records = _require_addable(data, facts, value_range)
     record = record_of(now, records)
     matches = _match(examples, now, record, records)
-    todo = [index for index, match in enumerate(matches) if match.is_new or match.is_changed]
-    if not todo and not (record and now.groups != record.groups):
+    changed = [index for index, match in enumerate(matches) if match.is_new or match.is_changed]
+    if not changed and not (record and now.groups != record.groups):
         return None
+    todo = [index for index in changed if not matches[index].is_left_out]
     check_files(examples)
     check_cases(examples)
     given = find_groups(examples, grouping)
@@ -83,6 +87,7 @@ def add_to_folder(
     placed = _place(matches, pairs)
     group_of = {place: pair.group for place, pair in pairs.items()}
     group_of |= {_place_of(placed[i]): group for i, group in enumerate(given) if group}
+    finds_recordings = grouping.frames != "random" and not grouping.is_given
     facts = {name: value for name, value in known.items() if name not in (*SPLITS, "groups")}
     per_object = known.get("masks") == "objects" or gives_objects(examples, rule)
     facts |= {"masks": "objects"} if per_object else {}
@@ -92,8 +97,15 @@ def add_to_folder(
         images = _carry_over(folder, kept, records, per_object)
         filler = Filler(folder, rule, per_object, value_range)
         images += filler.fill([placed[index] for index in todo])
+        if finds_recordings:
+            added = zip([placed[index] for index in todo], images[len(kept) :], strict=True)
+            group_of |= _group_new_recordings([pair for pair in added if not pair[0].split])
         groups = [group_of.get(_place_of(image)) for image in images]
-        images, copies = complete_folder(folder, images, groups, grouping.joins_copies, facts, True)
+        copies = find_copies_among(images)
+        alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
+        groups = join_groups(groups, alike, [image.name for image in images])
+        images = split_filled(folder, images, Arranged(groups, {}, {}), facts, is_addition=True)
+        copies = write_kept_copies(folder, images, copies)
         filled = dict(zip(todo, images[len(kept) :], strict=True))
         rows = {key_of(match.example): _row_now(match, filled.get(index))
                 for index, match in enumerate(matches)}  # fmt: skip
@@ -186,7 +198,7 @@ def _place(matches: Sequence[Match], places: Iterable[str]) -> list[SourceExampl
 def _carry_over(
     folder: Path, kept: dict[str, Pair], records: Sequence[Record], per_object: bool
 ) -> list[Filled]:
-    """Link the files of pairs into a new data folder; return what complete_folder needs of them."""
+    """Link the files of pairs into a new data folder; return what the split needs of them."""
     hashes = {row.place: row.image.sha256 for old in records for row in old.rows.values()}
     for kind in ("images", "masks"):
         for split in {place.partition("/")[0] for place in kept}:
@@ -210,6 +222,20 @@ def _carry_over(
         return Filled(name, split, [], 0, False, sha256, thumbnail)
 
     return in_threads(carry, list(kept), "Reading the images that are there", "image")
+
+
+def _group_new_recordings(added: list[tuple[SourceExample, Filled]]) -> dict[str, str]:
+    """Return the recording of each new frame, by its place: frames of one go to the same split."""
+    if not added:
+        return {}
+    examples, images = zip(*added, strict=True)
+    thumbnails = [image.thumbnail for image in images]
+    recordings = find_recordings(examples, thumbnails, [], [None] * len(examples))
+    return {
+        _place_of(examples[index]): f"{recording.name}: added"
+        for recording in recordings
+        for index in recording.frames
+    }
 
 
 def _link(file: Path, to: Path) -> None:

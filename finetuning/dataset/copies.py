@@ -62,7 +62,7 @@ def find_copies(thumbnails: Sequence[np.ndarray], contents: Sequence[str]) -> li
         if content in by_content:
             found[by_content[content][0], index] = 1.0
         by_content[content].append(index)
-    plain = _normalized(np.stack(thumbnails).reshape(len(thumbnails), -1).astype(np.float32))
+    plain = normalized(np.stack(thumbnails))
     coarse = _coarse(plain)
     own = _own_parts(plain, coarse)
     starts = range(0, len(plain), BLOCK)
@@ -131,14 +131,15 @@ def _own_parts(plain: np.ndarray, coarse: np.ndarray) -> np.ndarray:
         is_one = counts[first] >= MANY
         are_similar[np.searchsorted(many, first[is_one]), second[is_one]] = 1
         means[many] = are_similar @ plain / counts[many, None]
-    return _normalized(plain - means)
+    return normalized(plain - means)
 
 
-def _normalized(rows: np.ndarray) -> np.ndarray:
-    """Scale rows to mean 0 and length 1, so that dot products are correlations.
+def normalized(rows: np.ndarray) -> np.ndarray:
+    """Scale rows, NxD or NxHxW, to mean 0 and length 1: dot products become correlations.
 
-    A constant row becomes 0, which correlates with nothing.
+    Returns NxD float32. A constant row becomes 0, which correlates with nothing.
     """
+    rows = rows.reshape(len(rows), -1).astype(np.float32, copy=False)
     rows = rows - rows.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(lengths > 1e-3, rows / np.maximum(lengths, 1e-3), 0)

@@ -42,7 +42,7 @@ from finetuning.dataset.fingerprint import (
     key_of,
     write_records,
 )
-from finetuning.dataset.groups import Grouping, divided_groups, find_groups, join_groups
+from finetuning.dataset.groups import Grouping, divided_groups, find_groups
 from finetuning.dataset.overview import OVERVIEW_FILE, draw_overview
 from finetuning.dataset.pairs import (
     SPLIT_FILE,
@@ -50,7 +50,8 @@ from finetuning.dataset.pairs import (
     find_pairs,
     splits_of,
 )
-from finetuning.dataset.splitting import split_more, split_names
+from finetuning.dataset.recordings import Arranged, arrange
+from finetuning.dataset.splitting import LEFT_OUT, split_more, split_names
 from finetuning.sources.mask_values import MaskRule
 from finetuning.sources.pairing import SourceExample
 
@@ -212,16 +213,20 @@ def fill_folder(
     with new_dataset(data, facts) as folder:
         filler = Filler(folder, rule, per_object, value_range)
         filled = filler.fill(examples)
-        filled, copies = complete_folder(folder, filled, given, grouping.joins_copies, facts)
+        copies = find_copies_among(filled)
+        arranged = arrange(examples, filled, copies, given, grouping, facts)
+        filled = split_filled(folder, filled, arranged, facts)
+        copies = write_kept_copies(folder, filled, copies)
         rows = {
             key_of(example): Row(f"{image.split}/{image.name}", image.stamps[0], image.stamps[1:])
             for example, image in zip(examples, filled, strict=True)
         }
         facts[SOURCES_KEY] = write_records(folder, [record._replace(rows=rows)])
     report_filled(data, filler, filled, copies)
-    if divided := divided_groups(given, [image.split for image in filled]):
+    is_ready = any(example.split for example in examples)
+    if is_ready and (divided := divided_groups(given, [image.split for image in filled])):
         print(f"warning: the given split divides {len(divided)} groups: {listed(divided)}")
-    return filled
+    return [image for image in filled if image.split != LEFT_OUT]
 
 
 def gives_objects(examples: list[SourceExample], rule: MaskRule) -> bool:
@@ -229,26 +234,17 @@ def gives_objects(examples: list[SourceExample], rule: MaskRule) -> bool:
     return rule.gives_objects or any(len(example.masks) != 1 for example in examples)
 
 
-def complete_folder(
-    folder: Path,
-    filled: list[Filled],
-    given: list[str | None],
-    joins_copies: bool,
-    facts: dict[str, Any],
-    is_addition: bool = False,
-) -> tuple[list[Filled], list[Copy]]:
-    """Find copies, split the images in UNSPLIT, and add all names and groups to `facts`.
+def find_copies_among(filled: list[Filled]) -> list[Copy]:
+    """Return the pairs of copies; they are found in the copied images, before the split."""
+    return find_copies([image.thumbnail for image in filled], [image.sha256 for image in filled])
 
-    Returns the images with their splits, and the copies. given: the group of each image.
-    is_addition: split them so that all images together approach the fractions.
-    """
-    # Copies are found in the copied images, so the split comes after the copying
-    copies = find_copies([image.thumbnail for image in filled], [image.sha256 for image in filled])
-    alike = [copy[:2] for copy in copies] if joins_copies else []
-    groups = join_groups(given, alike, [image.name for image in filled])
-    filled = split_filled(folder, filled, groups, facts, is_addition)
-    write_copies(folder / COPIES_FILE, [(image.split, image.name) for image in filled], copies)
-    return filled, copies
+
+def write_kept_copies(folder: Path, filled: list[Filled], copies: list[Copy]) -> list[Copy]:
+    """Write the pairs of copies, without those of frames that are left out; return them."""
+    names = [(image.split, image.name) for image in filled]
+    copies = [copy for copy in copies if LEFT_OUT not in (names[copy[0]][0], names[copy[1]][0])]
+    write_copies(folder / COPIES_FILE, names, copies)
+    return copies
 
 
 def report_filled(data: Path, filler: Filler, filled: list[Filled], copies: list[Copy]) -> None:
@@ -266,36 +262,43 @@ def report_filled(data: Path, filler: Filler, filled: list[Filled], copies: list
 def split_filled(
     folder: Path,
     filled: list[Filled],
-    groups: list[str | None],
+    arranged: Arranged,
     facts: dict[str, Any],
     is_addition: bool = False,
 ) -> list[Filled]:
-    """Split the images in UNSPLIT and move their files; add all names and groups to `facts`."""
+    """Split the images in UNSPLIT, in time or at random; move their files; add all to `facts`.
+
+    is_addition: split them so that all images together approach the fractions.
+    """
+    split_of = {filled[index].name: split for index, split in arranged.splits.items()}
     unsplit = {
         image.name: group
-        for image, group in zip(filled, groups, strict=True)
-        if image.split == UNSPLIT
+        for image, group in zip(filled, arranged.groups, strict=True)
+        if image.split == UNSPLIT and image.name not in split_of
     }
-    split_of = {}
     if unsplit:
         fractions = facts["val_fraction"], facts["seed"], facts["test_fraction"]
         if is_addition:
-            known = [(image.split, group) for image, group in zip(filled, groups, strict=True)
+            known = [(image.split, group)
+                     for image, group in zip(filled, arranged.groups, strict=True)
                      if image.split != UNSPLIT]  # fmt: skip
-            split_of = split_more(unsplit, *fractions, known)
+            split_of |= split_more(unsplit, *fractions, known)
         else:
             splits = split_names(unsplit, *fractions, unsplit)
-            split_of = {name: split for split, names in splits.items() for name in names}
+            split_of |= {name: split for split, names in splits.items() for name in names}
+    if split_of:
         move_to_splits(folder, split_of)
     filled = [
         image._replace(split=split_of[image.name]) if image.split == UNSPLIT else image
         for image in filled
     ]
     facts["groups"] = {}
-    for image, group in zip(filled, groups, strict=True):
+    for index, (image, group) in enumerate(zip(filled, arranged.groups, strict=True)):
         facts.setdefault(image.split, []).append(image.name)
         if group:
             facts["groups"].setdefault(image.split, {})[image.name] = group
+        if recording := arranged.recordings.get(index):
+            facts.setdefault("recordings", {}).setdefault(image.split, {})[image.name] = recording
     return filled
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from finetuning.dataset.copies import make_thumbnail
 from finetuning.dataset.fingerprint import Stamp, stamp_file, stamp_outlines
 from finetuning.dataset.objects import write_label_maps
 from finetuning.dataset.pairs import files_by_stem
+from finetuning.dataset.splitting import LEFT_OUT
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import SourceExample
 
@@ -153,14 +155,18 @@ class Filler:
 
 
 def move_to_splits(folder: Path, split_of: dict[str, str]) -> None:
-    """Move each image and mask in UNSPLIT to the folder of its split; split_of: by name."""
+    """Move each image and mask in UNSPLIT to the folder of its split, or remove it (LEFT_OUT).
+
+    split_of: the split of each name.
+    """
     for kind in ("images", "masks"):
         unsplit = folder / kind / UNSPLIT
         for name, path in files_by_stem(unsplit, with_folders=kind == "masks").items():
-            to = folder / kind / split_of[name]
-            to.mkdir(exist_ok=True)
-            path.rename(to / path.name)
-        unsplit.rmdir()
+            if split_of[name] != LEFT_OUT:
+                to = folder / kind / split_of[name]
+                to.mkdir(exist_ok=True)
+                path.rename(to / path.name)
+        shutil.rmtree(unsplit)
 
 
 @contextlib.contextmanager

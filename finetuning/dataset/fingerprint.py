@@ -24,6 +24,7 @@ import numpy as np
 
 from finetuning.basics.command_line import listed, nfc
 from finetuning.basics.files import content_sha256, read_file
+from finetuning.dataset.splitting import LEFT_OUT
 from finetuning.sources.folder_layouts import IGNORED
 from finetuning.sources.pairing import SourceExample
 
@@ -71,6 +72,11 @@ class Match(NamedTuple):
     @property
     def is_new(self) -> bool:
         return self.row is None
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether it is a frame between two splits of a recording, which no split has."""
+        return self.row is not None and self.row.place.startswith(f"{LEFT_OUT}/")
 
     @property
     def is_changed(self) -> bool:

@@ -22,7 +22,7 @@ from finetuning.sources.pairing import SourceExample
 
 FRAME = re.compile(r"(.+)[_-](?:frame)?\d+")  # names like video3_000124
 FRAME_OPTION = '--group-regex "(.+)[_-]"'
-FRAMES = 3  # average number of images per name from which they look like frames of videos
+FEW_FRAMES = 3  # average number of images per name from which they look like frames of videos
 
 
 class Grouping(NamedTuple):
@@ -31,33 +31,40 @@ class Grouping(NamedTuple):
     pattern: str | None = None  # a regular expression that finds the group in a file name
     table: Path | None = None  # a CSV file with the columns image and group
     joins_copies: bool = True
+    frames: str = "auto"  # what happens to frames of a recording: auto, time or random
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the user names the groups."""
+        return bool(self.pattern or self.table)
 
     @property
     def options(self) -> dict[str, Any]:
         """The options besides the table that differ from the default, for split.json."""
         chosen = {"group_regex": self.pattern, "copies": None if self.joins_copies else "ignore"}
+        chosen["frames"] = None if self.frames == "auto" else self.frames
         return {name: value for name, value in chosen.items() if value}
 
 
 def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[str | None]:
     """Return the user's group of each example, or None if it has none.
 
-    Prints the number of groups, or a warning if names look like frames of videos. Raises UserError
-    if the pattern or the table does not fit the images.
+    Prints the number of groups. Raises UserError if the pattern or the table does not fit the
+    images.
     """
     if grouping.table:
         groups = _read_groups(grouping.table, examples)
     elif grouping.pattern:
         groups = _match_groups(grouping.pattern, examples)
-    elif any(example.group for example in examples):
+    elif len({example.group for example in examples}) > 1:  # one folder with all is no group
         groups = [example.group for example in examples]
         print(f"each folder of images is a group: {listed(sorted(set(filter(None, groups))))}")
     else:
-        _warn_of_frames([stem_of(example.image) for example in examples])
         return [None] * len(examples)
     alone = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     rest = f"; {len(alone)} images are in none: {listed(alone)}" if alone else ""
-    print(f"groups: {len(set(filter(None, groups)))}, which stay together{rest}")
+    together = "each split in time" if grouping.frames == "time" else "which stay together"
+    print(f"groups: {len(set(filter(None, groups)))}, {together}{rest}")
     return groups
 
 
@@ -112,11 +119,12 @@ def _read_groups(table: Path, examples: Sequence[SourceExample]) -> list[str | N
     return groups
 
 
-def _warn_of_frames(stems: Sequence[str]) -> None:
+def warn_of_videos(stems: Sequence[str]) -> None:
+    """Print a warning if names look like frames of several videos."""
     videos = Counter(found[1] for stem in stems if (found := FRAME.fullmatch(stem)))
     for name in SPLIT_NAMES.keys() & videos.keys():  # train_001, val_001
         del videos[name]
-    if len(videos) > 1 and videos.total() >= max(FRAMES * len(videos), len(stems) / 2):
+    if len(videos) > 1 and videos.total() >= max(FEW_FRAMES * len(videos), len(stems) / 2):
         print(
             f"warning: names like {listed(stems[:1])} look like frames of {len(videos)} videos, or "
             "images of as many patients; if train and val share some, val results are too "

@@ -30,6 +30,7 @@ class Pair(NamedTuple):
     chosen: tuple[int, ...] | None = None  # indices of the objects to use; None: all
     as_one: bool = False  # whether all objects, chosen or not, are merged into one
     group: str | None = None  # shared by images that stay together (one patient, copies)
+    recording: str | None = None  # one that is split in time, so it has frames in other splits, too
 
     def mask_files(self) -> list[Path]:
         """Return the mask file, or the image files of the mask folder, sorted."""
@@ -117,8 +118,11 @@ def split_pairs(data: Path, split: str, limit: int | None = None) -> list[Pair]:
             raise UserError(f"no data in {folder}; {how_to_fill(data)}")
     facts = read_facts(data)
     pairs = find_pairs(image_dir, mask_dir, facts.get("masks") == "objects")[:limit]
-    groups = facts.get("groups", {}).get(split, {})
-    return [pair._replace(group=groups.get(pair.name)) for pair in pairs]
+    groups, recordings = (facts.get(kind, {}).get(split, {}) for kind in ("groups", "recordings"))
+    return [
+        pair._replace(group=groups.get(pair.name), recording=recordings.get(pair.name))
+        for pair in pairs
+    ]
 
 
 def how_to_fill(data: Path) -> str:

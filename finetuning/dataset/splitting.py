@@ -7,8 +7,9 @@ images of a group are in the same split.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from sam2_utils import UserError
@@ -19,6 +20,7 @@ from finetuning.basics.files import hash_contents
 from finetuning.basics.run_outputs import FINAL_FILE, FOLDS_FILE
 from finetuning.dataset.pairs import Pair
 
+LEFT_OUT = "left out"  # the split of frames between two splits of a recording
 FOLD_COLUMNS = ("fold", "image", "sha256")
 
 
@@ -42,11 +44,11 @@ def split_names(
     if len(groups) < needed:
         splits = "train, val and test" if test_fraction else "train and val"
         what = f"{count} pair{'s' * (count != 1)}"
-        hint = ""
+        hint = "add more pairs"
         if len(groups) < count:
-            hint = ", or do without groups (for copies: --copies ignore)"
+            hint = "add pairs of others, or divide each group in the order of names: --frames time"
             what += f" in {len(groups)} group{'s' * (len(groups) > 1)}, which stay together,"
-        raise UserError(f"{what} cannot be split into {splits}; add more pairs{hint}")
+        raise UserError(f"{what} cannot be split into {splits}; {hint}")
     # val comes first, so that it does not depend on test_fraction
     val, rest = choose_groups(groups, count * val_fraction)
     if len(rest) < needed - 1:  # too few groups for train and test: make val as small as possible
@@ -96,6 +98,34 @@ def split_more(
     return split_of
 
 
+def split_in_time(
+    count: int,
+    val_fraction: float,
+    test_fraction: float,
+    gap_before: Callable[[int], int] = lambda start: 0,
+) -> list[str]:
+    """Return the split of each frame of a recording: train, then val, then test.
+
+    All are train if there are too few frames.
+
+    gap_before: how many frames to leave out before a split that starts at this frame.
+    """
+    splits: list[str] = []
+    for split, fraction in (("test", test_fraction), ("val", val_fraction)):
+        if fraction:
+            splits = [split] * max(1, round(count * fraction)) + splits
+            splits = [LEFT_OUT] * gap_before(max(0, count - len(splits))) + splits
+    if len(splits) < count:
+        return ["train"] * (count - len(splits)) + splits
+    has_gaps = LEFT_OUT in splits
+    return split_in_time(count, val_fraction, test_fraction) if has_gaps else ["train"] * count
+
+
+def time_order(name: str) -> list[str | int]:
+    """Return a sort key in which the numbers in a name count as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
 def make_folds(
     names: Iterable[str], count: int, seed: int, group_of: Mapping[str, str | None]
 ) -> list[list[str]]:
@@ -111,6 +141,22 @@ def make_folds(
     for group in sorted(groups, key=len, reverse=True):
         min(folds, key=len).extend(group)
     return [sorted(fold) for fold in folds]
+
+
+def fold_groups(pairs: Mapping[str, Pair], count: int) -> dict[str, str | None]:
+    """Return the group of each pair, by key; a recording that is split in time has one per fold.
+
+    These groups are consecutive parts, so few frames have neighbours in another fold.
+    """
+    groups = {key: pair.group for key, pair in pairs.items()}
+    recordings: dict[str, list[str]] = {}
+    for key, pair in sorted(pairs.items(), key=lambda item: time_order(item[1].name)):
+        if pair.recording:
+            recordings.setdefault(pair.recording, []).append(key)
+    for recording, keys in recordings.items():
+        parts = {key: place * count // len(keys) for place, key in enumerate(keys)}
+        groups |= {key: f"{recording}, part {part}" for key, part in parts.items()}
+    return groups
 
 
 def _in_random_order(

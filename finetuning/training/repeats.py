@@ -27,7 +27,7 @@ from finetuning.basics.run_outputs import (
     STATE_FILE,
 )
 from finetuning.dataset.pairs import Pair
-from finetuning.dataset.splitting import FOLD_COLUMNS, fold_folder, keyed, make_folds
+from finetuning.dataset.splitting import FOLD_COLUMNS, fold_folder, fold_groups, keyed, make_folds
 from finetuning.evaluation import object_matching
 from finetuning.model.models import own_image_size
 from finetuning.training.earlier_runs import require_outside_run
@@ -64,7 +64,7 @@ def plan_trainings(
             for number, run_recipe in enumerate(recipes, 1)
         ]
     by_key = keyed(pairs)
-    groups = {key: pair.group for key, pair in by_key.items()}
+    groups = fold_groups(by_key, folds)
     fold_keys = [set(fold) for fold in make_folds(by_key, folds, recipe.seed, groups)]
     return [
         Training(
