@@ -114,9 +114,10 @@ def add_split_options(parser: ArgumentParser) -> None:
         "--frames",
         choices=("auto", "time", "random"),
         default="auto",
-        help="frames of a recording (names with a number). auto: if they look consecutive, whole "
-        "recordings stay in one split; one or two are split in time, val at the end; time: each "
-        "folder or group is a recording and split in time; random: like other images",
+        help="consecutive frames of a recording. auto: recognised by numbered names and looks; of "
+        "three or more recordings each stays in one split, one or two are split in time, val at "
+        "the end; time: every recording, group or folder is split in the order of its names; "
+        "random: frames are split like other images",
     )
     split.add_argument(
         "--seed", type=seed, default=SPLIT_DEFAULTS["seed"], help="random seed of the split"

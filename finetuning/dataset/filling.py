@@ -162,11 +162,13 @@ def move_to_splits(folder: Path, split_of: dict[str, str]) -> None:
     for kind in ("images", "masks"):
         unsplit = folder / kind / UNSPLIT
         for name, path in files_by_stem(unsplit, with_folders=kind == "masks").items():
-            if split_of[name] != LEFT_OUT:
-                to = folder / kind / split_of[name]
-                to.mkdir(exist_ok=True)
-                path.rename(to / path.name)
-        shutil.rmtree(unsplit)
+            if split_of[name] == LEFT_OUT:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                continue
+            to = folder / kind / split_of[name]
+            to.mkdir(exist_ok=True)
+            path.rename(to / path.name)
+        unsplit.rmdir()
 
 
 @contextlib.contextmanager

@@ -97,7 +97,8 @@ def arrange(
     what = _describe(recordings, len(names), "are" if is_forced else "look like")
     if not _add_others(examples, arranged, 2 + bool(facts["test_fraction"])):
         raise UserError(f"{what}, too few to be split in time; add more images")
-    tell(f"{what}: {_describe_division(len(recordings), arranged, facts)}")
+    hint = "" if is_forced else " (--frames random: split at random)"
+    tell(f"{what}: {_describe_division(len(recordings), arranged, facts)}{hint}")
     return arranged
 
 
@@ -235,15 +236,16 @@ def _share_of_near(rows: np.ndarray, lags: Sequence[int]) -> float:
     return np.mean(_correlations(rows, 1) > np.maximum(usual[:-1], usual[1:]) + 1e-4)
 
 
-def _correlations(rows: np.ndarray, lag: int) -> np.ndarray:
-    """Return the correlation of each normalized row with the one `lag` rows after it."""
-    return np.einsum("nd,nd->n", rows[:-lag], rows[lag:])
+def _correlations(rows: np.ndarray, lag: int, step: int = 1) -> np.ndarray:
+    """Return the correlation of every `step`-th normalized row with the one `lag` rows after it."""
+    return np.einsum("nd,nd->n", rows[:-lag:step], rows[lag::step])
 
 
 def _reach(rows: np.ndarray) -> int:
     """Return how many frames apart images are hardly alike; at most what a gap may be."""
     own, most = normalized(rows - rows.mean(axis=0)), _longest_gap(len(rows))
-    near = (lag for lag in range(1, most) if np.median(_correlations(own, lag)) < ALIKE)
+    step = len(rows) // 500 + 1  # as many pairs are enough
+    near = (lag for lag in range(1, most) if np.median(_correlations(own, lag, step)) < ALIKE)
     return next(near, most)
 
 
@@ -314,9 +316,5 @@ def _describe_division(recordings: int, arranged: Arranged, facts: dict[str, Any
     if facts["test_fraction"]:
         last = f"the last {test}{of_each} become test, the {val} before val"
     count = Counter(arranged.splits.values())[LEFT_OUT]
-    gap = (
-        f", {count} frame{'s are' if count > 1 else ' is'} left out before, as a gap"
-        if count
-        else ""
-    )
-    return f"{last}{gap} (--frames random: split at random)"
+    are = "s are" if count > 1 else " is"
+    return last + f", {count} frame{are} left out before, as a gap" * bool(count)
