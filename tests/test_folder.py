@@ -205,6 +205,10 @@ def test_results_of_images_that_are_gone_are_dropped_and_their_files_kept_aside(
     assert not [*OUTPUT.glob("a_*"), *OUTPUT.glob("b_*")]
     gone = {path.name for path in (OUTPUT / "gone").iterdir()}
     assert gone == {f"{stem}_{kind}.png" for stem in "ab" for kind in ("mask", "overlay")}
+    (folder / "c.png").unlink()
+    outcome = all_boxes(run_script, folder, "--value-range", "0,255", "--overwrite")
+    assert "dropped the results of 1 images that are gone: c.png" in outcome.out
+    assert not list(OUTPUT.glob("c_*"))
 
 
 def test_an_image_that_loses_the_suffix_in_its_results_names_leaves_none_behind(run_script, folder):
