@@ -182,7 +182,7 @@ def test_a_replaced_image_is_segmented_again(run_script, folder, monkeypatch, ra
     write_image(folder / "b.jpg", draw_pair(9)[0])
     os.utime(folder / "b.jpg", (1e9, 1e9))  # even an older one
     outcome = all_boxes(run_script, folder)
-    assert segmented == ["b.jpg"] and "changed since they were segmented: 1 images" in outcome.out
+    assert segmented == ["b.jpg"] and "1 of 3 images with results have changed" in outcome.out
     mask, _ = expected(random_mini, folder / "b.jpg", box=BOX)
     assert np.array_equal(read_mask(OUTPUT / "b_mask.png"), mask)
     assert all_boxes(run_script, folder).out.count("3 had results") == 1 == len(segmented)
@@ -196,7 +196,7 @@ def test_results_of_images_that_are_gone_are_dropped_and_their_files_kept_aside(
     (folder / "b.jpg").unlink()
     (folder / "a.png").rename(folder / "c.png")
     outcome = all_boxes(run_script, folder)
-    assert "dropped the results of 2 images that are gone: a.png, b.jpg" in outcome.out
+    assert "2 of 3 images with results are gone: a.png, b.jpg" in outcome.out
     assert [row["image"] for row in read_rows()] == ["c.png", "한글 이름.png"]
     for name in ("coco.json", "coco_polygons.json"):  # up to date, though not asked for again
         document = json.loads((OUTPUT / name).read_text(encoding="utf-8"))
@@ -205,6 +205,10 @@ def test_results_of_images_that_are_gone_are_dropped_and_their_files_kept_aside(
     assert not [*OUTPUT.glob("a_*"), *OUTPUT.glob("b_*")]
     gone = {path.name for path in (OUTPUT / "gone").iterdir()}
     assert gone == {f"{stem}_{kind}.png" for stem in "ab" for kind in ("mask", "overlay")}
+    (folder / "c.png").unlink()
+    outcome = all_boxes(run_script, folder, "--value-range", "0,255", "--overwrite")
+    assert "1 of 2 images with results are gone: c.png" in outcome.out
+    assert not list(OUTPUT.glob("c_*"))
 
 
 def test_an_image_that_loses_the_suffix_in_its_results_names_leaves_none_behind(run_script, folder):
@@ -234,7 +238,7 @@ def test_names_in_a_changed_table_move_no_other_file(run_script, folder):
     columns = folder_results.RESULT_COLUMNS
     gone = dict.fromkeys(columns, "") | {"image": "z.png", "files": "../../../mine_mask.png"}
     write_csv(OUTPUT / "results.csv", columns, [[gone[column] for column in columns]])
-    assert "dropped the results of 1 images" in all_boxes(run_script, folder).out
+    assert "1 of 1 images with results are gone" in all_boxes(run_script, folder).out
     assert (folder.parent / "mine_mask.png").read_bytes() == b"mine"
 
 

@@ -98,8 +98,14 @@ def make_settings(
 
 
 def image_time(path: Path) -> str:
-    """Return when a file was last changed, in UTC; it tells an image from its replacement."""
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
+    """Return when a file was last changed, in UTC; it tells an image from its replacement.
+
+    "" if the file is gone, or has no such time.
+    """
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
+    except (OSError, ValueError, OverflowError):
+        return ""
 
 
 class FolderResults:
@@ -120,7 +126,7 @@ class FolderResults:
         """
         self.folder, self.kinds, self.settings = folder, kinds, settings
         self.rows = _read_rows(folder / RESULTS_FILE)  # by image name
-        self.files = {image: _files_in(rows) for image, rows in self.rows.items()}
+        self.files = {image: _files_in(rows) for image, rows in self.rows.items()}  # of each image
         # Existing COCO files are kept up to date, whether or not this run asks for them
         self.coco = coco_files(folder, is_forced="coco" in kinds)
         self.is_written, self.written_at, self.writing_took = True, time.monotonic(), 0.0
@@ -166,9 +172,9 @@ class FolderResults:
 
         Their files are moved to GONE_FOLDER, as objects may have been clicked on by hand.
         """
-        gone = sorted(self.rows.keys() - {image.name for image in images})
+        gone = sorted(self.files.keys() - {image.name for image in images})
         for name in gone:
-            for file in self.files[name]:
+            for file in self.files.pop(name):
                 if (self.folder / file).is_file():
                     (self.folder / GONE_FOLDER).mkdir(exist_ok=True)
                     (self.folder / file).replace(self.folder / GONE_FOLDER / file)

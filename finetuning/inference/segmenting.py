@@ -123,15 +123,19 @@ def segment_folder(
 
     An image that cannot be read, or with a prompt outside it, is reported; the others go on.
     """
+    had_results = len(results.files)
     if gone := results.drop_gone(images):
         tell(
-            f"dropped the results of {len(gone)} images that are gone: {listed(gone)}; "
-            f"their files are in {results.folder / GONE_FOLDER}"
+            f"{len(gone)} of {had_results} images with results are gone: {listed(gone)}; "
+            f"their rows are dropped, and their files moved to {results.folder / GONE_FOLDER}"
         )
     wanted = [image for image in images if prompts is None or image.name in prompts]
     todo = [image for image in wanted if overwrite or not _is_done(image, prompts, results)]
     if replaced := [image.name for image in todo if results.is_replaced(image)]:
-        tell(f"changed since they were segmented: {len(replaced)} images: {listed(replaced)}")
+        tell(
+            f"{len(replaced)} of {had_results} images with results have changed and are segmented "
+            f"again: {listed(replaced)}"
+        )
     # In the window the user may stop early: images keep their results until new ones are saved
     if overwrite and not method.opens_window:
         results.forget([image.name for image in todo])

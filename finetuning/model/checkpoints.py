@@ -46,7 +46,7 @@ def checkpoint_path(text: str) -> Path:
         if (path / name).is_file():
             return path / name
     inside = [file.relative_to(path) for file in sorted(path.glob(f"*/{BEST_FILE}"))]
-    there = f"; name one of {listed(map(str, inside))} in it" if inside else "; name a file"
+    there = f"; name one in it: {listed(map(str, inside))}" if inside else "; name a file"
     raise argparse.ArgumentTypeError(f"{path} is a folder without {BEST_FILE}{there}")
 
 
