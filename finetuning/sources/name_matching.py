@@ -1,4 +1,4 @@
-"""Matching the names of masks to the names of images."""
+"""Matching the names of masks to the names of images, and telling both apart in one folder."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import brief_path, nfc
-from finetuning.sources.folder_layouts import BY_TABLE
+from finetuning.basics.command_line import brief_path, listed, nfc
+from finetuning.sources.folder_layouts import (
+    BY_TABLE,
+    Folder,
+    Level,
+    annotation_hint,
+    by_stem,
+    stem_of,
+    suffix_of,
+)
 
 # The first or last word in the names of masks: 000_masks beside 000_img
 MASK_WORDS = {"mask", "masks", "label", "labels", "labelmap", "seg", "segs", "segmentation", "gt"}
 MASK_WORDS |= {"groundtruth", "truth", "annotation", "annotations", "annot", "ann", "manual"}
+JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 MAX_GUESSES = 50  # if more endings are equally frequent, none of them marks masks
 
 OBJECT_NUMBER = re.compile(r"[ _.-]?\(\d+\)$|[ _.-]?\d+$")  # at the end of a mask's name
@@ -203,3 +213,46 @@ def worded_masks(stems: list[str]) -> set[str]:
         if masks and images and match_names(images, sorted(masks))[0]:
             found.append(masks)
     return found[0] if found and all(masks == found[0] for masks in found) else set()
+
+
+def divide_folder(folder: Folder) -> Level:
+    """Separate masks from images in one folder: by name, or as the files that are not JPEG."""
+    files = {path: suffix_of(path) for path in folder.files}
+    # Masks are exact, so photos and masks in one folder are often JPEG and PNG
+    files = {path: ".jpg" if kind in JPEG_SUFFIXES else kind for path, kind in files.items()}
+    stems = [stem_of(path) for path in files]
+    is_unique = len(set(stems)) == len(stems)
+    marked = (marked_masks(stems) or worded_masks(stems)) if is_unique else set()
+    if marked:
+        masks = {path: None for path, stem in zip(files, stems, strict=True) if stem in marked}
+    elif len(set(files.values())) == 2 and ".jpg" in files.values():
+        masks = {path: None for path, kind in files.items() if kind != ".jpg"}
+    else:
+        by_stem(folder)  # may raise a more precise error
+        raise UserError(
+            f"{brief_path(folder.path)} was given for both images and masks, but names like "
+            f"{listed(folder.files)} do not show which are the masks; move those into a folder of "
+            f"their own, or {BY_TABLE}{annotation_hint(folder)}"
+        )
+    images = [path for path in files if path not in masks]
+    return Level(folder._replace(files=images), Folder(folder.path, list(masks), [], []))
+
+
+def no_match(files: dict[str, Path], groups: dict[str, list[Path]]) -> UserError:
+    """Return the error that names masks without an image, and images that may be meant.
+
+    Both map names to files, as match_names got them.
+    """
+    # If most masks match an image with the most frequent affix, name only those that do not
+    sample = list(groups)[:: len(groups) // 8 + 1]
+    affixes = Counter(affix for mask in sample for affix in sorted(affixes_in(mask, files)))
+    affix = affixes.most_common(1)[0][0] if affixes else ("", "")
+    owners = {mask: core for mask in groups if (core := core_of(mask, affix, files)) is not None}
+    if not len(groups) / 2 < len(owners) < len(groups):  # fewer may match by luck
+        owners = {}
+    alone = [paths[0] for mask, paths in groups.items() if mask not in owners]
+    free = files.keys() - set(owners.values()) or files.keys()
+    return UserError(
+        f"the names do not show which images these masks belong to: {listed(alone)}; images are "
+        f"called {listed(sorted(files[stem].name for stem in free))}; {BY_TABLE}"
+    )

@@ -21,24 +21,15 @@ from finetuning.sources.folder_layouts import (
     SPLIT_NAMES,
     Folder,
     Level,
-    annotation_hint,
     by_stem,
     find_places,
     notes_on_unused,
     pair_levels,
     read_folder,
     stem_of,
-    suffix_of,
 )
-from finetuning.sources.name_matching import (
-    affixes_in,
-    core_of,
-    marked_masks,
-    match_names,
-    worded_masks,
-)
+from finetuning.sources.name_matching import divide_folder, match_names, no_match
 
-JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 # Characters that Windows refuses, control characters, and those that set the writing direction
 UNSAFE = re.compile(
     r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
@@ -85,7 +76,7 @@ def find_examples(images: Path, masks: Path, skip_unlabelled: bool = False) -> F
     if not (images.samefile(masks) if on_disk else str(images) == str(masks)):
         return _pair_all(pair_levels(image_folder, mask_folder), [], skip_unlabelled)
     if image_folder.files:
-        return _pair_all([_divide(image_folder)], [], skip_unlabelled)
+        return _pair_all([divide_folder(image_folder)], [], skip_unlabelled)
     return _find_in(image_folder, skip_unlabelled)
 
 
@@ -116,7 +107,7 @@ def _find_mixed(folder: Folder) -> Iterator[tuple[Path, list[Level]]]:
     levels = []
     for part, split in parts:
         with contextlib.suppress(UserError):
-            levels += [_divide(part)._replace(split=split)] if part.files else []
+            levels += [divide_folder(part)._replace(split=split)] if part.files else []
     if levels:
         yield folder.path, levels
     else:
@@ -198,29 +189,6 @@ def _find_file(name: str, folders: list[Path | None], what: str) -> Path:
     raise UserError(f"{what} {brief_path(name)} is not in {places}; check its path")
 
 
-def _divide(folder: Folder) -> Level:
-    """Separate masks from images in one folder: by name, or as the files that are not JPEG."""
-    files = {path: suffix_of(path) for path in folder.files}
-    # Masks are exact, so photos and masks in one folder are often JPEG and PNG
-    files = {path: ".jpg" if kind in JPEG_SUFFIXES else kind for path, kind in files.items()}
-    stems = [stem_of(path) for path in files]
-    is_unique = len(set(stems)) == len(stems)
-    marked = (marked_masks(stems) or worded_masks(stems)) if is_unique else set()
-    if marked:
-        masks = {path: None for path, stem in zip(files, stems, strict=True) if stem in marked}
-    elif len(set(files.values())) == 2 and ".jpg" in files.values():
-        masks = {path: None for path, kind in files.items() if kind != ".jpg"}
-    else:
-        by_stem(folder)  # may raise a more precise error
-        raise UserError(
-            f"{brief_path(folder.path)} was given for both images and masks, but names like "
-            f"{listed(folder.files)} do not show which are the masks; move those into a folder of "
-            f"their own, or {BY_TABLE}{annotation_hint(folder)}"
-        )
-    images = [path for path in files if path not in masks]
-    return Level(folder._replace(files=images), Folder(folder.path, list(masks), [], []))
-
-
 def _pair_all(levels: list[Level], notes: list[str], skip_unlabelled: bool) -> Found:
     unnamed = [example for level in levels for example in _pair(level, notes)]
     return to_examples(unnamed, notes + notes_on_unused(levels), skip_unlabelled)
@@ -248,7 +216,7 @@ def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
 
     owners, note = match_names(list(files), list(groups))
     if groups and not owners:
-        _refuse(files, groups)
+        raise no_match(files, groups)
     notes += [note] if note else []
     masks_of: dict[str, list[Path]] = {stem: [] for stem in files}
     for mask, stem in owners.items():
@@ -264,23 +232,6 @@ def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
         )
         for stem, found in masks_of.items()
     ]
-
-
-def _refuse(files: dict[str, Path], groups: dict[str, list[Path]]) -> None:
-    """Raise UserError naming masks without an image, and images that may be meant."""
-    # If most masks match an image with the most frequent affix, name only those that do not
-    sample = list(groups)[:: len(groups) // 8 + 1]
-    affixes = Counter(affix for mask in sample for affix in sorted(affixes_in(mask, files)))
-    affix = affixes.most_common(1)[0][0] if affixes else ("", "")
-    owners = {mask: core for mask in groups if (core := core_of(mask, affix, files)) is not None}
-    if not len(groups) / 2 < len(owners) < len(groups):  # fewer may match by luck
-        owners = {}
-    alone = [paths[0] for mask, paths in groups.items() if mask not in owners]
-    free = files.keys() - set(owners.values()) or files.keys()
-    raise UserError(
-        f"the names do not show which images these masks belong to: {listed(alone)}; images are "
-        f"called {listed(sorted(files[stem].name for stem in free))}; {BY_TABLE}"
-    )
 
 
 def to_examples(unnamed: list[UnnamedExample], notes: list[str], skip_unlabelled: bool) -> Found:
