@@ -355,6 +355,15 @@ def test_an_archive_of_masks_stays_one_and_has_no_classes(tmp_path):
         Source(archive=tmp_path / "set", class_names=("a",)).find(tmp_path).__enter__()
 
 
+def test_a_competitions_folder_is_read_as_it_is(tmp_path):
+    write_photos(tmp_path / "train_images", "a.jpg", "b.jpg")
+    write(tmp_path / "train.csv", "ImageId,EncodedPixels\na.jpg,1 3\nb.jpg,9 4\n")
+    write(tmp_path / "sample_submission.csv", "ImageId,EncodedPixels\nc.jpg,1 1\n")
+    with Source(archive=tmp_path).find(tmp_path) as (examples, notes):
+        assert [example.name for example in examples] == ["a", "b"]
+    assert notes[0] == "run lengths: 2 objects in 2 annotated images (object 2)"
+
+
 def test_errors_about_a_zip_name_the_zip(tmp_path):
     path = tmp_path / "export.zip"
     with zipfile.ZipFile(path, "w") as archive:

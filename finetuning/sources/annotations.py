@@ -103,7 +103,13 @@ def read_annotations(
 def holds_annotations(path: Path) -> bool:
     """Return whether a folder has an annotation file of a known format."""
     is_known = (_json_kind(read_json(file)) for file in _files_below(path, ".json"))
-    return any(is_known) or any(map(is_yolo, _files_below(path, ".txt")))
+    return any(is_known) or any(map(is_yolo, _files_below(path, ".txt"))) or bool(_tables(path))
+
+
+def _tables(path: Path) -> list[Path]:
+    """Return the tables of run lengths in a folder, without Kaggle's examples of a submission."""
+    files = [file for file in _files_below(path, ".csv") if table_columns(file)]
+    return [file for file in files if "submission" not in file.stem.casefold()]
 
 
 def _files_below(path: Path, suffix: str) -> list[Path]:
@@ -139,8 +145,7 @@ def _read_files(path: Path) -> Export:
         errors.raise_all(path)
         if export:
             return export
-    tables = [file for file in _files_below(path, ".csv") if table_columns(file)]
-    if len(tables) == 1:
+    if len(tables := _tables(path)) == 1:
         return _read_files(tables[0])
     raise UserError(f"no annotations in {brief_path(path)}; {SUPPORTED_FORMATS}")
 
