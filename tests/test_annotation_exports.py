@@ -144,11 +144,30 @@ def test_the_file_of_one_split_takes_the_images_of_that_split(tmp_path):
 def test_an_image_of_another_split_is_not_taken_for_the_one_that_is_named(tmp_path):
     write_photos(tmp_path / "val", "a.jpg", "b.jpg")
     path = write(tmp_path / "coco.json", coco("train/a.jpg", "val/b.jpg"))
-    with pytest.raises(UserError, match=r"1 of 2 .*: train/a\.jpg \(.*val/a\.jpg is in another sp"):
+    with pytest.raises(UserError, match=r"1 of 2 .*: train/a\.jpg \(.*val/a\.jpg is of another sp"):
         read_annotations(path, tmp_path / "val")
     found = read_annotations(path, tmp_path / "val", skip_missing=True)
     assert splits_of(found, tmp_path) == {"val/b.jpg": None}
     assert not any("by their names alone" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("export", [roboflow, yolo])
+def test_the_annotations_of_one_split_are_not_those_of_another(tmp_path, export):
+    place = tmp_path / "test"  # the folder around all says nothing
+    export(place)
+    with pytest.raises(UserError, match=r"2 of 2 .*valid.* is of another split than .*train"):
+        read_annotations(place / "train", place / "valid")
+    assert len(read_annotations(place / "train", place / "train").images) == 2
+
+
+def test_lists_of_images_are_a_ready_split(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.txt", YOLO_TRIANGLE)
+        write_photos(tmp_path, f"{name}.jpg")
+    write(tmp_path / "train.txt", "data/obj/a.jpg\n")
+    write(tmp_path / "valid.txt", "data/obj/b.jpg\n")
+    splits = splits_of(read_annotations(tmp_path), tmp_path)
+    assert splits == {"a.jpg": "train", "b.jpg": "val"}
 
 
 def test_images_that_are_found_by_their_names_alone_are_counted(tmp_path):

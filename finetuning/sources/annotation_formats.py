@@ -86,12 +86,14 @@ class Entry(NamedTuple):
     size: (H,W) stated in the annotation file, or None.
     source: the annotation file.
     objects: each object's class, and its outline or the reason why it has none.
+    list_name: the name, such as train, of the list in which YOLO files name the image.
     """
 
     file_name: str | None
     size: tuple[int, int] | None
     source: Path
     objects: list[tuple[str, Outline | str]]
+    list_name: str | None = None
 
 
 def read_text(path: Path) -> str:
@@ -231,20 +233,23 @@ def _labelme_mask(text: str, where: str) -> np.ndarray:
 
 
 def read_yolo(files: list[Path], errors: Errors) -> tuple[list[Entry], set[str]]:
-    """Return the entries and the class names of YOLO segmentation files; lists are left out."""
+    """Return the entries and the class names of YOLO segmentation files."""
     names = _yolo_names(files[0].parent.absolute()) if files else {}
-    entries = []
+    entries, lists = [], {}
     for file in files:
-        entry = Entry(None, None, file, [])
         with errors.gathered():
             lines = read_text(file).splitlines()
-            if any(_is_image_name(line) for line in lines[:1]):
-                continue  # train.txt, a list of images
+            if lines and _is_image_name(lines[0]):  # train.txt, a list of images
+                paths = [line.strip().replace("\\", "/") for line in lines]
+                lists |= {PurePath(path).stem: file.stem for path in paths}
+                continue
+            entries.append(Entry(None, None, file, []))
             for index, line in enumerate(lines):
                 with errors.gathered():
                     where = f"{brief_path(file)}, line {index + 1}"
-                    entry.objects.extend([_yolo_object(line, names, where)] if line.strip() else [])
-        entries.append(entry)
+                    if line.strip():
+                        entries[-1].objects.append(_yolo_object(line, names, where))
+    entries = [entry._replace(list_name=lists.get(entry.source.stem)) for entry in entries]
     return entries, set(names.values())
 
 
