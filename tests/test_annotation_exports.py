@@ -160,6 +160,24 @@ def test_the_annotations_of_one_split_are_not_those_of_another(tmp_path, export)
     assert len(read_annotations(place / "train", place / "train").images) == 2
 
 
+def test_the_file_of_one_split_is_not_read_with_the_folder_of_another(tmp_path):
+    coco_itself(tmp_path)
+    path = tmp_path / "annotations/instances_train2017.json"
+    with pytest.raises(
+        UserError, match=r"2 of 2 .*val2017/0\.jpg is of another split than .*train"
+    ):
+        read_annotations(path, tmp_path / "val2017")
+
+
+def test_a_text_beside_yolo_files_is_told_and_left_out(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"labels/{name}.txt", YOLO_TRIANGLE)
+        write_photos(tmp_path / "images", f"{name}.jpg")
+    write(tmp_path / "labels/notes on this.txt", "\nMade by me\n")
+    found = read_annotations(tmp_path)
+    assert found.notes[1].startswith("left out 1 of 3 .txt files, which are no annotations: notes")
+
+
 def test_lists_of_images_are_a_ready_split(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.txt", YOLO_TRIANGLE)
@@ -377,6 +395,8 @@ def test_an_archive_of_masks_stays_one_and_has_no_classes(tmp_path):
 def test_a_competitions_folder_is_read_as_it_is(tmp_path):
     write_photos(tmp_path / "train_images", "a.jpg", "b.jpg")
     write(tmp_path / "train.csv", "ImageId,EncodedPixels\na.jpg,1 3\nb.jpg,9 4\n")
+    write(tmp_path / "README first.txt", "Read me")
+    write(tmp_path / "terms.txt", "No")
     write(tmp_path / "sample_submission.csv", "ImageId,EncodedPixels\nc.jpg,1 1\n")
     with Source(archive=tmp_path).find(tmp_path) as (examples, notes):
         assert [example.name for example in examples] == ["a", "b"]

@@ -121,6 +121,7 @@ class ImageFinder:
     def __init__(self, folder: Path) -> None:
         """Index the images below `folder` by each tail of their path: b/a.jpg and a.jpg."""
         self.folder, self.root = folder, folder.resolve()
+        self.beside = [path for path in self.root.parent.iterdir() if path.is_dir()]
         self.files: dict[str, Path] = {}
         self.by_tail: dict[str, list[str]] = {}
         self.bare: list[Entry] = []
@@ -163,7 +164,7 @@ class ImageFinder:
         skip = ", or leave them out with --skip-missing" if len(missing) < annotated else ""
         raise UserError(
             f"{len(missing)} of {annotated} annotated images are not in {brief_path(self.folder)}: "
-            f"{names}{hint}; name the folder of the images with --images{skip}"
+            f"{names}{hint}; name their folder (--annotations ... --images FOLDER){skip}"
         )
 
     def notes(self, files: list[Path], count: int) -> list[str]:
@@ -241,6 +242,10 @@ class ImageFinder:
         common = _shared(image, source)
         of_image, of_source = (split_of_folders(parts[common:]) for parts in (image, source))
         of_file = _split_of_json(entry)
+        if of_file and not below and split_of_folder(self.root.name) not in (None, of_file):
+            # instances_train.json with the folder val/, and train/ beside it has the image, too
+            beside = [part for part in self.beside if split_of_folder(part.name) == of_file]
+            return any((part / name).is_file() for part in beside)
         pairs = ((of_image, of_source), (below, of_file))
         return any(split and other and split != other for split, other in pairs)
 
