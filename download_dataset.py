@@ -155,7 +155,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.annotations and any(rule_options):
         parser.error("--annotations gives outlines, not masks; leave the options of masks out")
     if args.class_name and not (args.annotations or args.archive or args.pairs):
-        parser.error("--class-name needs --annotations; for masks, use --mask-value")
+        parser.error("--class-name needs --annotations or --archive; for masks, use --mask-value")
     if args.pairs and args.annotations:
         parser.error("--pairs and --annotations are different sources; give one of them")
     if args.mask_value and (args.instances or args.classes):

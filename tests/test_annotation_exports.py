@@ -144,11 +144,48 @@ def test_the_file_of_one_split_takes_the_images_of_that_split(tmp_path):
 def test_an_image_of_another_split_is_not_taken_for_the_one_that_is_named(tmp_path):
     write_photos(tmp_path / "val", "a.jpg", "b.jpg")
     path = write(tmp_path / "coco.json", coco("train/a.jpg", "val/b.jpg"))
-    with pytest.raises(UserError, match=r"1 of 2 .*: train/a\.jpg \(.*val/a\.jpg is in another sp"):
+    with pytest.raises(UserError, match=r"1 of 2 .*: train/a\.jpg \(.*val/a\.jpg is of another sp"):
         read_annotations(path, tmp_path / "val")
     found = read_annotations(path, tmp_path / "val", skip_missing=True)
     assert splits_of(found, tmp_path) == {"val/b.jpg": None}
     assert not any("by their names alone" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("export", [roboflow, yolo])
+def test_the_annotations_of_one_split_are_not_those_of_another(tmp_path, export):
+    place = tmp_path / "test"  # the folder around all says nothing
+    export(place)
+    with pytest.raises(UserError, match=r"2 of 2 .*valid.* is of another split than .*train"):
+        read_annotations(place / "train", place / "valid")
+    assert len(read_annotations(place / "train", place / "train").images) == 2
+
+
+def test_the_file_of_one_split_is_not_read_with_the_folder_of_another(tmp_path):
+    coco_itself(tmp_path)
+    path = tmp_path / "annotations/instances_train2017.json"
+    with pytest.raises(
+        UserError, match=r"2 of 2 .*val2017/0\.jpg is of another split than .*train"
+    ):
+        read_annotations(path, tmp_path / "val2017")
+
+
+def test_a_text_beside_yolo_files_is_told_and_left_out(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"labels/{name}.txt", YOLO_TRIANGLE)
+        write_photos(tmp_path / "images", f"{name}.jpg")
+    write(tmp_path / "labels/notes on this.txt", "\nMade by me\n")
+    found = read_annotations(tmp_path)
+    assert found.notes[1].startswith("left out 1 of 3 .txt files, which are no annotations: notes")
+
+
+def test_lists_of_images_are_a_ready_split(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.txt", YOLO_TRIANGLE)
+        write_photos(tmp_path, f"{name}.jpg")
+    write(tmp_path / "train.txt", "data/obj/a.jpg\n")
+    write(tmp_path / "valid.txt", "data/obj/b.jpg\n")
+    splits = splits_of(read_annotations(tmp_path), tmp_path)
+    assert splits == {"a.jpg": "train", "b.jpg": "val"}
 
 
 def test_images_that_are_found_by_their_names_alone_are_counted(tmp_path):
@@ -353,6 +390,17 @@ def test_an_archive_of_masks_stays_one_and_has_no_classes(tmp_path):
         assert [len(example.masks) for example in examples] == [1]
     with pytest.raises(UserError, match="leave --class-name out"):
         Source(archive=tmp_path / "set", class_names=("a",)).find(tmp_path).__enter__()
+
+
+def test_a_competitions_folder_is_read_as_it_is(tmp_path):
+    write_photos(tmp_path / "train_images", "a.jpg", "b.jpg")
+    write(tmp_path / "train.csv", "ImageId,EncodedPixels\na.jpg,1 3\nb.jpg,9 4\n")
+    write(tmp_path / "README first.txt", "Read me")
+    write(tmp_path / "terms.txt", "No")
+    write(tmp_path / "sample_submission.csv", "ImageId,EncodedPixels\nc.jpg,1 1\n")
+    with Source(archive=tmp_path).find(tmp_path) as (examples, notes):
+        assert [example.name for example in examples] == ["a", "b"]
+    assert notes[0] == "run lengths: 2 objects in 2 annotated images (object 2)"
 
 
 def test_errors_about_a_zip_name_the_zip(tmp_path):

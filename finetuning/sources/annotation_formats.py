@@ -65,7 +65,7 @@ class Errors:
         places: dict[str, list[str]] = {}  # by what is wrong there, without the advice
         for message in self.messages[:MOST_ERRORS]:
             text = message.removeprefix(brief_path(folder)).lstrip("/\\:, ")
-            place, _, problem = (text.rpartition("; ")[0] or text).rpartition(": ")
+            place, _, problem = text.partition("; ")[0].rpartition(": ")
             places.setdefault(problem, []).append(place)
         if places:
             shown = "; ".join(
@@ -86,12 +86,14 @@ class Entry(NamedTuple):
     size: (H,W) stated in the annotation file, or None.
     source: the annotation file.
     objects: each object's class, and its outline or the reason why it has none.
+    list_name: the name, such as train, of the list in which YOLO files name the image.
     """
 
     file_name: str | None
     size: tuple[int, int] | None
     source: Path
     objects: list[tuple[str, Outline | str]]
+    list_name: str | None = None
 
 
 def read_text(path: Path) -> str:
@@ -230,22 +232,36 @@ def _labelme_mask(text: str, where: str) -> np.ndarray:
     return mask > 0
 
 
-def read_yolo(files: list[Path], errors: Errors) -> tuple[list[Entry], set[str]]:
-    """Return the entries and the class names of YOLO segmentation files; lists are left out."""
+def read_yolo(files: list[Path], errors: Errors) -> tuple[list[Entry], set[str], list[Path]]:
+    """Return the entries and class names of YOLO segmentation files, and the files of plain text.
+
+    Lists of images, such as train.txt, are neither.
+    """
     names = _yolo_names(files[0].parent.absolute()) if files else {}
-    entries = []
+    entries, lists, others = [], {}, []
     for file in files:
-        entry = Entry(None, None, file, [])
         with errors.gathered():
-            lines = read_text(file).splitlines()
-            if any(_is_image_name(line) for line in lines[:1]):
-                continue  # train.txt, a list of images
-            for index, line in enumerate(lines):
-                with errors.gathered():
-                    where = f"{brief_path(file)}, line {index + 1}"
-                    entry.objects.extend([_yolo_object(line, names, where)] if line.strip() else [])
-        entries.append(entry)
-    return entries, set(names.values())
+            lines = [line.strip() for line in read_text(file).splitlines()]
+            first = next(filter(None, lines), "0")
+            if _is_image_name(first):
+                paths = [line.replace("\\", "/") for line in lines]
+                lists |= {PurePath(path).stem: file.stem for path in paths}
+            elif not _is_number(first.split()[0]):
+                others.append(file)
+            else:
+                entries.append(Entry(None, None, file, []))
+                _read_yolo_lines(entries[-1], lines, names, errors)
+    entries = [entry._replace(list_name=lists.get(entry.source.stem)) for entry in entries]
+    return entries, set(names.values()), others
+
+
+def _read_yolo_lines(entry: Entry, lines: list[str], names: dict[str, str], errors: Errors) -> None:
+    """Add the objects in the lines of a file to its entry."""
+    for index, line in enumerate(lines):
+        with errors.gathered():
+            if line:
+                where = f"{brief_path(entry.source)}, line {index + 1}"
+                entry.objects.append(_yolo_object(line, names, where))
 
 
 def is_yolo(file: Path) -> bool:
@@ -255,6 +271,12 @@ def is_yolo(file: Path) -> bool:
         return len(line.split()) > 4 and bool(_yolo_object(line, {}, ""))
     except UserError:
         return False
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(plain_number(text) or True)
+    return False
 
 
 def _is_image_name(line: str) -> bool:

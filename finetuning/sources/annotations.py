@@ -103,7 +103,13 @@ def read_annotations(
 def holds_annotations(path: Path) -> bool:
     """Return whether a folder has an annotation file of a known format."""
     is_known = (_json_kind(read_json(file)) for file in _files_below(path, ".json"))
-    return any(is_known) or any(map(is_yolo, _files_below(path, ".txt")))
+    return any(is_known) or any(map(is_yolo, _files_below(path, ".txt"))) or bool(_tables(path))
+
+
+def _tables(path: Path) -> list[Path]:
+    """Return the tables of run lengths in a folder, without Kaggle's examples of a submission."""
+    files = [file for file in _files_below(path, ".csv") if table_columns(file)]
+    return [file for file in files if "submission" not in file.stem.casefold()]
 
 
 def _files_below(path: Path, suffix: str) -> list[Path]:
@@ -130,19 +136,31 @@ def _read_files(path: Path) -> Export:
         export = Export("run lengths", [path], read_run_lengths(path, errors), set(), [])
         errors.raise_all(path)
         return export
+    others = []
     for folder in (path / "labels", path):
         export = _read_json_files(folder, errors)
         if export is None and folder.is_dir():
-            entries, names = read_yolo(_files_below(folder, ".txt"), errors)
-            files = [entry.source for entry in entries]
-            export = Export("YOLO", files, entries, names, []) if files else None
+            texts = _files_below(folder, ".txt")
+            entries, names, others = read_yolo(texts, errors)
+            files, notes = [entry.source for entry in entries], _note_others(others, texts)
+            export = Export("YOLO", files, entries, names, notes) if files else None
         errors.raise_all(path)
         if export:
             return export
-    tables = [file for file in _files_below(path, ".csv") if table_columns(file)]
-    if len(tables) == 1:
+    if len(tables := _tables(path)) == 1:
         return _read_files(tables[0])
+    if others:
+        where = f"{brief_path(others[0])}, line 1"
+        raise UserError(f"{where} is not a class number and numbers; {SUPPORTED_FORMATS}")
     raise UserError(f"no annotations in {brief_path(path)}; {SUPPORTED_FORMATS}")
+
+
+def _note_others(others: list[Path], files: list[Path]) -> list[str]:
+    """Return a note on those of some files that are no annotations."""
+    if not others:
+        return []
+    of = f"{len(others)} of {len(files)} {others[0].suffix.lower()} files"
+    return [f"left out {of}, which are no annotations: {listed(others)}"]
 
 
 def _read_json_files(path: Path, errors: Errors) -> Export | None:
@@ -172,11 +190,7 @@ def _read_json_files(path: Path, errors: Errors) -> Export | None:
         shown = " and ".join(f"{kind} ({brief(found[0].name)})" for kind, found in used.items())
         raise UserError(f"{brief_path(path)} holds files of {shown}; name one kind of them")
     ((kind, found),) = used.items()
-    notes = []
-    if others:
-        of = f"{len(others)} of {len(files)} .json files"
-        notes.append(f"left out {of}, which are no annotations: {listed(others)}")
-    return Export(kind, found, entries, names, notes)
+    return Export(kind, found, entries, names, _note_others(others, files))
 
 
 def _json_kind(document: Any) -> str | None:

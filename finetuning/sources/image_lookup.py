@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import posixpath
@@ -46,7 +47,8 @@ def split_of_folders(folders: Iterable[str]) -> str | None:
 def split_of_source(entry: Entry) -> str | None:
     """Return the split that an entry's annotation file or the folders near it name."""
     folders = entry.source.absolute().parts[:-1]
-    return _split_of_json(entry) or split_of_folders(folders[-NEAR:])
+    of_list = split_of_file(entry.list_name) if entry.list_name else None
+    return of_list or _split_of_json(entry) or split_of_folders(folders[-NEAR:])
 
 
 def _split_of_json(entry: Entry) -> str | None:
@@ -113,16 +115,17 @@ class ImageFinder:
     """Finds image files below a folder, and only there, by the names in annotation files.
 
     bare: entries whose image was found by its name alone, although they name a folder.
-    elsewhere: an image of the right name in the folder of another split, by entry's name.
+    elsewhere: images of the right name but of another split, and what names the right split.
     """
 
     def __init__(self, folder: Path) -> None:
         """Index the images below `folder` by each tail of their path: b/a.jpg and a.jpg."""
-        self.folder = folder
+        self.folder, self.root = folder, folder.resolve()
+        self.beside = [path for path in self.root.parent.iterdir() if path.is_dir()]
         self.files: dict[str, Path] = {}
         self.by_tail: dict[str, list[str]] = {}
         self.bare: list[Entry] = []
-        self.elsewhere: dict[str, Path] = {}
+        self.elsewhere: list[tuple[Path, Path | str]] = []
         for file in sorted(folder.rglob("*")):
             path = file.relative_to(folder)
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
@@ -143,10 +146,11 @@ class ImageFinder:
         if found is None:
             return None
         if self._contradicts(entry, found):
-            self.elsewhere[entry.file_name or entry.source.name] = self.files[found]
+            of_split = entry.file_name if _named_split(entry) else entry.source
+            self.elsewhere.append((self.files[found], of_split))
             return None
         named = (entry.file_name or "").replace("\\", "/").split("/")
-        if "/" not in tail and named[-2:-1] not in ([], [self.folder.resolve().name]):
+        if "/" not in tail and named[-2:-1] not in ([], [self.root.name]):
             self.bare.append(entry)
         return self.files[found]
 
@@ -155,12 +159,12 @@ class ImageFinder:
         names = listed([entry.file_name or entry.source.stem for entry in missing], MOST_ERRORS)
         hint = ""
         if self.elsewhere:
-            name, file = next(iter(self.elsewhere.items()))
-            hint = f" ({brief_path(file)} is in another split than {brief_path(name)})"
+            file, of_split = map(brief_path, self.elsewhere[0])
+            hint = f" ({file} is of another split than {of_split})"
         skip = ", or leave them out with --skip-missing" if len(missing) < annotated else ""
         raise UserError(
             f"{len(missing)} of {annotated} annotated images are not in {brief_path(self.folder)}: "
-            f"{names}{hint}; name the folder of the images with --images{skip}"
+            f"{names}{hint}; name their folder (--annotations ... --images FOLDER){skip}"
         )
 
     def notes(self, files: list[Path], count: int) -> list[str]:
@@ -172,7 +176,7 @@ class ImageFinder:
                 f"{len(self.bare)} of {count} images were found by their names alone: "
                 f"{source} names other folders ({name})"
             )
-        of_file, of_folder = split_of_file(files[0].stem), split_of_folders([self.folder.name])
+        of_file, of_folder = split_of_file(files[0].stem), split_of_folders([self.root.name])
         if len(files) == 1 and count > 1 and of_file and of_folder not in (None, of_file):
             name, folder = brief(files[0].name), brief_path(self.folder)
             notes.append(f"warning: {name} is read with the images in {folder}")
@@ -208,10 +212,10 @@ class ImageFinder:
 
     def _beside(self, entry: Entry) -> str | None:
         """Return the image that the entry's path names as seen from its annotation file."""
-        folder, source = (path.resolve() for path in (self.folder, entry.source))
-        if not source.is_relative_to(folder):
+        source = _resolved(entry.source)
+        if not source.is_relative_to(self.root):
             return None
-        start = source.parent.relative_to(folder).as_posix()
+        start = source.parent.relative_to(self.root).as_posix()
         for place in (_swap_labels(start), start):
             name = posixpath.normpath(f"{place}/{nfc(entry.file_name)}".replace("\\", "/"))
             if name in self.files:
@@ -224,18 +228,31 @@ class ImageFinder:
             return names
         if split := _named_split(entry) or split_of_source(entry):
             names = [name for name in names if split_of_folders(_folders(name)) == split] or names
-        folder, source = self.folder.resolve(), entry.source.resolve().parts
-        shared = [_shared(source, (folder / name).parts) for name in names]
+        source = _resolved(entry.source).parts
+        shared = [_shared(source, (self.root / name).parts) for name in names]
         return [name for name, count in zip(names, shared, strict=True) if count == max(shared)]
 
     def _contradicts(self, entry: Entry, name: str) -> bool:
-        """Return whether an image is in the folder of another split than its entry names."""
+        """Return whether an image is in the folder of another split than its annotations."""
         below = split_of_folders(_folders(name))
-        at = below or split_of_folders(self.folder.absolute().parts[-NEAR:])
         if named := _named_split(entry):
-            return at not in (None, named)
+            return (below or split_of_folders(self.root.parts[-NEAR:])) not in (None, named)
+        # Only folders below the common one count: all may lie in a folder called test
+        image, source = (self.root / name).parts[:-1], _resolved(entry.source).parts[:-1]
+        common = _shared(image, source)
+        of_image, of_source = (split_of_folders(parts[common:]) for parts in (image, source))
         of_file = _split_of_json(entry)
-        return bool(of_file) and below not in (None, of_file)
+        if of_file and not below and split_of_folder(self.root.name) not in (None, of_file):
+            # instances_train.json with the folder val/, and train/ beside it has the image, too
+            beside = [part for part in self.beside if split_of_folder(part.name) == of_file]
+            return any((part / name).is_file() for part in beside)
+        pairs = ((of_image, of_source), (below, of_file))
+        return any(split and other and split != other for split, other in pairs)
+
+
+@functools.lru_cache
+def _resolved(path: Path) -> Path:
+    return path.resolve()
 
 
 def _named_split(entry: Entry) -> str | None:
