@@ -28,7 +28,7 @@ from finetuning.dataset.data_folder import (
     fill_folder,
     recover_if_killed,
 )
-from finetuning.dataset.fingerprint import take_record
+from finetuning.dataset.fingerprint import folders_beside, take_record
 from finetuning.dataset.groups import Grouping
 from finetuning.dataset.overview import OVERVIEW_FILE, describe_dataset
 from finetuning.dataset.pairs import count_pairs, is_filled, read_facts
@@ -63,7 +63,8 @@ def fill(
     with source.find(data) as found:
         for note in found.notes:
             tell(note)
-        record = take_record(paths, facts["options"], data)
+        folders = folders_beside(paths, found.examples)
+        record = take_record(paths, folders, facts["options"], data)
         fill_or_add = add_to_folder if is_addition else fill_folder
         filled = fill_or_add(data, found.examples, rule, value_range, grouping, facts, record)
     if filled is None:

@@ -118,11 +118,11 @@ def test_the_same_content_is_the_same_data_set(fill, tmp_path, how):
     [
         (("--seed", "1"), "--seed is 1 (was 42)"),
         (("--val-fraction", "0.5"), "--val-fraction is 0.5 (was 0.2)"),
-        (("--test-fraction", "0.2"), "--test-fraction is 0.2 (was 0.0)"),
+        (("--test-fraction", "0.2"), "--test-fraction is 0.2 (was 0)"),
         (("--mask-value", "255"), "--mask-value is 255 (was not given)"),
         (("--instances",), "--instances is given (was not given)"),
         (("--copies", "ignore"), "--copies is ignore (was not given)"),
-        (("--value-range", "0,99"), "--value-range is 0.0,99.0 (was not given)"),
+        (("--value-range", "0,99"), "--value-range is 0,99 (was not given)"),
         (("--group-regex", "(환자[0-9]+)"), "--group-regex is (환자[0-9]+) (was not given)"),
     ],
 )
@@ -177,6 +177,18 @@ def test_an_archive_is_compared_by_its_members(run_script, tmp_path):
     assert_refused(outcome, "1 of 6 images changed (pair_003.png), 1 image is new (pair_007.jpg)")
     outcome = run_script(main, *options, "--add")
     assert outcome.status == 0 and "1 new image" in outcome.out and len(places()) == 7
+
+
+def test_files_beside_a_table_are_compared_too(run_script, tmp_path):
+    write_pairs(tmp_path / "set", COUNT)
+    rows = [f"images/pair_{index:03}.jpg,masks/pair_{index:03}.png" for index in range(COUNT)]
+    Path("set/pairs.csv").write_text("\n".join(["image,mask", *rows]), encoding="utf-8")
+    options = ("--pairs", "set/pairs.csv", "--skip-checkpoint")
+    assert run_script(main, *options).status == 0
+    write_pair(9, Path("set/images"), Path("set/masks"))  # not in the table
+    assert "nothing to do" in run_script(main, *options).out
+    correct("pair_002.png", "set/masks")
+    assert_refused(run_script(main, *options), "1 of 6 images changed (pair_002.png)")
 
 
 def write_coco(moved: int | None = None, date: str = "") -> None:

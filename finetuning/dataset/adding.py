@@ -74,7 +74,7 @@ def add_to_folder(
       now: the source's record, from take_record.
     """
     known, records = _require_addable(data, facts, value_range)
-    record = record_of(now, records)
+    record = record_of({option: Path(path) for option, path in now.paths.items()}, records)
     matches = _match(examples, now, record, records)
     changed = [index for index, match in enumerate(matches) if match.is_new or match.is_changed]
     if not changed and not (record and now.groups != record.groups):

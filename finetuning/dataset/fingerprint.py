@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from finetuning.sources.pairing import SourceExample
 
 SOURCES_FILE = "sources.json"  # beside split.json, which holds its SHA-256
 SOURCES_KEY = "sources_sha256"  # of that hash in split.json
+TEMPORARY_PREFIXES = ("finetuning-", "sam2-")  # of the names of temporary folders of a run
 TEXT_SUFFIXES = (".csv", ".json", ".tsv", ".txt", ".xml", ".yaml", ".yml")  # compared by content
 
 
@@ -53,6 +56,7 @@ class Record(NamedTuple):
     """One source of a data folder."""
 
     paths: dict[str, str]  # by option: absolute paths of the source, and of the table of groups
+    folders: list[str]  # other folders that hold files of the source, from folders_beside
     options: dict[str, Any]
     listing: str  # digest of the names and sizes of its files, and of the content of text files
     times: str  # digest of the times of the other files
@@ -116,6 +120,8 @@ def _add_to_digest(digest: Any, value: Any) -> None:
         digest.update(f"[{len(value)}".encode())
         for item in value:
             _add_to_digest(digest, item)
+    elif is_dataclass(value):
+        _add_to_digest(digest, vars(value))
     elif not isinstance(value, Path):
         digest.update(repr(value).encode("utf-8", "surrogateescape"))
 
@@ -142,15 +148,22 @@ def _are_same_masks(row: Row, example: SourceExample) -> bool:
 # The record in the data folder
 
 
-def take_record(paths: dict[str, Path], options: dict[str, Any], data: Path) -> Record:
+def take_record(
+    paths: dict[str, Path], folders: list[str], options: dict[str, Any], data: Path
+) -> Record:
     """Return the record of a source, as yet without examples.
 
-    paths: of the source and the table of groups, by option. The files of `data` do not count.
+    Arguments:
+      paths: of the source and the table of groups, by option.
+      folders: from folders_beside.
+      data: the folder to fill, whose files do not count.
     """
     listing, times = hashlib.sha256(), hashlib.sha256()
-    for option, root in sorted(paths.items()):
-        for name, path, facts in sorted(_list_files(root, data.resolve())):
-            listing.update(f"{option}/{name}\0{facts.st_size}\n".encode("utf-8", "surrogateescape"))
+    roots = [(option, path, True) for option, path in sorted(paths.items())]
+    roots += [(folder, Path(folder), False) for folder in folders]
+    for label, root, with_folders in roots:
+        for name, path, facts in sorted(_list_files(root, data.resolve(), with_folders)):
+            listing.update(f"{label}/{name}\0{facts.st_size}\n".encode("utf-8", "surrogateescape"))
             if path.lower().endswith(TEXT_SUFFIXES):
                 listing.update(content_sha256(Path(path)).encode())
             else:
@@ -158,16 +171,45 @@ def take_record(paths: dict[str, Path], options: dict[str, Any], data: Path) -> 
     table = paths.get("groups")
     return Record(
         {option: str(path.resolve()) for option, path in paths.items()},
+        folders,
         options,
         listing.hexdigest(),
         times.hexdigest(),
-        content_sha256(table) if table else None,
+        content_sha256(table) if table and table.is_file() else None,
         {},
     )
 
 
-def _list_files(root: Path, skipped: Path) -> Iterator[tuple[str, str, os.stat_result]]:
-    """Yield the path in `root`, the path and the facts of each file that is not hidden."""
+def folders_beside(paths: dict[str, Path], examples: Sequence[SourceExample]) -> list[str]:
+    """Return the folders of images and masks that are not in one of the given paths, sorted.
+
+    A table of pairs names files anywhere, and annotations may lie beside their images.
+    """
+    files = [path for example in examples for path in (example.image, *example.masks)]
+    folders = {path.parent for path in files if isinstance(path, Path)}
+    roots = [path.resolve() for path in paths.values()]
+    beside = {folder.resolve() for folder in folders}
+    return sorted(
+        str(folder)
+        for folder in beside
+        if not (_is_temporary(folder) or any(map(folder.is_relative_to, roots)))
+    )
+
+
+def _is_temporary(folder: Path) -> bool:
+    """Return whether a folder holds what was unpacked or sliced for this run."""
+    place = Path(tempfile.gettempdir()).resolve()
+    names = folder.relative_to(place).parts if folder.is_relative_to(place) else ()
+    return bool(names) and names[0].startswith(TEMPORARY_PREFIXES)
+
+
+def _list_files(
+    root: Path, skipped: Path, with_folders: bool
+) -> Iterator[tuple[str, str, os.stat_result]]:
+    """Yield the path in `root`, the path and the facts of each file that is not hidden.
+
+    with_folders: also in the folders inside.
+    """
     if not root.is_dir():
         if root.exists():  # a missing file is refused, more precisely, by those who read it
             yield "", str(root), root.stat()
@@ -182,7 +224,7 @@ def _list_files(root: Path, skipped: Path) -> Iterator[tuple[str, str, os.stat_r
                     continue
                 if entry.is_dir():
                     real = os.path.realpath(entry.path)
-                    if real not in above and real != str(skipped):
+                    if with_folders and real not in above and real != str(skipped):
                         folders.append((entry.path, f"{name}/", above | {real}))
                 elif entry.is_file():
                     yield name, entry.path, entry.stat()

@@ -133,8 +133,8 @@ def _require_unchanged(
     facts: dict[str, Any],
 ) -> None:
     """Raise UserError, which names the differences, if a source is not as it is in the records."""
-    now = take_record(paths, facts["options"], data)
-    record = record_of(now, records)
+    record = record_of(paths, records)
+    now = take_record(paths, record.folders if record else [], facts["options"], data)
     for option, path in paths.items():
         if record and not path.exists():
             raise UserError(
@@ -150,7 +150,10 @@ def _require_unchanged(
             f"it, {REPLACE}"
         )
     choices = [*split_changes(known, facts), *differences(record.options, now.options)]
-    groups = [] if now.groups == record.groups else ["the table of --groups changed"]
+    tables = [{"groups": old and True} for old in (record.groups, now.groups)]
+    groups = differences(*tables)
+    if not groups and now.groups != record.groups:
+        groups = ["the table of --groups changed"]
     changes, can_add = [], not choices
     if (now.listing, now.times) != (record.listing, record.times):
         try:
@@ -172,11 +175,11 @@ def _require_unchanged(
         )
 
 
-def record_of(now: Record, records: Sequence[Record]) -> Record | None:
-    """Return the record of the same source, whatever its files hold and wherever --groups is."""
-    paths = {option: path for option, path in now.paths.items() if option != "groups"}
+def record_of(paths: dict[str, Path], records: Sequence[Record]) -> Record | None:
+    """Return the record of the source at these paths, wherever the table of groups is."""
+    wanted = {option: str(path.resolve()) for option, path in paths.items() if option != "groups"}
     for record in records:
-        if {k: v for k, v in record.paths.items() if k != "groups"} == paths:
+        if {option: path for option, path in record.paths.items() if option != "groups"} == wanted:
             return record
     return None
 
@@ -198,7 +201,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     def text(value: Any) -> str:
         if value is None or value is True:
             return "given" if value else "not given"
-        return ",".join(map(str, value)) if isinstance(value, list) else brief(str(value))
+        if isinstance(value, list):
+            return ",".join(map(text, value))
+        return f"{value:g}" if isinstance(value, float) else brief(str(value))
 
     return [
         f"{OPTION_NAMES.get(name, '--' + name.replace('_', '-'))} is {text(new.get(name))} "
