@@ -1,6 +1,6 @@
 """The data folder: fill it, split it, read it.
 
-copies: find duplicate and near-duplicate images
+copies: find duplicate and near-duplicate images, and consecutive frames
 data_folder: fill a data folder completely, or not at all
 demo_images: draw the demo's images
 filling: check images and masks, then copy or convert them
@@ -8,6 +8,6 @@ groups: keep images that belong together in one split
 objects: the objects of an image, each with its mask
 overview: counts, warnings and a picture of a data folder
 pairs: find images and masks of a data folder; read split.json
-recordings: recognise frames of a recording, and split it in time
+recordings: keep recordings whole, or split them in time
 splitting: choose images for validation, test and folds
 """

@@ -44,6 +44,7 @@ class SourceExample(NamedTuple):
     masks: tuple[Path, ...]  # one or more; each of several is an object
     split: str | None = None  # "train", "val" or "test" if the files are split already
     annotated: Any = None  # an AnnotatedImage, whose objects are drawn, in place of masks
+    group: str | None = None  # images of one group stay in one split, such as a folder's
 
 
 class Found(NamedTuple):
