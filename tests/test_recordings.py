@@ -258,6 +258,8 @@ def test_a_ready_split_that_divides_a_recording_at_random_is_noticed(
     warning = "frames of one recording, which the given split divides at random, so the results"
     assert (warning in outcome.out) == is_random
     assert len(in_split("train")) == 16 and len(in_split("val")) == 8
+    outcome = run_script(main, "--archive", "set", "--frames", "time", "--force")
+    assert outcome.status == 2 and "are they split already?" in outcome.err
 
 
 def test_folders_that_are_groups_stay_whole_if_there_are_enough(capsys):

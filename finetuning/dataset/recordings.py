@@ -69,6 +69,7 @@ def arrange(
     """Group N images by the given groups, copies and recordings; split recordings in time.
 
     Prints what is done with recordings, or a warning if names alone look like frames of videos.
+    Raises UserError if there are too few frames to split in time.
 
     Arguments:
       examples, filled, given: the N images, and the groups that the user or the folders name.
@@ -83,6 +84,8 @@ def arrange(
         thumbnails = [image.thumbnail for image in filled]
         recordings = find_recordings(examples, thumbnails, copies, given, is_forced)
         _warn_of_ready_split(examples, thumbnails, copies)
+    if is_forced and not recordings:
+        raise UserError("--frames time finds no images to split; are they split already?")
     if not recordings:
         if grouping.frames == "auto" and not any(given):
             warn_of_videos([stem_of(example.image) for example in examples])
@@ -92,7 +95,8 @@ def arrange(
     recording_of = {i: recording.name for recording in recordings for i in recording.frames}
     named = [group or recording_of.get(index) for index, group in enumerate(given)]
     groups = join_groups(named, alike, names)
-    if not is_forced and _are_enough([groups[index] for index in recording_of], facts):
+    whole = [group for group, name in zip(groups, named, strict=True) if name]
+    if not is_forced and _are_enough(whole, facts):
         if named == list(given):
             _tell_groups(given, grouping)
         else:
@@ -255,7 +259,7 @@ def _longest_gap(count: int) -> int:
 def _are_enough(groups: Sequence[str | None], facts: dict[str, Any]) -> bool:
     """Return whether whole recordings can be divided: enough of them, not nearly all in one.
 
-    groups: of all their frames.
+    groups: of all their frames, and of images in other groups.
     """
     sizes = Counter(groups)
     wanted = len(groups) * (facts["val_fraction"] + facts["test_fraction"])
