@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from download_dataset import main
 from finetuning.basics.image_files import write_image
 from finetuning.comparison.report_sentences import recordings_sentence
-from finetuning.dataset.copies import make_thumbnail, normalized
+from finetuning.dataset.copies import looks_consecutive, make_thumbnail, normalized
+from finetuning.dataset.filling import Filled
+from finetuning.dataset.groups import Grouping
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.dataset.recordings import find_recordings, looks_consecutive
+from finetuning.dataset.recordings import arrange, find_recordings
 from finetuning.dataset.splitting import fold_groups, make_folds, split_in_time, time_order
 from finetuning.evaluation.measuring import Result
 from finetuning.sources.pairing import SourceExample
@@ -240,6 +242,46 @@ def test_a_split_in_time_can_be_demanded_of_any_names(run_script, tmp_path):
     outcome = run_script(main, *OPTIONS, "--frames", "time", "--test-fraction", "0.1", "--force")
     assert outcome.status == 2 and "too few to be split in time" in outcome.err
     assert in_split("val") == ["g", "h"]  # what there was is kept
+
+
+@pytest.mark.parametrize("is_random", [True, False])
+def test_a_ready_split_that_divides_a_recording_at_random_is_noticed(
+    run_script, tmp_path, is_random
+):
+    order = np.random.default_rng(0).permutation(24) if is_random else range(24)
+    folders = dict(zip(order, ["train"] * 16 + ["valid"] * 8, strict=True))
+    for time, (image, mask) in enumerate(frames(0, 24, 2)):
+        write_image(Path(f"set/{folders[time]}/images/f_{time}.png"), image)
+        write_image(Path(f"set/{folders[time]}/masks/f_{time}.png"), mask.astype(np.uint8) * 255)
+    outcome = run_script(main, "--archive", "set", "--skip-checkpoint")
+    assert outcome.status == 0, outcome.err
+    warning = "frames of one recording, which the given split divides at random, so the results"
+    assert (warning in outcome.out) == is_random
+    assert len(in_split("train")) == 16 and len(in_split("val")) == 8
+    outcome = run_script(main, "--archive", "set", "--frames", "time", "--force")
+    assert outcome.status == 2 and "are they split already?" in outcome.err
+
+
+def test_folders_that_are_groups_stay_whole_if_there_are_enough(capsys):
+    options = {"val_fraction": 0.2, "test_fraction": 0.0}
+    for count, is_whole in ((1, False), (2, False), (4, True)):
+        examples, filled, groups = [], [], []
+        for seed in range(count):
+            for time, (image, _) in enumerate(frames(seed, 20, 2)):
+                path = Path(f"patient{seed}/{time:03}.png")
+                examples.append(SourceExample(f"{seed}_{time:03}", path, ()))
+                filled.append(
+                    Filled(examples[-1].name, "", [], 1, False, "", make_thumbnail(image))
+                )
+                groups.append(f"patient{seed}")
+        arranged = arrange(examples, filled, [], groups, Grouping(), options)
+        out = capsys.readouterr().out
+        if is_whole:
+            assert arranged.groups == groups and not arranged.splits
+            assert "groups: 4 folders, which stay together" in out
+        else:
+            assert list(arranged.splits.values()).count("val") == 4 * count
+            assert ("patient0, patient1" if count == 2 else "one recording") in out
 
 
 # Cross-validation and comparison

@@ -1,7 +1,7 @@
 """The data folder: fill it, split it, read it.
 
 adding: add images to a filled folder, which keeps its split
-copies: find duplicate and near-duplicate images
+copies: find duplicate and near-duplicate images, and consecutive frames
 data_folder: fill a data folder completely, or not at all
 demo_images: draw the demo's images
 filling: check images and masks, then copy or convert them
@@ -10,7 +10,7 @@ groups: keep images that belong together in one split
 objects: the objects of an image, each with its mask
 overview: counts, warnings and a picture of a data folder
 pairs: find images and masks of a data folder; read split.json
-recordings: recognise frames of a recording, and split it in time
+recordings: keep recordings whole, or split them in time
 splitting: choose images for validation, test and folds
 unchanged: whether a filled folder still holds what its source holds
 """

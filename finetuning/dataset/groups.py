@@ -47,10 +47,10 @@ class Grouping(NamedTuple):
 
 
 def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[str | None]:
-    """Return the user's group of each example, or None if it has none.
+    """Return the group of each example that the user or its folder names, or None.
 
-    Prints the number of groups. Raises UserError if the pattern or the table does not fit the
-    images.
+    Prints the number of the user's groups. Raises UserError if the pattern or the table does not
+    fit the images.
     """
     if grouping.table:
         groups = _read_groups(grouping.table, examples)
@@ -60,7 +60,7 @@ def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[s
         groups = [example.group for example in examples]
         print(f"each folder of images is a group: {listed(sorted(set(filter(None, groups))))}")
     else:
-        return [None] * len(examples)
+        return [example.group for example in examples]  # arrange prints what becomes of them
     alone = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     rest = f"; {len(alone)} images are in none: {listed(alone)}" if alone else ""
     together = "each split in time" if grouping.frames == "time" else "which stay together"

@@ -8,9 +8,11 @@ split, and a single one is divided in time: its end is for validation, after a g
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sam2_utils import UserError
@@ -18,7 +20,14 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.command_line import listed, tell
-from finetuning.dataset.copies import Copy, normalized
+from finetuning.dataset.copies import (
+    FEWEST_FRAMES,
+    SHARE,
+    Copy,
+    looks_consecutive,
+    normalized,
+    reach_of,
+)
 from finetuning.dataset.filling import Filled
 from finetuning.dataset.groups import Grouping, join_groups, warn_of_videos
 from finetuning.dataset.splitting import LEFT_OUT, split_in_time, time_order
@@ -28,13 +37,6 @@ from finetuning.sources.pairing import SourceExample
 # What frames share in their names: all but the last number (video1_0012, or Roboflow's
 # video1_mp4-12_jpg.rf.5f0c), or all but the numbers (snapshot-10h22m33s)
 LAST_NUMBER = re.compile(r"(.*?)\d+(\D*?)(?:[._-](?:jpe?g|png)\.rf\..*)?")
-FEWEST_FRAMES = 8  # of a recording that is recognised
-# In a recording, at least this share of consecutive frames are more alike than three quarters of
-# those 2 to 8 frames apart or, if little moves, far apart. Drawn videos: 0.9 to 1; 900 images of
-# Kvasir-SEG in any order: 0.2 to 0.3; drawn patients, 10 images of each in a row: 0.2 to 0.5.
-SHARE, QUARTILE = 0.8, 0.75
-LITTLE_MOVES = 0.9  # correlation of consecutive frames
-ALIKE = 0.5  # correlation below which two frames of a recording are hardly alike
 MOST_LEFT_OUT = 0.05  # of a recording, in the gap between two splits
 FEWEST_RECORDINGS = 3  # for train and val of whole recordings; one more with test
 BLOCKS = 5  # of frames in a split at least, if it has so many; a comparison resamples blocks
@@ -67,6 +69,7 @@ def arrange(
     """Group N images by the given groups, copies and recordings; split recordings in time.
 
     Prints what is done with recordings, or a warning if names alone look like frames of videos.
+    Raises UserError if there are too few frames to split in time.
 
     Arguments:
       examples, filled, given: the N images, and the groups that the user or the folders name.
@@ -78,16 +81,23 @@ def arrange(
     if is_forced or (grouping.frames == "auto" and not grouping.is_given):
         thumbnails = [image.thumbnail for image in filled]
         recordings = find_recordings(examples, thumbnails, copies, given, is_forced)
+        _warn_of_ready_split(examples, thumbnails, copies)
+    if is_forced and not recordings:
+        raise UserError("--frames time finds no images to split; are they split already?")
     if not recordings:
         if grouping.frames == "auto" and not any(given):
             warn_of_videos([stem_of(example.image) for example in examples])
+        _tell_groups(given, grouping)
         return Arranged(join_groups(given, alike, names), {}, {})
 
     recording_of = {i: recording.name for recording in recordings for i in recording.frames}
     named = [group or recording_of.get(index) for index, group in enumerate(given)]
     groups = join_groups(named, alike, names)
-    if not is_forced and _are_enough([groups[index] for index in recording_of], facts):
-        if named != list(given):  # else find_groups has said it
+    whole = [group for group, name in zip(groups, named, strict=True) if name]
+    if not is_forced and _are_enough(whole, facts):
+        if named == list(given):
+            _tell_groups(given, grouping)
+        else:
             tell(f"{_describe(recordings, len(names))}: each recording stays in one split")
         return Arranged(groups, {}, {})
     alike = [pair for pair in alike if not recording_of.keys() & set(pair)]
@@ -100,6 +110,34 @@ def arrange(
     hint = "" if is_forced else " (--frames random: split at random)"
     tell(f"{what}: {_describe_division(len(recordings), arranged, facts)}{hint}")
     return arranged
+
+
+def _tell_groups(given: Sequence[str | None], grouping: Grouping) -> None:
+    """Print the number of groups that folders name; find_groups has printed the user's."""
+    if any(given) and not grouping.is_given:
+        print(f"groups: {len(set(filter(None, given)))} folders, which stay together")
+
+
+def _warn_of_ready_split(
+    examples: Sequence[SourceExample], thumbnails: Sequence[np.ndarray], copies: Sequence[Copy]
+) -> None:
+    """Print a warning if all images are split already, and frames of a recording at random."""
+    if not all(example.split for example in examples):
+        return
+    # By their names alone, since each split has a folder of its own
+    joined = [one._replace(split=None, image=Path(one.image.name)) for one in examples]
+    divided = []
+    for recording in find_recordings(joined, thumbnails, copies, [None] * len(joined)):
+        splits = [examples[index].split for index in recording.frames]
+        # In time, train, val and test follow each other: the split changes at most twice
+        if sum(itertools.starmap(operator.ne, itertools.pairwise(splits))) > 2:
+            divided.append(recording)
+    if divided:
+        tell(
+            f"warning: {_describe(divided, len(examples))}, which the given split divides at "
+            "random, so the results are too optimistic; put all images in one folder to split them "
+            "in time"
+        )
 
 
 def _add_others(examples: Sequence[SourceExample], arranged: Arranged, needed: int) -> bool:
@@ -142,7 +180,8 @@ def find_recordings(
         most = max(Counter(filter(None, (same[index] for index in frames))).values(), default=0)
         # If hardly anything moves, all are copies of each other
         looks = looks_consecutive(rows) or most >= max(FEWEST_FRAMES, SHARE * len(frames))
-        found.append((Recording(name, frames, _reach(rows)), is_forced or looks))
+        reach = reach_of(rows, _longest_gap(len(frames)))
+        found.append((Recording(name, frames, reach), is_forced or looks))
     # If most images are in recordings, so are those of series that are too short to tell
     sizes = {
         chosen: sum(len(one.frames) for one, its in found if its == chosen)
@@ -211,44 +250,6 @@ def _shared_part(stems: list[str]) -> str:
     return "_".join(filter(None, parts))
 
 
-def looks_consecutive(rows: np.ndarray) -> bool:
-    """Return whether images, in this order, look like a recording, by SHARE.
-
-    rows: NxD, the normalized thumbnails.
-    """
-    count = len(rows)
-    if count < FEWEST_FRAMES:
-        return False
-    own = normalized(rows - rows.mean(axis=0))
-    lags = [range(2, min(9, count))]
-    if np.median(_correlations(rows, 1)) >= LITTLE_MOVES:
-        lags.append(range(count // 4, count // 2 + 1, max(1, count // 32)))
-    return max(_share_of_near(own, some) for some in lags) >= SHARE
-
-
-def _share_of_near(rows: np.ndarray, lags: Sequence[int]) -> float:
-    """Return the share of consecutive rows that are more alike than most rows `lags` apart."""
-    others = np.full((len(rows), 2 * len(lags)), np.nan, np.float32)  # rows before, rows after
-    for column, lag in enumerate(lags):
-        others[lag:, column] = others[:-lag, len(lags) + column] = _correlations(rows, lag)
-    usual = np.nanquantile(others, QUARTILE, axis=1)
-    # A margin, so that equal images do not differ by rounding
-    return np.mean(_correlations(rows, 1) > np.maximum(usual[:-1], usual[1:]) + 1e-4)
-
-
-def _correlations(rows: np.ndarray, lag: int, step: int = 1) -> np.ndarray:
-    """Return the correlation of every `step`-th normalized row with the one `lag` rows after it."""
-    return np.einsum("nd,nd->n", rows[:-lag:step], rows[lag::step])
-
-
-def _reach(rows: np.ndarray) -> int:
-    """Return how many frames apart images are hardly alike; at most what a gap may be."""
-    own, most = normalized(rows - rows.mean(axis=0)), _longest_gap(len(rows))
-    step = len(rows) // 500 + 1  # as many pairs are enough
-    near = (lag for lag in range(1, most) if np.median(_correlations(own, lag, step)) < ALIKE)
-    return next(near, most)
-
-
 def _longest_gap(count: int) -> int:
     return max(1, round(count * MOST_LEFT_OUT))
 
@@ -256,7 +257,7 @@ def _longest_gap(count: int) -> int:
 def _are_enough(groups: Sequence[str | None], facts: dict[str, Any]) -> bool:
     """Return whether whole recordings can be divided: enough of them, not nearly all in one.
 
-    groups: of all their frames.
+    groups: of all their frames, and of images in other groups.
     """
     sizes = Counter(groups)
     wanted = len(groups) * (facts["val_fraction"] + facts["test_fraction"])
