@@ -22,18 +22,18 @@ from typing import Any
 
 from finetuning.basics.command_line import ArgumentParser, number, run, seed, tell
 from finetuning.basics.files import DATASET_URL, DEMO_DATA
-from finetuning.dataset.adding import add_to_folder
-from finetuning.dataset.data_folder import (
+from finetuning.dataset.pairs import count_pairs, is_filled, read_facts
+from finetuning.model.models import MODELS, ensure_checkpoint
+from finetuning.preparation.adding import add_to_folder
+from finetuning.preparation.data_folder import (
     draw_demo,
     fill_folder,
     recover_if_killed,
 )
-from finetuning.dataset.fingerprint import folders_beside, take_record
-from finetuning.dataset.groups import Grouping
-from finetuning.dataset.overview import OVERVIEW_FILE, describe_dataset
-from finetuning.dataset.pairs import count_pairs, is_filled, read_facts
-from finetuning.dataset.unchanged import SPLIT_DEFAULTS, is_kept
-from finetuning.model.models import MODELS, ensure_checkpoint
+from finetuning.preparation.fingerprint import folders_beside, take_record
+from finetuning.preparation.groups import Grouping
+from finetuning.preparation.overview import OVERVIEW_FILE, describe_dataset
+from finetuning.preparation.unchanged import SPLIT_DEFAULTS, is_kept
 from finetuning.sources.mask_values import MaskRule, add_mask_options
 from finetuning.sources.source import Source, add_source_options
 

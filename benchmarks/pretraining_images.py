@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetuning.dataset.demo_images import (
+from finetuning.preparation.demo_images import (
     Blob,
     chance,
     coordinates,

@@ -21,7 +21,6 @@ import test_my_image
 import train_sam2_proper
 from finetuning.basics.cropped_masks import crop_mask, value_masks
 from finetuning.basics.image_files import read_image, write_image
-from finetuning.dataset.filling import write_objects
 from finetuning.dataset.objects import count_objects, limit_objects, read_objects
 from finetuning.dataset.pairs import Pair, facts_text, read_facts, split_pairs
 from finetuning.evaluation.interval import bootstrap_interval
@@ -30,6 +29,7 @@ from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
 from finetuning.model.segmentation import encode_images, predict_masks
+from finetuning.preparation.filling import write_objects
 from finetuning.training.batches import EpochSampler, TrainingSet
 
 SIZE = (96, 128)

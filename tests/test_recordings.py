@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from download_dataset import main
 from finetuning.basics.image_files import write_image
 from finetuning.comparison.report_sentences import recordings_sentence
-from finetuning.dataset.copies import looks_consecutive, make_thumbnail, normalized
-from finetuning.dataset.filling import Filled
-from finetuning.dataset.groups import Grouping
 from finetuning.dataset.pairs import Pair, split_pairs
-from finetuning.dataset.recordings import arrange, find_recordings
 from finetuning.dataset.splitting import fold_groups, make_folds, split_in_time, time_order
 from finetuning.evaluation.measuring import Result
+from finetuning.preparation.copies import looks_consecutive, make_thumbnail, normalized
+from finetuning.preparation.filling import Filled
+from finetuning.preparation.groups import Grouping
+from finetuning.preparation.recordings import arrange, find_recordings
 from finetuning.sources.pairing import SourceExample
 
 OPTIONS = ("--images", "images", "--masks", "masks", "--skip-checkpoint")

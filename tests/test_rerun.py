@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from download_dataset import main
 from finetuning.basics.image_files import read_image, read_mask, write_image
-from finetuning.dataset.fingerprint import SOURCES_KEY
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import facts_text, read_facts, split_pairs
 from finetuning.dataset.splitting import split_more
+from finetuning.preparation.fingerprint import SOURCES_KEY
 
 OPTIONS = ("--images", "images", "--masks", "masks", "--skip-checkpoint")
 COUNT = 6

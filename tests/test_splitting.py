@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from download_dataset import main
 from finetuning.basics.image_files import read_image, write_image
-from finetuning.dataset.copies import find_copies, make_thumbnail
-from finetuning.dataset.groups import join_groups
 from finetuning.dataset.pairs import split_pairs
 from finetuning.dataset.splitting import make_folds, split_names
+from finetuning.preparation.copies import find_copies, make_thumbnail
+from finetuning.preparation.groups import join_groups
 
 OPTIONS = ("--images", "images", "--masks", "masks", "--skip-checkpoint")
 

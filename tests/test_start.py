@@ -15,12 +15,12 @@ from conftest import CPU, draw_pair, write_data
 from finetuning.basics import distributed, files, threads
 from finetuning.basics.files import content_sha256, hash_contents
 from finetuning.basics.threads import in_threads
-from finetuning.dataset.filling import write_objects
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.model import feature_cache
 from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.models import load_predictor
+from finetuning.preparation.filling import write_objects
 from finetuning.training import batches
 from finetuning.training.batches import Step, TrainingSet
 from finetuning.training.prompt_sampling import PromptMix

@@ -10,10 +10,11 @@ SCRIPTS = ("download_dataset", "train_sam2_proper", "compare_models", "test_my_i
 ALLOWED = {
     "basics": set(),
     "sources": {"basics"},
-    "dataset": {"basics", "sources"},
+    "dataset": {"basics"},
+    "preparation": {"basics", "sources", "dataset"},
     "model": {"basics"},
     "evaluation": {"basics", "model", "dataset"},
-    "training": {"basics", "model", "dataset", "evaluation"},
+    "training": {"basics", "model", "dataset", "evaluation", "preparation"},  # the demo's data
     "comparison": {"basics", "model", "dataset", "evaluation"},
     "inference": {"basics", "model"},
     "export": {"basics", "model"},

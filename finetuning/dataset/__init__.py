@@ -1,16 +1,6 @@
-"""The data folder: fill it, split it, read it.
+"""The data folder, as training and comparison read it: images, masks and splits.
 
-adding: add images to a filled folder, which keeps its split
-copies: find duplicate and near-duplicate images, and consecutive frames
-data_folder: fill a data folder completely, or not at all
-demo_images: draw the demo's images
-filling: check images and masks, then copy or convert them
-fingerprint: notice what has changed in the sources
-groups: keep images that belong together in one split
 objects: the objects of an image, each with its mask
-overview: counts, warnings and a picture of a data folder
 pairs: find images and masks of a data folder; read split.json
-recordings: keep recordings whole, or split them in time
 splitting: choose images for validation, test and folds
-unchanged: whether a filled folder still holds what its source holds
 """

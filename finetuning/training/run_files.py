@@ -15,12 +15,12 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from finetuning.basics import distributed
 from finetuning.basics.files import content_sha256
 from finetuning.basics.run_outputs import BEST_FILE, FINAL_FILE, STATE_FILE
-from finetuning.dataset.data_folder import draw_demo
 from finetuning.dataset.pairs import Pair, is_filled, read_facts, split_pairs
 from finetuning.evaluation.seen_images import SEEN, Contents, hash_files, record_seen, seen_before
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.model.models import ensure_checkpoint
 from finetuning.model.trainable_encoder import merged_state_dict
+from finetuning.preparation.data_folder import draw_demo
 from finetuning.training.learner import Learner, learning_rate_factor
 from finetuning.training.recipe import Recipe
 from finetuning.training.training_log import CURVE_EVERY, Log, best_of, conclude, write_log

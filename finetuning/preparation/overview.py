@@ -10,9 +10,9 @@ import numpy as np
 from finetuning.basics.cropped_masks import CroppedMask
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.basics.pictures import COLORS
-from finetuning.dataset.filling import Filled
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
+from finetuning.preparation.filling import Filled
 
 OVERVIEW_FILE = "overview.png"
 SHOWN_IMAGES, SHEET_COLUMNS = 12, 4

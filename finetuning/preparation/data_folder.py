@@ -25,16 +25,23 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import listed, nfc, tell
 from finetuning.basics.files import MAX_FILE_BYTES, only_run_in, require_file
-from finetuning.dataset.copies import (
+from finetuning.dataset.pairs import (
+    SPLIT_FILE,
+    facts_text,
+    find_pairs,
+    splits_of,
+)
+from finetuning.dataset.splitting import LEFT_OUT, split_more, split_names
+from finetuning.preparation.copies import (
     COPIES_FILE,
     Copy,
     describe_copies,
     find_copies,
     write_copies,
 )
-from finetuning.dataset.demo_images import write_demo_dataset
-from finetuning.dataset.filling import UNSPLIT, Filled, Filler, move_to_splits
-from finetuning.dataset.fingerprint import (
+from finetuning.preparation.demo_images import write_demo_dataset
+from finetuning.preparation.filling import UNSPLIT, Filled, Filler, move_to_splits
+from finetuning.preparation.fingerprint import (
     SOURCES_FILE,
     SOURCES_KEY,
     Record,
@@ -42,16 +49,9 @@ from finetuning.dataset.fingerprint import (
     key_of,
     write_records,
 )
-from finetuning.dataset.groups import Grouping, divided_groups, find_groups
-from finetuning.dataset.overview import OVERVIEW_FILE, draw_overview
-from finetuning.dataset.pairs import (
-    SPLIT_FILE,
-    facts_text,
-    find_pairs,
-    splits_of,
-)
-from finetuning.dataset.recordings import Arranged, arrange
-from finetuning.dataset.splitting import LEFT_OUT, split_more, split_names
+from finetuning.preparation.groups import Grouping, divided_groups, find_groups
+from finetuning.preparation.overview import OVERVIEW_FILE, draw_overview
+from finetuning.preparation.recordings import Arranged, arrange
 from finetuning.sources.mask_values import MaskRule
 from finetuning.sources.pairing import SourceExample
 

@@ -15,8 +15,9 @@ from finetuning.basics.command_line import listed, tell
 from finetuning.basics.files import content_sha256
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.basics.threads import in_threads
-from finetuning.dataset.copies import make_thumbnail
-from finetuning.dataset.data_folder import (
+from finetuning.dataset.pairs import SPLITS, Pair, read_facts, split_pairs
+from finetuning.preparation.copies import make_thumbnail
+from finetuning.preparation.data_folder import (
     check_cases,
     check_files,
     find_copies_among,
@@ -26,8 +27,8 @@ from finetuning.dataset.data_folder import (
     split_filled,
     write_kept_copies,
 )
-from finetuning.dataset.filling import UNSPLIT, Filled, Filler, write_objects
-from finetuning.dataset.fingerprint import (
+from finetuning.preparation.filling import UNSPLIT, Filled, Filler, write_objects
+from finetuning.preparation.fingerprint import (
     SOURCES_KEY,
     Match,
     Record,
@@ -39,10 +40,9 @@ from finetuning.dataset.fingerprint import (
     stamp_file,
     write_records,
 )
-from finetuning.dataset.groups import Grouping, find_groups, join_groups
-from finetuning.dataset.pairs import SPLITS, Pair, read_facts, split_pairs
-from finetuning.dataset.recordings import Arranged, find_recordings
-from finetuning.dataset.unchanged import (
+from finetuning.preparation.groups import Grouping, find_groups, join_groups
+from finetuning.preparation.recordings import Arranged, find_recordings
+from finetuning.preparation.unchanged import (
     REPLACE,
     SPLIT_DEFAULTS,
     differences,

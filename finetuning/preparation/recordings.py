@@ -20,7 +20,8 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.command_line import listed, tell
-from finetuning.dataset.copies import (
+from finetuning.dataset.splitting import LEFT_OUT, split_in_time, time_order
+from finetuning.preparation.copies import (
     FEWEST_FRAMES,
     SHARE,
     Copy,
@@ -28,9 +29,8 @@ from finetuning.dataset.copies import (
     normalized,
     reach_of,
 )
-from finetuning.dataset.filling import Filled
-from finetuning.dataset.groups import Grouping, join_groups, warn_of_videos
-from finetuning.dataset.splitting import LEFT_OUT, split_in_time, time_order
+from finetuning.preparation.filling import Filled
+from finetuning.preparation.groups import Grouping, join_groups, warn_of_videos
 from finetuning.sources.folder_layouts import stem_of
 from finetuning.sources.pairing import SourceExample
 

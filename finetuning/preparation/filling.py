@@ -24,11 +24,11 @@ from finetuning.basics.image_files import (
     require_equal_sizes,
     write_image,
 )
-from finetuning.dataset.copies import make_thumbnail
-from finetuning.dataset.fingerprint import Stamp, stamp_file, stamp_outlines
 from finetuning.dataset.objects import write_label_maps
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.dataset.splitting import LEFT_OUT
+from finetuning.preparation.copies import make_thumbnail
+from finetuning.preparation.fingerprint import Stamp, stamp_file, stamp_outlines
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import SourceExample
 

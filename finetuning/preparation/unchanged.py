@@ -9,14 +9,6 @@ from typing import Any
 from sam2_utils import UserError
 
 from finetuning.basics.command_line import brief, brief_path, tell
-from finetuning.dataset.fingerprint import (
-    Record,
-    describe_changes,
-    gone_rows,
-    match_examples,
-    read_records,
-    take_record,
-)
 from finetuning.dataset.pairs import (
     SPLIT_FILE,
     find_own_image,
@@ -24,6 +16,14 @@ from finetuning.dataset.pairs import (
     how_to_fill,
     is_filled,
     read_facts,
+)
+from finetuning.preparation.fingerprint import (
+    Record,
+    describe_changes,
+    gone_rows,
+    match_examples,
+    read_records,
+    take_record,
 )
 from finetuning.sources.source import Source
 
