@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 
@@ -52,9 +51,13 @@ def crop_mask(mask: np.ndarray | CroppedMask) -> CroppedMask:
     """Crop a mask to the bounding box of its pixels; to one pixel if it is empty."""
     if not isinstance(mask, CroppedMask):
         mask = CroppedMask(mask, 0, 0, mask.shape)
-    x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask.crop).view(np.uint8))
-    crop = mask.crop[y : y + max(height, 1), x : x + max(width, 1)]
-    return CroppedMask(crop, mask.x + x, mask.y + y, mask.size)
+    # Not cv2.boundingRect, which misses pixels of narrow masks in OpenCV 4.9
+    rows = np.flatnonzero(mask.crop.any(axis=1))
+    top, bottom = (int(rows[0]), int(rows[-1]) + 1) if rows.size else (0, 1)
+    columns = np.flatnonzero(mask.crop[top:bottom].any(axis=0))
+    left, right = (int(columns[0]), int(columns[-1]) + 1) if columns.size else (0, 1)
+    crop = mask.crop[top:bottom, left:right]
+    return CroppedMask(crop, mask.x + left, mask.y + top, mask.size)
 
 
 def crop_together(*masks: CroppedMask) -> tuple[list[np.ndarray], int, int]:

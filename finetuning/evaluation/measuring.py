@@ -279,11 +279,11 @@ class Validation:
         is_first = not self._images
         self._images = self._images or self._read()
         count, begun = sum(map(len, self._images)), time.perf_counter()
-        unit = "image" if count == len(self._images) else "object"
         with merged_adapters(model.predictor.model):  # as in the file that is saved
             results = measure_examples([model], self._images, metrics=LOGGED)
-            results = list(tqdm(results, "Validating", count, unit=unit, leave=False))
-        if is_first and unit == "object" and (seconds := time.perf_counter() - begun) > SLOW:
+            results = list(tqdm(results, "Validating", count, unit="prompt", leave=False))
+        has_several = count > len(self.kinds) * len(self._images)
+        if is_first and has_several and (seconds := time.perf_counter() - begun) > SLOW:
             images = f"{len(self._images)} image{'s' * (len(self._images) > 1)}"
             print(f"validation takes {seconds:.0f} s each time: {len(results)} prompts in {images}")
         means = {
