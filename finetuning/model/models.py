@@ -251,7 +251,7 @@ def _load_weights(
     missing = own.keys() - weights.keys()
     video = {name for name in own if not is_for_images(name)}
     if missing == video:
-        tell(f"note: {checkpoint} has no weights for video, which images do not need")
+        tell(f"note: {checkpoint} gives its weights for images alone, not those for video")
         weights |= {name: torch.zeros_like(own[name]) for name in video}
         missing = set()
         others = list(filter(is_for_images, others))  # transformers has other names for video

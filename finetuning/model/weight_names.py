@@ -14,6 +14,8 @@ TRANSFORMERS_PATCH_EMBED = f"{TRANSFORMERS_TRUNK}.patch_embed.projection.weight"
 # The parts of SAM 2 that segment images; the rest is its video memory, which Sam2Model lacks
 IMAGE_PARTS = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
 TRANSFORMERS_IMAGE_PARTS = ("vision_encoder.", "prompt_encoder.", "mask_decoder.")
+FREQUENCIES = "prompt_encoder.shared_embedding.positional_embedding"
+SHARED_FREQUENCIES = "shared_image_embedding.positional_embedding"
 POINT_MATRIX = "prompt_encoder.point_embed.weight"
 POINT_EMBEDDINGS = [f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4)]
 # From SAM 2's names to Sam2Model's: regular expressions, applied one after another
@@ -52,8 +54,7 @@ def transformers_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch
     weights = {name: weight for name, weight in state_dict.items() if name.startswith(IMAGE_PARTS)}
     points = [weights.pop(name) for name in POINT_EMBEDDINGS]
     weights = {_rename(name): weight for name, weight in weights.items()}
-    frequencies = weights["prompt_encoder.shared_embedding.positional_embedding"]
-    weights["shared_image_embedding.positional_embedding"] = frequencies.clone()
+    weights[SHARED_FREQUENCIES] = weights[FREQUENCIES].clone()
     weights[POINT_MATRIX] = torch.cat(points)
     return weights
 
@@ -78,6 +79,8 @@ def find_weights(
     is_transformers = TRANSFORMERS_PATCH_EMBED in weights
     if is_transformers and (points := others.pop(POINT_MATRIX, None)) is not None:
         found = dict(zip(POINT_EMBEDDINGS, points.split(1), strict=False))
+    if (frequencies := others.pop(SHARED_FREQUENCIES, None)) is not None:
+        others.setdefault(FREQUENCIES, frequencies)  # some files have only one of the two
     for name in names:
         if is_transformers:
             spellings = [_rename(name)] if name.startswith(IMAGE_PARTS) else []
@@ -87,7 +90,6 @@ def find_weights(
             if spelling in others:
                 found[name] = others.pop(spelling)
                 break
-    others.pop("shared_image_embedding.positional_embedding", None)  # a second copy
     return found, list(others)
 
 
