@@ -102,9 +102,9 @@ class MaskReader:
         if len(found) > MAX_CLASSES and problem:
             raise problem
         if len(found) > 1:
-            soft = pixels.soft_values()
-            areas = [value for value in found if value not in soft]
-            raise soft_edges([path], 1, areas) if soft else several_values(path, found)
+            areas = pixels.area_values()
+            is_soft = areas and pixels.soft_values()
+            raise soft_edges([path], 1, areas) if is_soft else several_values(path, found)
         if not found:
             return np.zeros(pixels.codes.shape, bool)
         self._require_one_value(pixels.color(found[0]), path, source)
