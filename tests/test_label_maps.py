@@ -69,9 +69,6 @@ SOFT = {
     "many instances": resized(discs(*range(1, 26)), 1.5),
     "colours": antialiased((255, 0, 0), (0, 255, 0), (0, 0, 255)),
     "black and white": antialiased((255, 255, 255)),
-    "through a JPEG": cv2.imdecode(
-        cv2.imencode(".jpg", discs(60, 120, 200, radius=20), [cv2.IMWRITE_JPEG_QUALITY, 75])[1], 0
-    ),
 }
 
 
