@@ -181,7 +181,9 @@ def add_mask_options(parser: ArgumentParser) -> None:
     """Add the options that say what the values of masks and images mean."""
     masks = parser.add_argument_group("what masks and images hold")
     masks.add_argument(
-        "--mask-value", type=parse_value, help='one value is the object: 3, or "48,112,32" (RGB)'
+        "--mask-value",
+        type=parse_value,
+        help='one value is the object: 3 (an index in files with a palette), or "48,112,32" (RGB)',
     )
     masks.add_argument("--instances", action="store_true", help="each value of a mask is an object")
     masks.add_argument(
@@ -197,7 +199,9 @@ def add_mask_options(parser: ArgumentParser) -> None:
         help="smaller ones are left out, in pixels",
     )
     masks.add_argument(
-        "--ignore-value", type=parse_value, help="counts as background, like void (255)"
+        "--ignore-value",
+        type=parse_value,
+        help="counts as background, like void (255); a number or colour as in --mask-value",
     )
     masks.add_argument(
         "--value-range",
