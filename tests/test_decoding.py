@@ -396,6 +396,18 @@ def test_how_to_read_a_photo_is_said(tmp_path, without_heic):
         read_image(path)
 
 
+@pytest.mark.parametrize(
+    "start",
+    [b"\0\0\0\x20ftypisom", b"\0\0\0\x14ftypqt  ", b"RIFF\1\1\1\1AVI LIST", b"\x1aE\xdf\xa3\1"],
+)
+def test_a_video_is_called_a_video_and_how_to_save_its_frames_is_said(tmp_path, start):
+    for read in (read_image, read_mask):
+        with pytest.raises(
+            UserError, match=r'a\.jpg is a video; .*: ffmpeg -i "a\.jpg" -vf fps=2 '
+        ):
+            read(write(tmp_path / "a.jpg", start + bytes(100)))
+
+
 def test_jpeg_2000_in_cmyk_is_named(tmp_path):
     try:
         content = jpeg_2000_in_cmyk()

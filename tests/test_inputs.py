@@ -19,6 +19,7 @@ from finetuning.basics.files import atomic_write
 from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import read_facts, split_pairs
+from finetuning.inference.segmenting import read_like_training
 from finetuning.sources.mask_values import MaskReader, MaskRule, parse_value
 
 COUNT = 4
@@ -289,6 +290,30 @@ def test_a_range_of_values_is_that_of_the_whole_set(run_script, tmp_path):
     assert read_facts(Path("data"))["value_range"] == [0, 4000]
     brightest = {name: int(read_image(pair.image).max()) for name, pair in all_pairs().items()}
     assert brightest == {f"a{i}": pytest.approx(255 * (i + 1) / 4, abs=1) for i in range(COUNT)}
+
+
+def test_images_of_8_bits_have_no_range_of_values(run_script, tmp_path):
+    write_set(lambda _, mask: mask.astype(np.uint8) * 255)
+    Path("images/a0.jpg").unlink()
+    write_image(Path("images/a0.png"), draw_pair(0)[0].astype(np.uint16) * 16)
+    outcome = run_script(main, *OPTIONS, "--value-range", "0,4080")
+    assert outcome.status == 0, outcome.err
+    assert "3 of 4 images have 8 bits and stay as they are" in outcome.out
+    pairs = all_pairs()
+    assert pairs["a1"].image.read_bytes() == Path("images/a1.jpg").read_bytes()
+    assert np.array_equal(read_image(pairs["a0"].image), draw_pair(0)[0])
+    # In use, as in training
+    for path in (Path("images/a0.png"), Path("images/a1.jpg")):
+        used = read_like_training(path, None, (0, 4080))
+        assert np.array_equal(used, read_image(pairs[path.stem].image))
+
+
+def test_a_data_set_without_an_object_is_refused(run_script, tmp_path):
+    write_set(lambda _, mask: np.zeros_like(mask, np.uint8))
+    for options in ((), ("--instances",)):
+        outcome = run_script(main, *OPTIONS, *options)
+        assert outcome.status == 2 and "none of the 4 masks has an object" in outcome.err
+        assert not Path("data/images").exists()
 
 
 def test_the_range_of_values_goes_with_the_model(run_script, tmp_path, random_mini):

@@ -205,6 +205,9 @@ def test_the_usual_affixes_are_not_refused_for_any_numbers(prefix, suffix):
         ("1.png 1_mask_0.png 1_mask_1.png 2.png 2_mask_0.png",
          "1 1_mask_0.png 1_mask_1.png, 2 2_mask_0.png"),
         ("x_sat.jpg x_mask.png y_sat.jpg y_mask.png", "x_sat x_mask.png, y_sat y_mask.png"),
+        ("0_img.png 0_masks.png 1_img.png 1_masks.png", "0_img 0_masks.png, 1_img 1_masks.png"),
+        ("gt_1.tif gt_2.tif im_1.tif im_2.tif", "im_1 gt_1.tif, im_2 gt_2.tif"),
+        ("image1.png image2.png label1.png label2.png", "image1 label1.png, image2 label2.png"),
     ],
 )  # fmt: skip
 def test_images_and_masks_in_one_folder_are_told_apart(tmp_path, files, partners):
@@ -222,6 +225,8 @@ def test_images_and_masks_in_one_folder_are_told_apart(tmp_path, files, partners
         ("a.jpg a.jpeg a.png", "a.jpeg, a.jpg"),
         ("a.jpg b.jpg c.jpg", "a.jpg, b.jpg, c.jpg"),
         ("x.png x_1.png y.png y_1.png", "x.png"),
+        ("0_a.png 0_b.png 1_a.png 1_b.png", "0_a.png"),
+        ("mask_1.png mask_2.png mask_3.png", "mask_1.png"),
     ],
 )
 def test_one_folder_that_does_not_tell_them_apart_is_refused(tmp_path, files, named):
@@ -289,6 +294,22 @@ def test_a_folder_of_masks_for_each_image_holds_its_objects(tmp_path):
           "s/i1/images/i1.png", "s/i1/masks/07.png"], "i0 e2.png f1.png, i1 07.png"),
         (["id0/images/0001.png", "id0/masks/a.png", "id1/images/0001.png", "id1/masks/a.png"],
          "id0_0001 a.png, id1_0001 a.png"),
+        (["d/images/p1/0.png", "d/images/p2/0.png", "d/masks/p1/0.png", "d/masks/p2/0.png",
+          "d/images/p2/1.png", "d/masks/p2/1.png"],
+         "1 1.png, p1_0 0.png, p2_0 0.png"),
+        (["JPEGImages/480p/bear/00.jpg", "JPEGImages/480p/bear/01.jpg",
+          "JPEGImages/480p/cow/00.jpg", "Annotations/480p/bear/00.png",
+          "Annotations/480p/bear/01.png", "Annotations/480p/cow/00.png"],
+         "01 01.png, bear_00 00.png, cow_00 00.png"),
+        (["train/JPEGImages/v1/0.jpg", "train/Annotations/v1/0.png", "train/JPEGImages/v2/1.jpg",
+          "train/Annotations/v2/1.png", "valid/JPEGImages/v3/2.jpg", "valid/Annotations/v3/2.png"],
+         "train 0 0.png, train 1 1.png, val 2 2.png"),
+        (["images/p1/scan.png", "images/p2/scan.png", "masks/p1/tumour.png", "masks/p2/bone.png"],
+         "p1_scan tumour.png, p2_scan bone.png"),
+        (["a/train/0_img.png", "a/train/0_mask.png", "a/train/1_img.png", "a/train/1_mask.png",
+          "a/val/2_img.png", "a/val/2_mask.png", "a/val/3_img.png", "a/val/3_mask.png"],
+         "train 0_img 0_mask.png, train 1_img 1_mask.png, val 2_img 2_mask.png, "
+         "val 3_img 3_mask.png"),
         (["d/images/a.png", "d/masks/a.png", "__MACOSX/d/images/._a.png",
           "__MACOSX/d/masks/._a.png"], "a a.png"),
     ],
@@ -306,6 +327,19 @@ def test_the_usual_layouts_are_found(tmp_path, files, partners, is_zipped):
         found = find_in_folder(zipfile.Path(archive))
         assert described(found) == partners.split(", ")
         assert found.examples[0].image.read_bytes() == b""
+
+
+def test_a_folder_of_images_is_their_group(tmp_path):
+    names = [
+        f"{kind}/site/p{p}/{i}.png" for kind in ("images", "masks") for p in "12" for i in "ab"
+    ]
+    touch(tmp_path, *names)
+    found = find_in_folder(tmp_path)
+    assert [example.group for example in found.examples] == [*["site/p1"] * 2, *["site/p2"] * 2]
+    (tmp_path / "masks/site/p2/b.png").unlink()
+    assert "1 of 4 images have no mask" in refusal(find_in_folder, tmp_path)
+    (tmp_path / "images/site/p2").rename(tmp_path / "images/site/p3")
+    assert "p2 has no partner in" in refusal(find_in_folder, tmp_path)
 
 
 def test_the_root_of_such_a_layout_may_be_given_for_both(tmp_path):

@@ -11,10 +11,12 @@ from sam2_utils import UserError
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_pair, write_pairs
+from conftest import draw_pair, write_pair, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_sam2_proper
+from compare_models import choose_pairs
 from download_dataset import main
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.dataset.pairs import split_pairs
@@ -322,3 +324,34 @@ def test_a_ready_split_is_kept_and_its_divided_groups_are_named(run_script, tmp_
     assert [pair.group for pair in split_pairs(Path("data"), "test")] == ["p0", "p1"]
     outcome = run_script(main, *options, "--test-fraction", "0.1", "--force")
     assert outcome.status == 2 and "split already" in outcome.err
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_images_to_measure_alone_make_a_data_folder_that_is_not_trained_on(
+    run_script, tmp_path, split
+):
+    for index in range(3):
+        write_pair(index, Path(f"set/{split}/images"), Path(f"set/{split}/masks"))
+    outcome = run_script(main, "--archive", "set", "--skip-checkpoint")
+    assert outcome.status == 0, outcome.err
+    assert f"ready split: 3 {split}; to measure with compare_models.py" in outcome.out
+    assert len(split_pairs(Path("data"), split)) == 3 and Path("data/overview.png").is_file()
+    assert choose_pairs(Path("data"), None, None, Path("a.pt"), None)[0] == split
+    assert "nothing to do" in run_script(main, "--archive", "set", "--skip-checkpoint").out
+    outcome = run_script(train_sam2_proper.main, "--model", "mini")
+    assert outcome.status == 2
+    assert f"data has no train images, only {split}: there is nothing to train on" in outcome.err
+
+
+def test_the_folder_of_an_image_is_its_group(run_script, tmp_path):
+    for index in range(8):
+        folder = f"p{index // 2}"
+        write_pair(index, Path(f"images/{folder}"), Path(f"masks/{folder}"))
+    outcome = run_script(main, *OPTIONS, "--val-fraction", 0.25)
+    assert outcome.status == 0, outcome.err
+    assert "each folder of images is a group: p0, p1, p2 and 1 more" in outcome.out
+    for split, count in (("train", 3), ("val", 1)):
+        groups = [pair.group for pair in split_pairs(Path("data"), split)]
+        assert len(set(groups)) == count and len(groups) == 2 * count and all(groups)
+    outcome = run_script(main, *OPTIONS, "--group-regex", "(pair)", "--force")
+    assert outcome.status == 2 and "1 group" in outcome.err  # the user's groups win

@@ -63,6 +63,13 @@ class Pixels(NamedTuple):
         """Return the colour of a value: of an index in the palette, else the value itself."""
         return self.palette[value[0]] if self.has_indices else value
 
+    def area_values(self) -> list[Value]:
+        """Return the values that fill an area of at least 3x3 pixels somewhere."""
+        codes = self.codes.astype(np.float64)
+        is_even = cv2.erode(codes, AREA) == cv2.dilate(codes, AREA)
+        found = set(np.unique(self.codes[is_even]).tolist())
+        return [value for value in self.values if to_code(value) in found]
+
     def soft_values(self) -> list[Value]:
         """Return the values that occur as rings between areas; see soft_edges."""
         found = find_soft_values(self.channels, self.codes)

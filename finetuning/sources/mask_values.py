@@ -104,9 +104,9 @@ class MaskReader:
         if len(found) > MAX_CLASSES and problem:
             raise problem
         if len(found) > 1:
-            soft = pixels.soft_values()
-            areas = [value for value in found if value not in soft]
-            raise soft_edges([path], 1, areas) if soft else several_values(path, found)
+            areas = pixels.area_values()
+            is_soft = areas and pixels.soft_values()
+            raise soft_edges([path], 1, areas) if is_soft else several_values(path, found)
         if not found:
             return np.zeros(pixels.codes.shape, bool)
         self._require_one_value(pixels.color(found[0]), path, source)
@@ -187,7 +187,9 @@ def add_mask_options(parser: ArgumentParser) -> None:
     """Add the options that say what the values of masks and images mean."""
     masks = parser.add_argument_group("what masks and images hold")
     masks.add_argument(
-        "--mask-value", type=parse_value, help='one value is the object: 3, or "48,112,32" (RGB)'
+        "--mask-value",
+        type=parse_value,
+        help='one value is the object: 3 (an index in files with a palette), or "48,112,32" (RGB)',
     )
     masks.add_argument("--instances", action="store_true", help="each value of a mask is an object")
     masks.add_argument(
@@ -203,7 +205,9 @@ def add_mask_options(parser: ArgumentParser) -> None:
         help="smaller ones are left out, in pixels",
     )
     masks.add_argument(
-        "--ignore-value", type=parse_value, help="counts as background, like void (255)"
+        "--ignore-value",
+        type=parse_value,
+        help="counts as background, like void (255); a number or colour as in --mask-value",
     )
     masks.add_argument(
         "--value-range",
