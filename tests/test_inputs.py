@@ -259,9 +259,9 @@ def test_outlines_of_an_annotation_tool_are_drawn(run_script, tmp_path):
     assert [len(read_objects(pair)) for pair in all_pairs("dogs").values()] == [1] * COUNT
     write_image(Path("images/more.jpg"), draw_pair(9)[0])
     outcome = run_script(main, *options, "--data", "more")
-    assert outcome.status == 2 and "images without an object" in outcome.err
+    assert outcome.status == 2 and "1 of 5 images have no object" in outcome.err
     outcome = run_script(main, *options, "--data", "more", "--skip-unlabelled")
-    assert outcome.status == 0 and "left out 1 without an object" in outcome.out
+    assert outcome.status == 0 and "left out 1 of 5 images: without an object" in outcome.out
 
 
 def test_splits_of_an_annotated_set_are_kept(run_script, tmp_path):

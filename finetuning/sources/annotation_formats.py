@@ -246,7 +246,7 @@ def read_yolo(files: list[Path], errors: Errors) -> tuple[list[Entry], set[str],
             if _is_image_name(first):
                 paths = [line.replace("\\", "/") for line in lines]
                 lists |= {PurePath(path).stem: file.stem for path in paths}
-            elif not _is_number(first.split()[0]):
+            elif not first[0].isdigit():
                 others.append(file)
             else:
                 entries.append(Entry(None, None, file, []))
@@ -271,12 +271,6 @@ def is_yolo(file: Path) -> bool:
         return len(line.split()) > 4 and bool(_yolo_object(line, {}, ""))
     except UserError:
         return False
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(plain_number(text) or True)
-    return False
 
 
 def _is_image_name(line: str) -> bool:
