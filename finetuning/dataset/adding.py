@@ -74,7 +74,8 @@ def add_to_folder(
     record = record_of({option: Path(path) for option, path in now.paths.items()}, records)
     matches = _match(examples, now, record, records)
     todo = [index for index, match in enumerate(matches) if match.is_new or match.is_changed]
-    if not todo and not (record and now.groups != record.groups):
+    keys = {key_of(example) for example in examples}
+    if not todo and not (record and (now.groups, keys) != (record.groups, record.rows.keys())):
         return None
     check_files(examples)
     check_cases(examples)
