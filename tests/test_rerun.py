@@ -333,6 +333,24 @@ def test_images_of_a_known_group_go_to_its_split(run_script, tmp_path):
     assert after["pair_010"] == after["pair_011"] == before["pair_006"]
 
 
+def test_a_split_that_the_source_changed_is_named_and_add_keeps_that_of_the_folder(
+    run_script, tmp_path
+):
+    for split, indices in (("train", range(4)), ("val", range(4, 6))):
+        for index in indices:
+            write_pair(index, Path(f"set/{split}/images"), Path(f"set/{split}/masks"))
+    options = ("--archive", "set", "--skip-checkpoint")
+    assert run_script(main, *options).status == 0
+    before = places()
+    for kind, name in (("images", "pair_003.jpg"), ("masks", "pair_003.png")):
+        Path(f"set/train/{kind}/{name}").rename(f"set/val/{kind}/{name}")
+    assert_refused(
+        run_script(main, *options), "1 of 6 images have another split now (pair_003.jpg)"
+    )
+    assert run_script(main, *options, "--add").status == 0 and places() == before
+    assert "nothing to do" in run_script(main, *options).out
+
+
 def test_a_first_run_with_add_fills_the_folder(run_script, tmp_path):
     write_pairs(tmp_path, 4)
     assert run_script(main, *OPTIONS, "--add").status == 0 and len(places()) == 4

@@ -77,7 +77,8 @@ def add_to_folder(
     record = record_of({option: Path(path) for option, path in now.paths.items()}, records)
     matches = _match(examples, now, record, records)
     changed = [index for index, match in enumerate(matches) if match.is_new or match.is_changed]
-    if not changed and not (record and now.groups != record.groups):
+    keys = {key_of(example) for example in examples}
+    if not changed and not (record and (now.groups, keys) != (record.groups, record.rows.keys())):
         return None
     todo = [index for index in changed if not matches[index].is_left_out]
     check_files(examples)

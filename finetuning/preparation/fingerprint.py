@@ -24,7 +24,7 @@ from sam2_utils import UserError
 
 import numpy as np
 
-from finetuning.basics.command_line import listed, nfc
+from finetuning.basics.command_line import nfc
 from finetuning.basics.files import content_sha256, read_file
 from finetuning.dataset.splitting import LEFT_OUT
 from finetuning.sources.folder_layouts import IGNORED
@@ -239,7 +239,7 @@ def write_records(folder: Path, records: Sequence[Record]) -> str:
 
 
 def read_records(data: Path, facts: dict[str, Any]) -> list[Record] | None:
-    """Return the records of a data folder; None if an earlier version of this script filled it.
+    """Return the records of a data folder; None if another version of this script filled it.
 
     facts: of its split.json. Raises UserError if the file does not match its hash.
     """
@@ -253,6 +253,8 @@ def read_records(data: Path, facts: dict[str, Any]) -> list[Record] | None:
             "download_dataset.py --force"
         )
     records = json.loads(content.decode("utf-8", "surrogateescape"))
+    if any(record.keys() != set(Record._fields) for record in records):
+        return None  # of another version
     for record in records:
         for key, (place, image, masks) in record["rows"].items():
             record["rows"][key] = Row(place, Stamp(*image), tuple(Stamp(*mask) for mask in masks))
@@ -303,34 +305,3 @@ def gone_rows(matches: Sequence[Match], rows: Mapping[str, Row]) -> list[Row]:
     """Return the rows of a source that no example matches."""
     places = {match.row.place for match in matches if match.row}
     return [row for row in rows.values() if row.place not in places]
-
-
-def describe_changes(matches: Sequence[Match], rows: Mapping[str, Row]) -> list[str]:
-    """Return phrases that name the differences between a source's examples and its rows."""
-    known = [match for match in matches if match.row]
-
-    def phrase(names: Sequence[str], one: str, several: str, of: str = "") -> list[str]:
-        what = several if len(names) > 1 or of else one
-        return [f"{what.format(f'{len(names)}{of}')} ({listed(names)})"] if names else []
-
-    of = f" of {len(rows)}"
-    masks = [
-        (match.example.masks or [match.example.image])[0].name
-        for match in known
-        if match.masks_changed
-    ]
-    images = [match.example.image.name for match in known if match.image_changed]
-    moved = [
-        match.example.image.name
-        for match in known
-        if match.key and match.key.partition("/")[0] != (match.example.split or "")
-    ]
-    new = [match.example.image.name for match in matches if match.is_new]
-    gone = [row.place.partition("/")[2] for row in gone_rows(matches, rows)]
-    return [
-        *phrase(masks, "", "the masks of {} images changed", of),
-        *phrase(images, "", "{} images changed", of),
-        *phrase(moved, "", "{} images have another split now", of),
-        *phrase(new, "{} image is new", "{} images are new"),
-        *phrase(gone, "{} image is gone", "{} images are gone"),
-    ]

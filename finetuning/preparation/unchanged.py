@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import brief, brief_path, tell
+from finetuning.basics.command_line import brief, brief_path, listed, tell
 from finetuning.dataset.pairs import (
     SPLIT_FILE,
     find_own_image,
@@ -18,8 +18,9 @@ from finetuning.dataset.pairs import (
     read_facts,
 )
 from finetuning.preparation.fingerprint import (
+    Match,
     Record,
-    describe_changes,
+    Row,
     gone_rows,
     match_examples,
     read_records,
@@ -173,6 +174,37 @@ def _require_unchanged(
         raise UserError(
             f"{data} {what}: {', '.join([*changes, *groups, *choices])}; {how}{REPLACE}"
         )
+
+
+def describe_changes(matches: Sequence[Match], rows: Mapping[str, Row]) -> list[str]:
+    """Return phrases that name the differences between a source's examples and its rows."""
+    known = [match for match in matches if match.row]
+
+    def phrase(names: Sequence[str], one: str, several: str, of: str = "") -> list[str]:
+        what = several if len(names) > 1 or of else one
+        return [f"{what.format(f'{len(names)}{of}')} ({listed(names)})"] if names else []
+
+    of = f" of {len(rows)}"
+    masks = [
+        (match.example.masks or [match.example.image])[0].name
+        for match in known
+        if match.masks_changed
+    ]
+    images = [match.example.image.name for match in known if match.image_changed]
+    moved = [
+        match.example.image.name
+        for match in known
+        if match.key and match.key.partition("/")[0] != (match.example.split or "")
+    ]
+    new = [match.example.image.name for match in matches if match.is_new]
+    gone = [row.place.partition("/")[2] for row in gone_rows(matches, rows)]
+    return [
+        *phrase(masks, "", "the masks of {} images changed", of),
+        *phrase(images, "", "{} images changed", of),
+        *phrase(moved, "", "{} images have another split now", of),
+        *phrase(new, "{} image is new", "{} images are new"),
+        *phrase(gone, "{} image is gone", "{} images are gone"),
+    ]
 
 
 def record_of(paths: dict[str, Path], records: Sequence[Record]) -> Record | None:
