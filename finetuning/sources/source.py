@@ -30,6 +30,8 @@ from finetuning.sources.pairing import (
     to_examples,
 )
 
+ANNOTATION_SUFFIXES = (".json", ".txt", ".csv")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -102,6 +104,9 @@ class Source:
                 if self.class_names:
                     raise UserError("these are masks, without classes; leave --class-name out")
             except UserError:
+                names = [] if archive.is_dir() else root.root.namelist()
+                if names and not any(name.lower().endswith(ANNOTATION_SUFFIXES) for name in names):
+                    raise  # without unpacking it all
                 folder = opened.enter_context(unpacked(archive))
                 if not holds_annotations(folder):
                     raise
