@@ -128,7 +128,7 @@ def find_annotated(
 ) -> Found:
     """Return the examples of an annotation tool's export, with notes on it."""
     read = read_annotations(path, images, class_names, skip_missing)
-    notes, total = read.notes, len(read.unlabelled) + len(read.images)
+    notes, total = read.notes, read.image_count
     if read.unlabelled and not skip_unlabelled:
         raise UserError(
             f"{len(read.unlabelled)} of {total} images have no object in {brief_path(path)}: "
