@@ -413,6 +413,7 @@ BAD_COCO = {
     "odd": changed(SEGMENTATION, [[1, 1, 9, 9, 1, 9, 5]]),
     "two points": changed(SEGMENTATION, [[1, 1, 9, 9]]),
     "NaN": changed(SEGMENTATION, [[1, 1, 9, 9, 1, float("nan")]]),
+    "an empty text": changed(SEGMENTATION, [""]),
     "texts": changed(SEGMENTATION, [[1, 1, 9, 9, 1, "2"]]),
     "huge": changed(SEGMENTATION, [[1, 1, 9, 9, 1, 10**400]]),
     "far outside": changed(SEGMENTATION, [[1, 1, 900, 9, 1, 9]]),

@@ -48,6 +48,7 @@ class Annotations(NamedTuple):
 
     images: those with at least one object of the wanted classes, sorted by name.
     unlabelled: the image files without any annotation, sorted.
+    image_count: the number of all image files.
     counts: the number of objects of each wanted class.
     left_out: the number of annotations left out, by reason.
     notes: what the user is told about all this.
@@ -56,6 +57,7 @@ class Annotations(NamedTuple):
     format: str
     images: list[AnnotatedImage]
     unlabelled: list[Path]
+    image_count: int
     counts: dict[str, int]
     left_out: dict[str, int]
     notes: list[str]
@@ -258,7 +260,15 @@ def _assemble(
         notes.append(f"left out {of}, which are not in {brief_path(finder.folder)}")
     notes += export.notes + _remarks(images) + finder.notes(export.files, len(images))
     images = with_splits(images)
-    return Annotations(export.format, images, unlabelled, dict(counts), dict(left_out), notes)
+    return Annotations(
+        format=export.format,
+        images=images,
+        unlabelled=unlabelled,
+        image_count=len(finder.files),
+        counts=dict(counts),
+        left_out=dict(left_out),
+        notes=notes,
+    )
 
 
 def _count_notes(

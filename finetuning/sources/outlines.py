@@ -79,7 +79,7 @@ def parse_polygon(numbers: Any, where: str) -> np.ndarray:
         if not all(type(value) in (int, float) for value in numbers):  # bool is not a number here
             raise TypeError
         coords = np.array(numbers, np.float64)
-    except (TypeError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         coords = np.array([np.nan])
     if not (np.abs(coords) < 1e9).all():
         raise UserError(

@@ -31,6 +31,7 @@ from finetuning.sources.pairing import (
 )
 
 KVASIR_FILE = "kvasir-seg.zip"  # in the data folder
+ANNOTATION_SUFFIXES = (".json", ".txt", ".csv")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ class Source:
                 if self.class_names:
                     raise UserError("these are masks, without classes; leave --class-name out")
             except UserError:
+                names = [] if archive.is_dir() else root.root.namelist()
+                if names and not any(name.lower().endswith(ANNOTATION_SUFFIXES) for name in names):
+                    raise  # without unpacking it all
                 folder = opened.enter_context(unpacked(archive))
                 if not holds_annotations(folder):
                     raise
@@ -126,7 +130,7 @@ def find_annotated(
 ) -> Found:
     """Return the examples of an annotation tool's export, with notes on it."""
     read = read_annotations(path, images, class_names, skip_missing)
-    notes, total = read.notes, len(read.unlabelled) + len(read.images)
+    notes, total = read.notes, read.image_count
     if read.unlabelled and not skip_unlabelled:
         raise UserError(
             f"{len(read.unlabelled)} of {total} images have no object in {brief_path(path)}: "
