@@ -433,6 +433,7 @@ def test_any_pixels_give_masks_or_one_line(tmp_path_factory, shape, dtype, value
     except UserError as error:
         assert "\n" not in str(error) and "; " in str(error)
         return
+    masks = [mask.full() for mask in masks]
     assert all(mask.shape == shape[:2] and mask.dtype == bool for mask in masks)
     if chosen.get("each_value"):  # objects of one image do not overlap
         assert sum(masks, np.zeros(shape[:2], int)).max(initial=0) <= 1

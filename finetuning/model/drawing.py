@@ -29,7 +29,7 @@ def draw_object(
         mask = crop_mask(mask)
         inside = canvas[mask.box]
         tinted = cv2.LUT(inside, ((values + color) // 2).astype(np.uint8)[None])
-        inside[mask.crop] = tinted[mask.crop]
+        cv2.copyTo(tinted, mask.crop.astype(np.uint8), inside)
         draw_outline(canvas, mask, WHITE, line)
     if true_mask is not None:
         draw_outline(canvas, crop_mask(true_mask), YELLOW, line)
