@@ -5,6 +5,7 @@
     python download_dataset.py --images photos --masks masks  # your own folders
     python download_dataset.py --images cells --masks labels --instances   # many objects per image
     python download_dataset.py --images photos --annotations coco.json      # COCO, YOLO, labelme
+    python download_dataset.py --images scans --masks labels  # DICOM, NIfTI, TIFF stacks, too
     python download_dataset.py --demo                         # drawn images, no network
 
 Images and masks are paired by their names, or by a table (--pairs). Your files are copied, never
@@ -34,6 +35,7 @@ from finetuning.dataset.pairs import split_pairs
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.sources.mask_values import MaskRule, add_mask_options
 from finetuning.sources.source import Source, add_source_options
+from finetuning.sources.volume_pairs import VolumeOptions, add_volume_options
 
 
 def fill(
@@ -52,10 +54,11 @@ def fill(
         draw_demo(data)
         return
     source.check_apart(data)
-    with source.find(data) as (examples, notes):
-        for note in notes:
+    with source.find(data) as found:
+        for note in found.notes:
             tell(note)
-        filled = fill_folder(data, examples, rule, value_range, grouping, facts)
+        value_range = value_range or found.value_range
+        filled = fill_folder(data, found.examples, rule, value_range, grouping, facts)
     for line in describe_dataset(filled, split_pairs(data, "train")[0].per_object):
         print(line)
     tell(f"look at: {data / OVERVIEW_FILE}")
@@ -97,6 +100,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
     add_source_options(parser)
     add_mask_options(parser)
+    add_volume_options(parser)
     add_split_options(parser)
     model = parser.add_argument_group("the checkpoint of SAM 2.1")
     model.add_argument("--model", choices=MODELS, default="small", help="its size")
@@ -132,8 +136,14 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     names = ("archive", "images", "masks", "annotations", "pairs", "demo", "skip_unlabelled")
+    is_gray = args.mask_value and len(args.mask_value) == 1
+    volumes = VolumeOptions(
+        args.bands, args.value_range, args.empty_share, args.mask_value[0] if is_gray else None
+    )
     source = Source(
-        **{name: getattr(args, name) for name in names}, class_names=tuple(args.class_name)
+        **{name: getattr(args, name) for name in names},
+        class_names=tuple(args.class_name),
+        volumes=volumes,
     )
     rule = MaskRule(
         args.mask_value,

@@ -9,13 +9,14 @@ SCRIPTS = ("download_dataset", "train_sam2_proper", "compare_models", "test_my_i
 # What each room of finetuning/ may import of the others; all may import sam2_utils.
 ALLOWED = {
     "basics": set(),
-    "sources": {"basics"},
+    "volumes": {"basics"},
+    "sources": {"basics", "volumes"},
     "dataset": {"basics", "sources"},
     "model": {"basics"},
     "evaluation": {"basics", "model", "dataset"},
     "training": {"basics", "model", "dataset", "evaluation"},
     "comparison": {"basics", "model", "dataset", "evaluation"},
-    "inference": {"basics", "model"},
+    "inference": {"basics", "model", "volumes"},
     "export": {"basics", "model"},
 }
 MOST_MODULES = 12  # of a room, beside its __init__.py

@@ -121,6 +121,16 @@ def parse_range(text: str) -> tuple[float, ...]:
     return limits
 
 
+def parse_bands(text: str) -> tuple[int, ...]:
+    """Parse one or three channels, counted from 1, as an argparse type."""
+    bands = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.split(","))
+    if len(bands) not in (1, 3) or min(bands) < 1:
+        raise argparse.ArgumentTypeError(
+            f'"{text}" is not one channel, or three like "4,3,2" (counted from 1)'
+        )
+    return bands
+
+
 def brief(name: object, limit: int = 100) -> str:
     """Fit a name or value into one line of a message: its repr unless printable, cut at the end.
 

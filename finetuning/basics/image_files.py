@@ -54,11 +54,12 @@ def to_8_bits(
 ) -> np.ndarray:
     """Convert any array to uint8, stretching `value_range` (low, high) to 0..255 if it is given.
 
-    Without it, values from 0 to 255 are unchanged, unless they are fractions up to 1; all others
-    are stretched from the 0.5 and 99.5 percentiles of all channels together. Values outside are
-    clipped. Raises UserError, which names `path`, for NaN and infinity.
+    An array of uint8 is unchanged. Without a range, values from 0 to 255 are unchanged, unless they
+    are fractions up to 1; all others are stretched from the 0.5 and 99.5 percentiles of all
+    channels together. Values outside are clipped. Raises UserError, which names `path`, for NaN
+    and infinity.
     """
-    if values.dtype == np.uint8 and value_range is None:
+    if values.dtype == np.uint8:
         return values
     least, most = float(values.min()), float(values.max())
     if not (abs(least) < MAX_VALUE and abs(most) < MAX_VALUE):

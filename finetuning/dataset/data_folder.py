@@ -224,6 +224,14 @@ def fill_folder(
         copies = find_copies(
             [image.thumbnail for image in filled], [image.sha256 for image in filled]
         )
+        # Slices of volumes are alike, also those of other patients: only equal files are copies
+        in_volumes = [example.group is not None for example in examples]
+        copies = [
+            copy
+            for copy in copies
+            if not (in_volumes[copy.first] and in_volumes[copy.second])
+            or filled[copy.first].sha256 == filled[copy.second].sha256
+        ]
         alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
         groups = join_groups(given, alike, [image.name for image in filled])
         filled = split_filled(folder, filled, groups, facts)

@@ -51,8 +51,10 @@ def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[s
     elif grouping.pattern:
         groups = _match_groups(grouping.pattern, examples)
     else:
-        _warn_of_frames([stem_of(example.image) for example in examples])
-        return [None] * len(examples)
+        groups = [example.group for example in examples]
+        if not any(groups):
+            _warn_of_frames([stem_of(example.image) for example in examples])
+            return groups
     alone = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     rest = f"; {len(alone)} images are in none: {listed(alone)}" if alone else ""
     print(f"groups: {len(set(filter(None, groups)))}, which stay together{rest}")

@@ -28,6 +28,7 @@ from finetuning.sources.folder_layouts import (
     suffix_of,
 )
 from finetuning.sources.name_matching import affixes_in, core_of, marked_masks, match_names
+from finetuning.sources.volume_pairs import Sliced, VolumeOptions, slice_levels
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 # Characters that Windows refuses, control characters, and those that set the writing direction
@@ -44,6 +45,7 @@ class SourceExample(NamedTuple):
     masks: tuple[Path, ...]  # one or more; each of several is an object
     split: str | None = None  # "train", "val" or "test" if the files are split already
     annotated: Any = None  # an AnnotatedImage, whose objects are drawn, in place of masks
+    group: str | None = None  # images of one group stay in one split
 
 
 class Found(NamedTuple):
@@ -51,6 +53,7 @@ class Found(NamedTuple):
 
     examples: list[SourceExample]
     notes: list[str]
+    value_range: tuple[float, float] | None = None  # of volumes: what is black and white
 
 
 class UnnamedExample(NamedTuple):
@@ -61,35 +64,50 @@ class UnnamedExample(NamedTuple):
     folder: str  # distinguishes images of the same name
     split: str | None
     annotated: Any = None  # as in SourceExample
+    group: str | None = None  # as in SourceExample
 
 
-def find_examples(images: Path, masks: Path, skip_unlabelled: bool = False) -> Found:
+class SliceFolder(NamedTuple):
+    """A temporary folder for the slices of volumes, and how to read these."""
+
+    path: Path
+    options: VolumeOptions
+
+
+def find_examples(
+    images: Path, masks: Path, skip_unlabelled: bool = False, slices: SliceFolder | None = None
+) -> Found:
     """Pair the images and masks of two folders, or of one folder given twice, by their names.
 
+    Volumes are paired, too, and become slices. Without a folder for these, they are left alone.
     Raises UserError if a mask, or an image unless skip_unlabelled, is left over, or if the names
     allow more than one pairing.
     """
     image_folder, mask_folder = read_folder(images), read_folder(masks)
     on_disk = isinstance(images, Path) and isinstance(masks, Path)
     if not (images.samefile(masks) if on_disk else str(images) == str(masks)):
-        return _pair_all(pair_levels(image_folder, mask_folder), [], skip_unlabelled)
+        levels = pair_levels(image_folder, mask_folder)
+        return _pair_all(levels, [], skip_unlabelled, slices)
     if image_folder.files:
-        return _pair_all([_divide(image_folder)], [], skip_unlabelled)
-    return _find_in(image_folder, skip_unlabelled)
+        return _pair_all([_divide(image_folder)], [], skip_unlabelled, slices)
+    return _find_in(image_folder, skip_unlabelled, slices)
 
 
-def find_in_folder(root: Path, skip_unlabelled: bool = False) -> Found:
+def find_in_folder(
+    root: Path, skip_unlabelled: bool = False, slices: SliceFolder | None = None
+) -> Found:
     """Pair the files of the one place in a folder or archive that has images and masks.
 
     Raises UserError if there is no such place or several, and like find_examples.
     """
-    return _find_in(read_folder(root), skip_unlabelled)
+    return _find_in(read_folder(root), skip_unlabelled, slices)
 
 
-def _find_in(root: Folder, skip_unlabelled: bool) -> Found:
+def _find_in(root: Folder, skip_unlabelled: bool, slices: SliceFolder | None) -> Found:
     places = list(find_places(root))
     if len(places) == 1:
-        return _pair_all(places[0][1], [f"found in {brief_path(places[0][0])}"], skip_unlabelled)
+        notes = [f"found in {brief_path(places[0][0])}"]
+        return _pair_all(places[0][1], notes, skip_unlabelled, slices)
     inside = listed([f"{folder.path.name}/" for folder in root.folders])
     what = "has no folders like images/ and masks/ side by side in it"
     what += f" (the folders inside are {inside})" if inside else ""
@@ -172,9 +190,20 @@ def _divide(folder: Folder) -> Level:
     return Level(folder._replace(files=images), Folder(folder.path, list(masks), [], []))
 
 
-def _pair_all(levels: list[Level], notes: list[str], skip_unlabelled: bool) -> Found:
-    unnamed = [example for level in levels for example in _pair(level, notes)]
-    return to_examples(unnamed, notes + notes_on_unused(levels), skip_unlabelled)
+def _pair_all(
+    levels: list[Level], notes: list[str], skip_unlabelled: bool, slices: SliceFolder | None
+) -> Found:
+    sliced = Sliced(levels, {}, None, [])
+    if slices:
+        sliced = slice_levels(levels, slices.path, slices.options, skip_unlabelled)
+    notes += sliced.notes
+    unnamed = [
+        example._replace(group=sliced.group_of.get(example.image))
+        for level in sliced.levels
+        for example in _pair(level, notes)
+    ]
+    found = to_examples(unnamed, notes + notes_on_unused(sliced.levels), skip_unlabelled)
+    return found._replace(value_range=sliced.value_range)
 
 
 def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:

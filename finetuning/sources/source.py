@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +26,14 @@ from finetuning.sources.archives import open_archive
 from finetuning.sources.folder_layouts import SPLIT_NAMES
 from finetuning.sources.pairing import (
     Found,
+    SliceFolder,
     UnnamedExample,
     find_examples,
     find_in_folder,
     read_pairs_file,
     to_examples,
 )
+from finetuning.sources.volume_pairs import EMPTY_SHARE, NO_OPTIONS, VolumeOptions
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Source:
     demo: bool = False
     class_names: tuple[str, ...] = ()
     skip_unlabelled: bool = False
+    volumes: VolumeOptions = NO_OPTIONS
 
     @property
     def name(self) -> str | None:
@@ -62,6 +67,10 @@ class Source:
             chosen["class_names"] = list(self.class_names)
         if self.skip_unlabelled:
             chosen["skip_unlabelled"] = True
+        if self.volumes.bands:
+            chosen["bands"] = list(self.volumes.bands)
+        if self.volumes.empty_share != EMPTY_SHARE:
+            chosen["empty_share"] = self.volumes.empty_share
         return chosen
 
     def check_apart(self, data: Path) -> None:
@@ -78,7 +87,20 @@ class Source:
 
     @contextlib.contextmanager
     def find(self, data: Path) -> Iterator[Found]:
-        """Yield the examples while an archive is open; without a source, fetch Kvasir-SEG's."""
+        """Yield the examples while an archive is open; without a source, fetch Kvasir-SEG's.
+
+        The slices of volumes are in a temporary folder meanwhile, which errors do not name.
+        """
+        with tempfile.TemporaryDirectory(prefix="sam2-slices-") as folder:
+            try:
+                with self._find(data, SliceFolder(Path(folder), self.volumes)) as found:
+                    yield found
+            except UserError as error:
+                place = re.escape(folder) + r"[\\/]\d+[\\/]"
+                raise UserError(re.sub(place, "", str(error))) from error
+
+    @contextlib.contextmanager
+    def _find(self, data: Path, slices: SliceFolder) -> Iterator[Found]:
         if self.pairs:
             yield read_pairs_file(self.pairs, self.images, self.masks)
         elif self.annotations:
@@ -86,9 +108,9 @@ class Source:
                 self.annotations, self.images, self.class_names, self.skip_unlabelled
             )
         elif self.images:
-            yield find_examples(self.images, self.masks, self.skip_unlabelled)
+            yield find_examples(self.images, self.masks, self.skip_unlabelled, slices)
         elif self.archive and self.archive.is_dir():
-            yield find_in_folder(self.archive, self.skip_unlabelled)
+            yield find_in_folder(self.archive, self.skip_unlabelled, slices)
         else:
             archive = self.archive or fetch_archive(data / "kvasir-seg.zip")
             with open_archive(archive) as root:
