@@ -164,21 +164,19 @@ def _pair_volumes(
         return [VolumePair(each, None, each.name, _stems(each, has_masks)) for each in images], []
     if len(images) == len(labels) == 1:  # whatever they are called
         return [VolumePair(images[0], labels[0], images[0].name)], []
-    names = {each.name: each for each in images}
-    owners, note = match_names(list(names), [each.name for each in labels])
-    if not owners:
-        first: dict[str, VolumeFile] = {}  # case_0001 is another channel of case_0000
-        for each in images:
-            first.setdefault(CHANNEL.sub("", each.name), each)
-        owners, note = match_names(list(first), [each.name for each in labels])
-        if owners and (others := len(images) - len(first)):
-            notes.append(f"left out {others} volumes of further channels, such as _0001")
-        names = first if owners else names
+    names, label_names = {each.name: each for each in images}, [each.name for each in labels]
+    first: dict[str, VolumeFile] = {}  # case_0001 is another channel of case_0000
+    for each in images:
+        first.setdefault(CHANNEL.sub("", each.name), each)
+    if set(label_names) <= first.keys() and not set(label_names) <= names.keys():
+        if others := len(images) - len(first):
+            notes.append(f"left out {others} volumes of further channels, such as NAME_0001")
+        names = first
+    owners, note = match_names(list(names), label_names)
     if not owners:
         raise UserError(
             f"the names do not show which volumes these labels belong to: "
-            f"{listed([each.name for each in labels])}; volumes are called "
-            f"{listed(list(names))}; call them alike"
+            f"{listed(label_names)}; volumes are called {listed(list(names))}; call them alike"
         )
     notes += [note] if note else []
     pairs, of_image = [], {owners[each.name]: each for each in labels}
@@ -210,7 +208,8 @@ def write_slices(
         for number_of_level, level in enumerate(pairs):
             slices.append([])
             for pair in level:
-                volume = read_volume(pair.image, options.bands)
+                # Masks in ordinary files are drawn on slices as they are stored
+                volume = read_volume(pair.image, options.bands, upright=pair.label is not None)
                 indices, labels = list(range(len(volume.values))), None
                 if pair.label:
                     labels = read_label(pair.label, pair.image, volume)

@@ -11,7 +11,8 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.command_line import brief_path
-from finetuning.volumes.volume import Volume, require
+from finetuning.volumes.nifti import write_nifti
+from finetuning.volumes.volume import Volume, require, upright_turn
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 KIND = "a DICOM file"
@@ -81,8 +82,11 @@ def _normal(axes: Sequence[float]) -> np.ndarray:
     return np.cross(axes[:3], axes[3:])
 
 
-def read_dicom(files: Sequence[Path]) -> Volume:
-    """Read a DICOM file of one or more frames, or the sorted files of a series."""
+def read_dicom(files: Sequence[Path], upright: bool = True) -> Volume:
+    """Read a DICOM file of one or more frames, or the sorted files of a series.
+
+    upright: turn slices whose place in the body is known; else they are as they are stored.
+    """
     frames, places = [], []
     for path in files:
         values, file_places = _read_file(path)
@@ -96,7 +100,22 @@ def read_dicom(files: Sequence[Path]) -> Volume:
         heights = [place[:3, 2] @ place[:3, 3] for place in places]
         order = np.argsort(heights, kind="stable")
         values, places = values[order], [places[index] for index in order]
-    return Volume(files[0], values, _affine(places))
+    affine = _affine(places)
+    if affine is None or not upright:
+        return Volume(files[0], values, affine)
+    turn, stored = upright_turn(affine, 2), np.moveaxis(values, (0, 1, 2), (2, 1, 0))
+    return Volume(files[0], turn.apply(stored), turn.affine(affine, stored.shape))
+
+
+def write_masks_of_series(path: Path, masks: np.ndarray, files: Sequence[Path]) -> bool:
+    """Write masks, slices x rows x columns, as NIfTI on the grid of the sorted files of a series.
+
+    Returns False, and writes nothing, if the files do not say where their slices are.
+    """
+    affine = read_dicom(files, upright=False).affine
+    if affine is not None:
+        write_nifti(path, upright_turn(affine, 2).undo(masks), affine)
+    return affine is not None
 
 
 def _affine(places: list[np.ndarray]) -> np.ndarray | None:

@@ -12,8 +12,15 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.command_line import brief_path, nfc
-from finetuning.volumes.dicom import DICOM_SUFFIXES, is_dicom, read_dicom, split_series
-from finetuning.volumes.nifti import NIFTI_SUFFIXES, read_nifti, write_nifti, write_nifti_like
+from finetuning.basics.image_files import IMAGE_SUFFIXES
+from finetuning.volumes.dicom import (
+    DICOM_SUFFIXES,
+    is_dicom,
+    read_dicom,
+    split_series,
+    write_masks_of_series,
+)
+from finetuning.volumes.nifti import NIFTI_SUFFIXES, read_nifti, write_nifti_like
 from finetuning.volumes.tiff_stacks import TIFF_SUFFIXES, is_stack, read_stack, write_stack
 from finetuning.volumes.volume import Bands, Volume, align
 
@@ -110,17 +117,27 @@ def _in_folder(folder: Path, paths: Sequence[Path], bands: Bands) -> Iterator[Vo
 def volumes_at(path: Path, bands: Bands = ()) -> list[VolumeFile]:
     """Return the volumes of a path: a file, or a folder, or the folder of a series."""
     if path.is_dir():
-        files = [each for each in path.iterdir() if each.is_file() and each.name[0] != "."]
-        folders = [each for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
+        inside = sorted(each for each in path.iterdir() if not each.name.startswith("."))
+        files = [each for each in inside if each.is_file()]
+        # In a folder of images, other folders are left alone
+        are_images = any(each.suffix.lower() in IMAGE_SUFFIXES for each in files)
+        folders = [] if are_images else [each for each in inside if each.is_dir()]
         return find_volumes(files, folders, bands)
     return find_volumes([path], (), bands) if path.is_file() else []
 
 
-def read_volume(volume: VolumeFile, bands: Bands = ()) -> Volume:
-    """Read a volume; bands: the channels to take, counted from 1. Raises UserError."""
+def read_volume(volume: VolumeFile, bands: Bands = (), upright: bool = True) -> Volume:
+    """Read a volume. Raises UserError.
+
+    Arguments:
+      bands: the channels to take, counted from 1.
+      upright: turn the slices of DICOM upright; else they are as other programs export them.
+    """
     if volume.kind == NIFTI:
         return read_nifti(volume.path, bands)
-    return read_stack(volume.path, bands) if volume.kind == TIFF else read_dicom(volume.files)
+    return (
+        read_stack(volume.path, bands) if volume.kind == TIFF else read_dicom(volume.files, upright)
+    )
 
 
 def read_label(label: VolumeFile, image: VolumeFile, scan: Volume) -> np.ndarray:
@@ -161,8 +178,6 @@ def write_masks(folder: Path, volume: VolumeFile, masks: np.ndarray) -> Path | N
     elif volume.kind == TIFF:
         path = folder / f"{volume.name}_masks.tif"
         write_stack(path, masks)
-    elif (affine := read_dicom(volume.files).affine) is not None:
-        write_nifti(path, masks, affine)
-    else:
+    elif not write_masks_of_series(path, masks, volume.files):
         return None
     return path

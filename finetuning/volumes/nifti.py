@@ -12,7 +12,7 @@ import numpy as np
 
 from finetuning.basics.command_line import brief_path
 from finetuning.basics.files import atomic_write
-from finetuning.volumes.volume import Bands, Volume, choose_bands, require
+from finetuning.volumes.volume import Bands, Volume, choose_bands, require, upright_turn
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 KIND = "a NIfTI file"
@@ -44,10 +44,8 @@ def read_nifti(path: Path, bands: Bands = (), like: Path | None = None) -> Volum
         raise UserError(f"{brief_path(path)} has {values.ndim} axes; save volumes of 3 axes")
     values = choose_bands(path, values.reshape(*spatial, *channels), bands)
     affine = _affine(scan if like is None or has_place(scan) else _load(like))
-    nibabel, turn = require("nibabel", path, KIND), upright_turn(affine, spatial)
-    values = nibabel.orientations.apply_orientation(values, turn)
-    affine = affine @ nibabel.orientations.inv_ornt_aff(turn, spatial)
-    return Volume(path, np.moveaxis(values, (0, 1, 2), (2, 1, 0)), affine)
+    turn = upright_turn(affine, _across(affine, spatial))
+    return Volume(path, turn.apply(values), turn.affine(affine, spatial))
 
 
 def _load(path: Path) -> Any:
@@ -72,56 +70,30 @@ def has_place(scan: Any) -> bool:
     return not np.allclose(np.abs(_affine(scan)), np.eye(4))
 
 
-def upright_turn(affine: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Return how a scan's three axes become columns, rows and slices, as nibabel's orientation.
-
-    Row i is the new place (0: columns, 1: rows, 2: slices) of axis i, and 1, or -1 for a flip.
-    """
-    nibabel = require("nibabel", Path(), KIND)
-    directions, size = nibabel.orientations.io_orientation(affine), np.array(size)
+def _across(affine: np.ndarray, size: tuple[int, ...]) -> int:
+    """Return the axis across the slices: the last, or that of one voxel or of a large spacing."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    across = 2
-    if (size == 1).sum() == 1:
-        across = int(size.argmin())
-    elif spacing.max() > THICK * spacing[2]:
-        across = int(spacing.argmax())
-    column, row = sorted((k for k in range(3) if k != across), key=lambda k: directions[k, 0])
-    turn = np.ones((3, 2))
-    for place, axis in enumerate((column, row, across)):
-        turn[axis, 0] = place
-    for axis in (column, row):  # columns go to the left, rows to the back or the feet
-        turn[axis, 1] = -directions[axis, 1]
-    return turn
+    if size.count(1) == 1:
+        return size.index(1)
+    return int(spacing.argmax()) if spacing.max() > THICK * spacing[2] else 2
 
 
 def write_nifti_like(path: Path, masks: np.ndarray, scan_path: Path) -> None:
     """Write masks on the grid of a NIfTI scan; masks: slices x rows x columns, as read_nifti's."""
-    nibabel, scan = require("nibabel", path, KIND), _load(scan_path)
-    shape = (*scan.shape, 1, 1)[:3]
-    turn = upright_turn(_affine(scan), shape)
-    back = nibabel.orientations.ornt_transform(
-        np.array([[0, 1], [1, 1], [2, 1]], float), _inverse(turn)
-    )
-    values = nibabel.orientations.apply_orientation(masks.transpose(2, 1, 0), back)
+    scan = _load(scan_path)
+    size, affine = (*scan.shape, 1, 1)[:3], _affine(scan)
+    values = upright_turn(affine, _across(affine, size)).undo(masks)
     header = scan.header.copy()  # keeps qform and sform as they are
     header.set_data_dtype(masks.dtype)
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0
-    _save(type(scan)(values.reshape(scan.shape[:3]), None, header), path)
+    _save(type(scan)(values, None, header), path)
 
 
-def _inverse(turn: np.ndarray) -> np.ndarray:
-    """Return the orientation that undoes another one."""
-    inverse = np.ones((3, 2))
-    for axis, (place, flip) in enumerate(turn):
-        inverse[int(place)] = axis, flip
-    return inverse
-
-
-def write_nifti(path: Path, masks: np.ndarray, affine: np.ndarray) -> None:
-    """Write masks, slices x rows x columns, with the affine of a Volume."""
+def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
+    """Write an array of three axes with its 4x4 affine."""
     nibabel = require("nibabel", path, KIND)
-    _save(nibabel.Nifti1Image(masks.transpose(2, 1, 0), affine), path)
+    _save(nibabel.Nifti1Image(values, affine), path)
 
 
 def _save(image: Any, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -27,6 +28,51 @@ class Volume(NamedTuple):
     path: Path
     values: np.ndarray
     affine: np.ndarray | None = None
+
+
+class Turn(NamedTuple):
+    """How the axes of an array as it is stored become columns, rows and slices, upright.
+
+    axes: the stored axis of columns, rows and slices. flips: whether each is reversed.
+    """
+
+    axes: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """Return slices x rows x columns (x 3) of an array as it is stored."""
+        values = values.transpose(*self.axes, *range(3, values.ndim))
+        return np.moveaxis(np.flip(values, np.flatnonzero(self.flips)), (0, 1, 2), (2, 1, 0))
+
+    def undo(self, values: np.ndarray) -> np.ndarray:
+        """Return slices x rows x columns as they are stored."""
+        values = np.flip(values.transpose(2, 1, 0), np.flatnonzero(self.flips))
+        return values.transpose(np.argsort(self.axes))
+
+    def affine(self, stored: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+        """Return a Volume's affine, of a 4x4 affine and the size of the array as it is stored."""
+        matrix = np.eye(4)
+        matrix[:3, :3] = 0
+        for place, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
+            matrix[axis, place], matrix[axis, 3] = (-1, size[axis] - 1) if flip else (1, 0)
+        return stored @ matrix
+
+
+def upright_turn(affine: np.ndarray, across: int) -> Turn:
+    """Return the turn that shows slices as radiologists see them.
+
+    The patient's right is on the left; the front, or the head, is at the top. The slices keep
+    their order. affine: 4x4, of the stored array, to RAS+; across: its axis across the slices.
+    """
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    # The axis of the body that each stored axis runs along: the assignment that fits best
+    body = max(
+        itertools.permutations(range(3)),
+        key=lambda axes: np.abs(directions[list(axes), [0, 1, 2]]).sum(),
+    )
+    column, row = sorted((k for k in range(3) if k != across), key=lambda k: body[k])
+    flips = [bool(directions[body[k], k] > 0) for k in (column, row)]
+    return Turn((column, row, across), (*flips, False))
 
 
 def require(package: str, path: Path, kind: str) -> ModuleType:
