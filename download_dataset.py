@@ -57,7 +57,8 @@ def fill(
     with source.find(data) as found:
         for note in found.notes:
             tell(note)
-        value_range = value_range or found.value_range
+        if found.value_range:  # of volumes, whose slices have it already
+            facts, value_range = {**facts, "value_range": list(found.value_range)}, None
         filled = fill_folder(data, found.examples, rule, value_range, grouping, facts)
     for line in describe_dataset(filled, split_pairs(data, "train")[0].per_object):
         print(line)

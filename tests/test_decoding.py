@@ -248,10 +248,11 @@ def test_a_few_bright_spots_on_an_even_ground_are_seen(tmp_path):
     assert (image[50, 50:54] == 255).all() and np.count_nonzero(image) == 12
 
 
-@pytest.mark.parametrize("dtype", ["u2", "f4"])
-def test_a_value_range_goes_before_the_images_own(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+def test_a_value_range_goes_before_the_images_own_beyond_8_bits(tmp_path, dtype):
     path = write(tmp_path / "a.tif", tiff(np.array([[0, 50, 100, 150, 200]], dtype)))
-    assert read_image(path, (50, 150))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    stretched = [0, 50, 100, 150, 200] if dtype == "u1" else [0, 0, 128, 255, 255]
+    assert read_image(path, (50, 150))[0, :, 0].tolist() == stretched
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -54,10 +54,10 @@ def to_8_bits(
 ) -> np.ndarray:
     """Convert any array to uint8, stretching `value_range` (low, high) to 0..255 if it is given.
 
-    An array of uint8 is unchanged. Without a range, values from 0 to 255 are unchanged, unless they
-    are fractions up to 1; all others are stretched from the 0.5 and 99.5 percentiles of all
-    channels together. Values outside are clipped. Raises UserError, which names `path`, for NaN
-    and infinity.
+    A uint8 array is unchanged, whatever the range. Without a range, values from 0 to 255 are
+    unchanged, unless they are fractions up to 1; all others are stretched from the 0.5 and 99.5
+    percentiles of all channels together. Values outside are clipped. Raises UserError, which names
+    `path`, for NaN and infinity.
     """
     if values.dtype == np.uint8:
         return values

@@ -59,18 +59,18 @@ class VolumePair(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """An image file of a slice, that of its labels, and the name of its volume."""
+    """An image file of a slice, that of its labels, and its volume, if that has several slices."""
 
     image: Path
     mask: Path | None
-    volume: str
+    volume: str | None
 
 
 class Sliced(NamedTuple):
-    """Levels whose volumes are slices; group_of: the volume of each slice; notes for the user."""
+    """Levels whose volumes are slices; group_of: the volume of each slice; notes."""
 
     levels: list[Level]
-    group_of: dict[Path, str]
+    group_of: dict[Path, str | None]
     value_range: ValueRange | None
     notes: list[str]
 
@@ -123,7 +123,15 @@ def slice_levels(
         return Sliced(levels, {}, None, [])
 
     slices, value_range, slice_notes = write_slices(pairs, folder, options)
+    others = [path for level in rest for path in level.images.files]
+    if value_range and others:
+        raise UserError(
+            f"{listed(others)}: {len(others)} ordinary images beside volumes, whose value range "
+            "they do not share; put them into a folder of their own"
+        )
     group_of = {each.image: each.volume for level in slices for each in level}
+    if len(set(filter(None, group_of.values()))) == 1:  # a single volume can only be divided
+        group_of = {}
     new_levels = []
     for level, level_slices in zip(rest, slices, strict=True):
         images = level.images.files + [each.image for each in level_slices]
@@ -215,8 +223,9 @@ def write_slices(
                     labels = read_label(pair.label, pair.image, volume)
                     is_empty = empty_slices(labels, options.object_value)
                     if len(is_empty) > 1:
-                        indices = kept_slices(is_empty, volume, options.empty_share)
                         filled, empty = filled + int((~is_empty).sum()), empty + int(is_empty.sum())
+                        most = round(options.empty_share * empty) - kept
+                        indices = kept_slices(is_empty, volume, most)
                         kept += sum(is_empty[indices])
                 place = folder / str(number_of_level)
                 slices[-1] += _write(place, pair, volume, labels, indices, value_range)
@@ -252,5 +261,11 @@ def _write(
         write_slice(image, volume, index, value_range)
         if labels is not None:
             write_png(mask, labels[index])
-        found.append(Slice(image, mask if labels is not None else None, pair.name))
+        found.append(
+            Slice(
+                image,
+                mask if labels is not None else None,
+                pair.name if len(volume.values) > 1 else None,
+            )
+        )
     return found

@@ -67,12 +67,12 @@ def empty_slices(labels: np.ndarray, value: int | None = None) -> np.ndarray:
     return ~is_object.reshape(len(labels), -1).any(axis=1)
 
 
-def kept_slices(is_empty: np.ndarray, volume: Volume, empty_share: float) -> list[int]:
-    """Return the indices of the slices to keep: all with an object, and a share of the empty ones.
+def kept_slices(is_empty: np.ndarray, volume: Volume, most_empty: int) -> list[int]:
+    """Return the indices of the slices to keep: all with an object, and some of the empty ones.
 
     The empty ones are evenly spaced. Slices of one value, outside the body, are not kept.
     """
     empty = [k for k in np.flatnonzero(is_empty).tolist() if np.ptp(volume.values[k]) > 0]
-    count = min(len(empty), round(empty_share * int(is_empty.sum())))
+    count = min(len(empty), most_empty)
     chosen = np.linspace(0, len(empty) - 1, count).round().astype(int) if count else []
     return sorted([*np.flatnonzero(~is_empty).tolist(), *(empty[k] for k in chosen)])
