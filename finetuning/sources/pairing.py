@@ -28,7 +28,8 @@ from finetuning.sources.folder_layouts import (
     suffix_of,
 )
 from finetuning.sources.name_matching import affixes_in, core_of, marked_masks, match_names
-from finetuning.sources.volume_pairs import Sliced, VolumeOptions, slice_levels
+from finetuning.sources.volume_pairs import SliceFolder, slice_levels, slice_rows
+from finetuning.volumes.files import VOLUME_SUFFIXES
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 # Characters that Windows refuses, control characters, and those that set the writing direction
@@ -65,13 +66,6 @@ class UnnamedExample(NamedTuple):
     split: str | None
     annotated: Any = None  # as in SourceExample
     group: str | None = None  # as in SourceExample
-
-
-class SliceFolder(NamedTuple):
-    """A temporary folder for the slices of volumes, and how to read these."""
-
-    path: Path
-    options: VolumeOptions
 
 
 def find_examples(
@@ -116,7 +110,9 @@ def _find_in(root: Folder, skip_unlabelled: bool, slices: SliceFolder | None) ->
     raise UserError(f"{brief_path(root.path)} {what}; choose two folders by --images and --masks")
 
 
-def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Found:
+def read_pairs_file(
+    file: Path, images: Path | None, masks: Path | None, slices: SliceFolder | None = None
+) -> Found:
     """Read pairs from a CSV file with the columns image and mask, and optionally split.
 
     Files are searched in `images` or `masks`, then in the table's own folder. Rows with the same
@@ -150,13 +146,20 @@ def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Foun
         raise UserError(
             f"{brief_path(file)}: some rows have a split and some have none; fill in all"
         )
-    return to_examples(list(rows.values()), notes, skip_unlabelled=False)
+    every = list(rows.values())
+    levels, value_range = slice_rows([row[:2] for row in every], slices, notes)
+    unnamed = [
+        UnnamedExample(each.image, (each.mask,), row.folder, row.split, None, each.volume)
+        for row, level in zip(every, levels, strict=True)
+        for each in level
+    ] + [row for row, level in zip(every, levels, strict=True) if not level]
+    return to_examples(unnamed, notes, skip_unlabelled=False)._replace(value_range=value_range)
 
 
 def _find_file(name: str, folders: list[Path | None], what: str) -> Path:
     """Return the file of this name in the first folder that has it, composed or decomposed."""
     suffix = PurePath(name).suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
+    if suffix not in IMAGE_SUFFIXES and not name.lower().endswith(VOLUME_SUFFIXES):
         raise UserError(f"{what} is {brief_path(name) or 'empty'}; expected a file like name.png")
     for folder in filter(None, folders):
         for form in ("NFC", "NFD"):
@@ -193,9 +196,7 @@ def _divide(folder: Folder) -> Level:
 def _pair_all(
     levels: list[Level], notes: list[str], skip_unlabelled: bool, slices: SliceFolder | None
 ) -> Found:
-    sliced = Sliced(levels, {}, None, [])
-    if slices:
-        sliced = slice_levels(levels, slices.path, slices.options, skip_unlabelled)
+    sliced = slice_levels(levels, slices, skip_unlabelled)
     notes += sliced.notes
     unnamed = [
         example._replace(group=sliced.group_of.get(example.image))

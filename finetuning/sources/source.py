@@ -26,14 +26,13 @@ from finetuning.sources.archives import open_archive
 from finetuning.sources.folder_layouts import SPLIT_NAMES
 from finetuning.sources.pairing import (
     Found,
-    SliceFolder,
     UnnamedExample,
     find_examples,
     find_in_folder,
     read_pairs_file,
     to_examples,
 )
-from finetuning.sources.volume_pairs import EMPTY_SHARE, NO_OPTIONS, VolumeOptions
+from finetuning.sources.volume_pairs import EMPTY_SHARE, NO_OPTIONS, SliceFolder, VolumeOptions
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Source:
     @contextlib.contextmanager
     def _find(self, data: Path, slices: SliceFolder) -> Iterator[Found]:
         if self.pairs:
-            yield read_pairs_file(self.pairs, self.images, self.masks)
+            yield read_pairs_file(self.pairs, self.images, self.masks, slices)
         elif self.annotations:
             yield find_annotated(
                 self.annotations, self.images, self.class_names, self.skip_unlabelled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,13 @@ class VolumeOptions(NamedTuple):
 NO_OPTIONS = VolumeOptions()
 
 
+class SliceFolder(NamedTuple):
+    """A temporary folder for the slices of volumes, and how to read these."""
+
+    path: Path
+    options: VolumeOptions
+
+
 class VolumePair(NamedTuple):
     """A volume, its label volume if it has one, and the names of its slices if they are given."""
 
@@ -93,18 +101,19 @@ def add_volume_options(parser: ArgumentParser) -> None:
     )
 
 
-def slice_levels(
-    levels: list[Level], folder: Path, options: VolumeOptions, skip_unlabelled: bool
-) -> Sliced:
-    """Write the slices of all volumes of levels to `folder`, and put them in the volumes' place.
+def slice_levels(levels: list[Level], slices: SliceFolder | None, skip_unlabelled: bool) -> Sliced:
+    """Write the slices of all volumes of levels, and put them in the volumes' place.
 
-    Raises UserError if a volume has no labels, unless it is skipped, or labels have no volume.
+    Without a folder for slices, nothing is done. Raises UserError if a volume has no labels, unless
+    it is skipped, or labels have no volume.
     """
+    if slices is None:
+        return Sliced(levels, {}, None, [])
     pairs: list[list[VolumePair]] = []
     rest: list[Level] = []  # the ordinary files and folders
     notes: list[str] = []
     for level in levels:
-        images = find_volumes(*_paths(level.images), options.bands)
+        images = find_volumes(*_paths(level.images), slices.options.bands)
         labels = find_volumes(*_paths(level.masks)) if level.masks and images else []
         left = _without(level.images, images)
         masks = _without(level.masks, labels) if level.masks else None
@@ -122,18 +131,18 @@ def slice_levels(
     if not any(pairs):
         return Sliced(levels, {}, None, [])
 
-    slices, value_range, slice_notes = write_slices(pairs, folder, options)
+    written, value_range, slice_notes = write_slices(pairs, *slices)
     others = [path for level in rest for path in level.images.files]
     if value_range and others:
         raise UserError(
             f"{listed(others)}: {len(others)} ordinary images beside volumes, whose value range "
             "they do not share; put them into a folder of their own"
         )
-    group_of = {each.image: each.volume for level in slices for each in level}
+    group_of = {each.image: each.volume for level in written for each in level}
     if len(set(filter(None, group_of.values()))) == 1:  # a single volume can only be divided
         group_of = {}
     new_levels = []
-    for level, level_slices in zip(rest, slices, strict=True):
+    for level, level_slices in zip(rest, written, strict=True):
         images = level.images.files + [each.image for each in level_slices]
         labels = [each.mask for each in level_slices if each.mask]
         masks = level.masks or Folder(level.images.path, [], [], [])
@@ -199,6 +208,28 @@ def _pair_volumes(
     return pairs, unlabelled
 
 
+def slice_rows(
+    rows: Sequence[tuple[Path, tuple[Path, ...]]], slices: SliceFolder | None, notes: list[str]
+) -> tuple[list[list[Slice]], ValueRange | None]:
+    """Write the slices of the volumes in a table of an image and its masks; notes get lines.
+
+    Returns the slices of each row, none if it is no volume, and the value range of the volumes.
+    Raises UserError unless each volume has one label volume.
+    """
+    pairs: list[list[VolumePair]] = []
+    for image, masks in rows:
+        volumes = find_volumes([image], (), slices.options.bands) if slices else []
+        labels = find_volumes(masks) if volumes else []
+        if volumes and (len(labels) != 1 or len(masks) != 1):
+            raise UserError(f"{image.name} needs one label volume, such as a .nii.gz file")
+        pairs.append([VolumePair(volumes[0], labels[0], volumes[0].name)] if volumes else [])
+    if not any(pairs):
+        return pairs, None
+    written, value_range, slice_notes = write_slices(pairs, *slices)
+    notes += slice_notes
+    return written, value_range
+
+
 def _stems(volume: VolumeFile, has_masks: bool) -> tuple[str, ...]:
     is_series = len(volume.files) > 1 and has_masks
     return tuple(path.stem for path in volume.files) if is_series else ()
@@ -210,6 +241,7 @@ def write_slices(
     """Write the slices of levels of volumes; return those of each level, their range, and notes."""
     every = [pair for level in pairs for pair in level]
     value_range = options.value_range or common_range([p.image for p in every], options.bands)
+    times = Counter(pair.name for pair in every)
     slices: list[list[Slice]] = []
     filled = empty = kept = 0
     with tqdm(total=len(every), desc="Cutting slices", unit="volume", leave=False) as bar:
@@ -228,8 +260,18 @@ def write_slices(
                         indices = kept_slices(is_empty, volume, most)
                         kept += sum(is_empty[indices])
                 place = folder / str(number_of_level)
-                slices[-1] += _write(place, pair, volume, labels, indices, value_range)
+                # Two volumes of one name are two groups
+                group = pair.name if times[pair.name] == 1 else str(pair.image.path)
+                group = group if len(volume.values) > 1 else None
+                slices[-1] += [
+                    Slice(*files, group)
+                    for files in _write(place, pair, volume, labels, indices, value_range)
+                ]
                 bar.update()
+    if empty and not filled:
+        raise UserError(
+            f"none of the {empty} slices has an object: all labels are 0, or not --mask-value"
+        )
     low, high = value_range or (0, 0)
     notes = [f"volumes: {len(every)}; slices: {sum(map(len, slices))}"]
     if filled or empty:
@@ -249,23 +291,16 @@ def _write(
     labels: np.ndarray | None,
     indices: list[int],
     value_range: ValueRange | None,
-) -> list[Slice]:
-    """Write the slices of these indices, and their labels under the same names."""
+) -> list[tuple[Path, Path | None]]:
+    """Write the slices of these indices, and their labels under the same names; return both."""
     found = []
     for index in indices:
         name = slice_name(pair.name, index, len(volume.values))
         if pair.slice_names:
             name = pair.slice_names[index]
         image, mask = folder / "images" / f"{name}.png", folder / "masks" / f"{name}.png"
-        # A volume of one slice is an image, which is stretched by itself
         write_slice(image, volume, index, value_range)
         if labels is not None:
             write_png(mask, labels[index])
-        found.append(
-            Slice(
-                image,
-                mask if labels is not None else None,
-                pair.name if len(volume.values) > 1 else None,
-            )
-        )
+        found.append((image, mask if labels is not None else None))
     return found

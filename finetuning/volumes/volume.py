@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -13,6 +15,11 @@ from sam2_utils import UserError
 import numpy as np
 
 from finetuning.basics.command_line import brief_path
+
+# What these packages say about odd files is no help to a user
+warnings.filterwarnings("ignore", module="pydicom")
+for _name in ("pydicom", "nibabel.global", "tifffile"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 Bands = tuple[int, ...]  # one or three channels, counted from 1; none: all, if they make a picture
 
