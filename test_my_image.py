@@ -74,7 +74,7 @@ from finetuning.inference.volume_results import (
     write_volumes,
 )
 from finetuning.model.automatic import ANY, Rule, SegmentedObject, rule_of
-from finetuning.model.loading import load_segmenters, value_range_of
+from finetuning.model.loading import bands_of, load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.volumes.files import name_of, volumes_at
@@ -294,6 +294,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
     )
     tell(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
+    if (bands := bands_of(facts)) and not args.bands:
+        tell(f'warning: this model was trained with --bands "{bands}"; add it for such files')
     ranges, rule = (args.value_range, value_range_of(facts)), None
     if args.auto == "objects":
         rule = resolve_rule(facts, checkpoint, args.min_score, args.min_area)

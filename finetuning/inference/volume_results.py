@@ -140,7 +140,12 @@ def write_volumes(folder: Path, volumes: Sequence[SlicedVolume], results: Folder
         masks = masks.astype(np.uint8 if most < 256 else np.uint16)
         if volume.size[0] == 1 and volume.file.kind == TIFF:
             continue  # its PNG is the same
-        if path := write_masks(folder, volume.file, masks):
+        try:
+            path = write_masks(folder, volume.file, masks)
+        except UserError as error:  # a package is missing; the slices' own masks are there
+            tell(f"warning: no mask of the whole {brief_path(volume.file.name)}: {error}")
+            continue
+        if path:
             tell(f"masks:   {path} ({count} of {volume.size[0]} slices)")
         else:
             tell(f"masks:   {volume.file.name} does not say where it lies: a PNG file each slice")

@@ -323,5 +323,7 @@ def _in_numeric_order(path: Path) -> tuple[list[str | int], str]:
 
 
 def _inside(folder: Folder) -> str:
+    if any(path.name.lower().endswith(VOLUME_SUFFIXES) for path in folder.others):
+        return "; unpack the archive and give its folder: volumes are read from there"
     names = listed([f"{child.path.name}/" for child in folder.folders])
     return f"; there are folders inside: {names}" if names else "; expected files like name.png"
