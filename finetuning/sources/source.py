@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +92,16 @@ class Source:
 
         The slices of volumes are in a temporary folder meanwhile, which errors do not name.
         """
-        with tempfile.TemporaryDirectory(prefix="sam2-slices-") as folder:
-            try:
-                with self._find(data, SliceFolder(Path(folder), self.volumes)) as found:
-                    yield found
-            except UserError as error:
-                place = re.escape(folder) + r"[\\/]\d+[\\/]"
-                raise UserError(re.sub(place, "", str(error))) from error
+        folder = Path(tempfile.gettempdir(), f"sam2-slices-{uuid.uuid4().hex}")
+        try:
+            with self._find(data, SliceFolder(folder, self.volumes)) as found:
+                yield found
+        except UserError as error:
+            place = re.escape(str(folder)) + r"[\\/]\d+[\\/]"
+            raise UserError(re.sub(place, "", str(error))) from error
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _find(self, data: Path, slices: SliceFolder) -> Iterator[Found]:

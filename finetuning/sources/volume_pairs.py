@@ -51,7 +51,7 @@ NO_OPTIONS = VolumeOptions()
 
 
 class SliceFolder(NamedTuple):
-    """A temporary folder for the slices of volumes, and how to read these."""
+    """A folder for the slices of volumes, made when there are any, and how to read these."""
 
     path: Path
     options: VolumeOptions
