@@ -25,7 +25,6 @@ scan_001, ...; their masks are also written as one volume.
 from __future__ import annotations
 
 import argparse
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,6 @@ from finetuning.basics.command_line import (
     ArgumentParser,
     add_device_option,
     add_precision_option,
-    brief,
-    one_line,
     parse_range,
     run,
     tell,
@@ -62,7 +59,7 @@ from finetuning.inference.given_prompts import (
 from finetuning.inference.result_files import RESULT_KINDS, free_name, write_files
 from finetuning.inference.segmenting import (
     SegmentationMethod,
-    Tally,
+    print_tally,
     read_like_training,
     segment_folder,
 )
@@ -159,25 +156,6 @@ def save_one(
         paths["coco", file.path.name] = None
     for what, file in paths:
         tell(f"{what + ':':<8} {output / file}")
-
-
-def print_tally(tally: Tally, table: Path) -> None:
-    """Print how many of a folder's images were segmented; exit with status 1 if any failed."""
-    had_results = f"{tally.had_results} had results already (--overwrite redoes them)"
-    parts = [
-        f"{tally.segmented} segmented",
-        had_results * (tally.had_results > 0),
-        f"{tally.without_row} without a row in the table" * (tally.without_row > 0),
-        f"{tally.skipped} skipped" * (tally.skipped > 0),
-    ]
-    print(f"images:  {', '.join(filter(None, parts))}")
-    if table.is_file():
-        tell(f"results: {table}, and files beside it")
-    if tally.failed:
-        names = ", ".join(map(brief, tally.failed[:3])) + ", ..." * (len(tally.failed) > 3)
-        message = f"{len(tally.failed)} image(s) failed: {names}; {one_line(table)} says why"
-        print(f"error: {message}; fix them and run this again", file=sys.stderr)
-        raise SystemExit(1)
 
 
 def parse_kinds(text: str) -> set[str]:

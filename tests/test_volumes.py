@@ -458,9 +458,13 @@ def test_one_slice_is_prompted_by_a_point_or_a_table(segment, tmp_path):
     masks = tifffile.imread("output/my_results/a/a_masks.tif")
     assert masks.shape == SHAPE and not masks[[0, 1, 3, 4]].any()
     assert np.array_equal(masks[2], read_values(Path("output/my_results/a/a_003_mask.png"))[0])
-    Path("p.csv").write_text("image,x,y\na_002,20,20\na_004,20,20\n", encoding="utf-8")
+    rows = ["image,x,y,object", "a_002,20,20,liver", "a_004,20,20,spleen", "a_004,30,30,liver"]
+    Path("p.csv").write_text("\n".join(rows), encoding="utf-8")
     done = segment("--image", "a.tif", "--prompts", "p.csv", "--output", "b")
-    assert done.status == 0 and "(2 of 5 slices)" in done.out
+    assert done.status == 0, done.err
+    assert "(2 of 5 slices)\nvalues:  1 liver, 2 spleen\n" in done.out
+    masks, labels = tifffile.imread("b/a_masks.tif"), read_values(Path("b/a_004_labels.png"))[0]
+    assert masks[1].max() == 1 and np.array_equal(masks[3], np.uint8([0, 2, 1])[labels])
 
 
 def test_a_folder_of_volumes_and_images_with_the_range_of_training(segment, tmp_path, random_mini):

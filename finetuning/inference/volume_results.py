@@ -19,7 +19,14 @@ from sam2_utils import UserError
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.basics.command_line import ArgumentParser, brief_path, number, parse_bands, tell
+from finetuning.basics.command_line import (
+    ArgumentParser,
+    brief,
+    brief_path,
+    number,
+    parse_bands,
+    tell,
+)
 from finetuning.basics.image_files import read_values
 from finetuning.inference.folder_results import FolderImage, FolderResults, list_images, utf8_name
 from finetuning.volumes.files import TIFF, VolumeFile, read_volume, write_masks
@@ -123,23 +130,15 @@ def slices_on_disk(
 def write_volumes(folder: Path, volumes: Sequence[SlicedVolume], results: FolderResults) -> None:
     """Write the masks of all slices of each volume as one file, and tell its name.
 
-    A mask has the values 0 and 1 (in a TIFF 255); in a label map, each slice counts its objects.
+    A mask has the values 0 and 1 (in a TIFF 255). In a label map, an object has the same value in
+    each slice that names it; objects without names are counted in each slice.
     """
     for volume in volumes if "masks" in results.kinds else ():
-        masks, count = np.zeros(volume.size, np.uint16), 0
-        for index, name in enumerate(volume.names):
-            rows = results.rows.get(name) or [{"error": "not segmented"}]
-            file = folder / f"{name}_{'mask' if len(rows) == 1 else 'labels'}.png"
-            if not rows[0].get("error") and file.is_file():
-                values = read_values(file)[0]
-                masks[index] = values > 0 if len(rows) == 1 else values
-                count += 1
-        most = masks.max()
-        if volume.file.kind == TIFF and most == 1:
-            masks *= 255
-        masks = masks.astype(np.uint8 if most < 256 else np.uint16)
         if volume.size[0] == 1 and volume.file.kind == TIFF:
-            continue  # its PNG is the same
+            continue  # the PNG of its slice is the same
+        masks, names, count = _assemble(folder, volume, results)
+        if volume.file.kind == TIFF and masks.max() == 1:
+            masks *= 255
         try:
             path = write_masks(folder, volume.file, masks)
         except UserError as error:  # a package is missing; the slices' own masks are there
@@ -149,3 +148,29 @@ def write_volumes(folder: Path, volumes: Sequence[SlicedVolume], results: Folder
             tell(f"masks:   {path} ({count} of {volume.size[0]} slices)")
         else:
             tell(f"masks:   {volume.file.name} does not say where it lies: a PNG file each slice")
+        if any(not name.isdecimal() for name in names):
+            values = ", ".join(f"{value} {brief(name)}" for value, name in enumerate(names, 1))
+            tell(f"values:  {values}")
+
+
+def _assemble(
+    folder: Path, volume: SlicedVolume, results: FolderResults
+) -> tuple[np.ndarray, list[str], int]:
+    """Return the masks, slices x rows x columns, of the slices with results, and their number.
+
+    The names of the objects are in the order of their values, from 1.
+    """
+    found = {}
+    for index, name in enumerate(volume.names):
+        rows = results.rows.get(name, [])
+        file = folder / f"{name}_{'mask' if len(rows) == 1 else 'labels'}.png"
+        if rows and not rows[0].get("error") and file.is_file():
+            found[index] = [row["object"] for row in rows], file
+    names = list(dict.fromkeys(name for objects, _ in found.values() for name in objects))
+    names.sort(key=lambda name: int(name) if name.isdecimal() else len(names))
+    masks = np.zeros(volume.size, np.uint8 if len(names) < 256 else np.uint16)
+    for index, (objects, file) in found.items():
+        values = read_values(file)[0]
+        values = (values > 0).astype(np.uint8) if len(objects) == 1 else values
+        masks[index] = np.array([0, *(names.index(name) + 1 for name in objects)])[values]
+    return masks, names, len(found)
