@@ -230,6 +230,44 @@ def test_dicom_frames_colours_and_inverted_grays(tmp_path):
     assert read_dicom(split_series(uneven)[0]).affine is None  # all in one place
 
 
+def test_the_frames_of_an_enhanced_file_have_their_own_places_and_scales(tmp_path):
+    values = draw_scan(6)[0]
+    pydicom = pytest.importorskip("pydicom", reason="no pydicom")
+
+    def group(**sequences: dict) -> "pydicom.Dataset":
+        data = pydicom.Dataset()
+        for name, tags in sequences.items():
+            item = pydicom.Dataset()
+            for tag, value in tags.items():
+                setattr(item, tag, value)
+            setattr(data, name, [item])
+        return data
+
+    directions = np.diag([-1, -1, 1]) @ AFFINE[:3, :3]
+    axes = (directions / np.linalg.norm(directions, axis=0))[:, :2].T.ravel().tolist()
+    order, frames = [3, 0, 4, 1, 2], []
+    for k in order:
+        place = (AFFINE @ (0, 0, k, 1))[:3] * (-1, -1, 1)
+        scale = {"RescaleSlope": 1, "RescaleIntercept": 10 * k, "RescaleType": "US"}
+        frames.append(
+            group(
+                PlanePositionSequence={
+                    "ImagePositionPatient": [round(x, 9) for x in place.tolist()]
+                },
+                PixelValueTransformationSequence=scale,
+            )
+        )
+    shared = group(
+        PlaneOrientationSequence={"ImageOrientationPatient": [round(x, 12) for x in axes]},
+        PixelMeasuresSequence={"PixelSpacing": [0.9, 0.8], "SliceThickness": 4},
+    )
+    stored = np.stack([values[k] - 10 * k for k in order])
+    tags = {"PerFrameFunctionalGroupsSequence": frames, "SharedFunctionalGroupsSequence": [shared]}
+    (volume,) = find_volumes([write_dicom(tmp_path / "e.dcm", stored, None, **tags)])
+    read = read_volume(volume)
+    assert np.array_equal(read.values, values) and np.allclose(read.affine, AFFINE, atol=1e-6)
+
+
 def test_segmentations_and_damaged_files_say_what_to_do(tmp_path):
     values = draw_scan(5)[0][0]
     seg = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -426,7 +464,7 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 def test_a_scan_is_segmented_and_its_mask_lies_on_its_grid(segment, tmp_path):
     values = draw_scan(0)[0]
     scan = write_nifti(tmp_path / "스캔.nii.gz", values, code="SAR")
-    done = segment("--image", scan.name, "--auto", "whole", "--value-range=-1000,400")
+    done = segment("--image", scan.name, "--auto", "whole", "--value-range", "-1000,400")
     assert done.status == 0, done.err
     output = Path("output/my_results/스캔")
     assert f"masks:   {output / '스캔_masks.nii.gz'} (5 of 5 slices)" in done.out

@@ -7,6 +7,7 @@ import errno
 import functools
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -32,6 +33,8 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        # Values like -100,300 are no options
+        self._negative_number_matcher = re.compile(r"-\d[\d.,e+-]*$")
 
     def parse_args_with_demo(
         self, argv: list[str] | None, **demo_defaults: Any
