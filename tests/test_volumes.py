@@ -161,8 +161,8 @@ def test_labels_elsewhere_are_refused(tmp_path):
     scan, moved = read_volume(image), AFFINE.copy()
     moved[0, 3] += 8
     for affine, wrong, why in (
-        (moved, labels, "lies elsewhere in the body"),
-        (AFFINE, labels[:4], "has another size or other axes"),
+        (moved, labels, "lies elsewhere in the body: its place differs from"),
+        (AFFINE, labels[:4], "differs in size or axes from"),
         (AFFINE, labels + 0.5, "labels are whole numbers"),
     ):
         (label,) = find_volumes([write_nifti(tmp_path / "b.nii.gz", wrong, affine)])

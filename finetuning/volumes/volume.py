@@ -119,7 +119,7 @@ def align(label: Volume, image: Volume) -> np.ndarray:
     size, label_size = image.values.shape[:3], label.values.shape[:3]
     if image.affine is None or label.affine is None:
         if size != label_size:
-            raise UserError(_differ(label, image, "has another size"))
+            raise UserError(_differ(label, image, "differs in size"))
         return label.values
     # From an index (column, row, slice) of the image to one of the label
     matrix = np.linalg.inv(label.affine) @ image.affine
@@ -127,7 +127,7 @@ def align(label: Volume, image: Volume) -> np.ndarray:
     is_turn = (np.abs(turn).sum(0) == 1).all() and (np.abs(turn).sum(1) == 1).all()
     axes = np.abs(turn).argmax(0)  # the label's axis for each axis of the image
     if not is_turn or tuple(np.array(label_size[::-1])[axes]) != size[::-1]:
-        raise UserError(_differ(label, image, "has another size or other axes"))
+        raise UserError(_differ(label, image, "differs in size or axes"))
     # The first and last voxel must lie in the same places, within half a voxel
     last = np.array(size[::-1]) - 1
     start = np.array([0 if turn[axis, k] > 0 else last[k] for k, axis in enumerate(axes)])
@@ -136,7 +136,7 @@ def align(label: Volume, image: Volume) -> np.ndarray:
         for k, axis in enumerate(axes):
             expected[axis] = abs(start[k] - index[k])
         if np.abs(matrix[:3, :3] @ index + matrix[:3, 3] - expected).max() > 0.5:
-            raise UserError(_differ(label, image, "lies elsewhere in the body"))
+            raise UserError(_differ(label, image, "lies elsewhere in the body: its place differs"))
     values = np.moveaxis(label.values, (2, 1, 0), (0, 1, 2))  # to columns, rows, slices
     values = values.transpose(*axes, *range(3, values.ndim))
     values = np.flip(values, [k for k in range(3) if start[k]])
@@ -146,6 +146,6 @@ def align(label: Volume, image: Volume) -> np.ndarray:
 def _differ(label: Volume, image: Volume, how: str) -> str:
     sizes = ["x".join(map(str, volume.values.shape[2::-1])) for volume in (label, image)]
     return (
-        f"{brief_path(label.path)} ({sizes[0]} voxels) {how} than {brief_path(image.path)} "
+        f"{brief_path(label.path)} ({sizes[0]} voxels) {how} from {brief_path(image.path)} "
         f"({sizes[1]}); resample it to the grid of the image"
     )
