@@ -19,7 +19,7 @@ OLDEST ?= .venv-oldest
 # The tests that compute, for test-oldest; for test-precision, without those that name a precision
 COMPUTING := automatic clicks compare decoding encoder_training epoch_report export feature_cache folder gradients image_size \
   learning_rate metrics no_prompt objects pretended_device prompts_of_training repeats report sam2_utils seen_images \
-  train training_parts validation window
+  train training_parts validation volumes window
 ANY_PRECISION := $(filter-out decoding feature_cache gradients learning_rate metrics pretended_device sam2_utils window,$(COMPUTING))
 
 # A third one, for test-tools

@@ -5,6 +5,7 @@
     python download_dataset.py --images photos --masks masks  # your own folders
     python download_dataset.py --images cells --masks labels --instances   # many objects per image
     python download_dataset.py --images photos --annotations coco.json      # COCO, YOLO, labelme
+    python download_dataset.py --images scans --masks labels  # DICOM, NIfTI, TIFF stacks, too
     python download_dataset.py --images photos --masks masks --add   # add new and corrected ones
     python download_dataset.py --demo                         # drawn images, no network
 
@@ -30,12 +31,13 @@ from finetuning.preparation.data_folder import (
     fill_folder,
     recover_if_killed,
 )
-from finetuning.preparation.fingerprint import folders_beside, take_record
+from finetuning.preparation.fingerprint import take_record
 from finetuning.preparation.groups import Grouping
 from finetuning.preparation.overview import OVERVIEW_FILE, describe_dataset
-from finetuning.preparation.unchanged import SPLIT_DEFAULTS, is_kept
+from finetuning.preparation.unchanged import SPLIT_DEFAULTS, is_kept, kept_value_range
 from finetuning.sources.mask_values import MaskRule, add_mask_options
 from finetuning.sources.source import Source, add_source_options
+from finetuning.sources.volume_pairs import VolumeOptions, add_volume_options
 
 
 def fill(
@@ -63,8 +65,9 @@ def fill(
     with source.find(data) as found:
         for note in found.notes:
             tell(note)
-        folders = folders_beside(paths, found.examples)
-        record = take_record(paths, folders, facts["options"], data)
+        if found.value_range:  # of volumes, whose slices have it already
+            facts, value_range = {**facts, "value_range": list(found.value_range)}, None
+        record = take_record(paths, facts["options"], data)
         fill_or_add = add_to_folder if is_addition else fill_folder
         filled = fill_or_add(data, found.examples, rule, value_range, grouping, facts, record)
     if filled is None:
@@ -138,6 +141,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
     add_source_options(parser)
     add_mask_options(parser)
+    add_volume_options(parser)
     add_split_options(parser)
     model = parser.add_argument_group("the checkpoint of SAM 2.1")
     model.add_argument("--model", choices=MODELS, default="small", help="its size")
@@ -179,8 +183,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     names = ("archive", "images", "masks", "annotations", "pairs", "demo")
     names += ("skip_unlabelled", "skip_missing")
+    is_gray = args.mask_value and len(args.mask_value) == 1
+    volumes = VolumeOptions(
+        args.bands,
+        args.value_range or (None if args.force else kept_value_range(args.data)),
+        args.empty_share,
+        args.mask_value[0] if is_gray else None,
+    )
     source = Source(
-        **{name: getattr(args, name) for name in names}, class_names=tuple(args.class_name)
+        **{name: getattr(args, name) for name in names},
+        class_names=tuple(args.class_name),
+        volumes=volumes,
     )
     rule = MaskRule(
         args.mask_value,

@@ -9,6 +9,7 @@
     python test_my_image.py --image my_folder --auto whole            # no prompt: a mask per image
     python test_my_image.py --image my_folder --auto objects          # no prompt: all objects
     python test_my_image.py --image my_folder --auto whole --save masks,overlays,cutouts,coco
+    python test_my_image.py --image scan.nii.gz --auto whole          # or DICOM, TIFF stacks
     python test_my_image.py --demo                                    # the demo's model and image
 
 Coordinates are x,y in pixels from the top left. A second --box, or --next-object, starts another
@@ -17,13 +18,13 @@ object. In a table, the column "object" tells objects apart, and "label" is 0 fo
 Results go to output/my_results/: a mask (for several objects a label map, with a value for each
 object) and an overlay. The results of a folder go to a subfolder with its name and include
 results.csv, with a row for each object. Run the same command again to segment what is missing, or
-with --overwrite to redo everything.
+with --overwrite to redo everything. The slices of a volume are like the images of a folder, called
+scan_001, ...; their masks are also written as one volume.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,6 @@ from finetuning.basics.command_line import (
     ArgumentParser,
     add_device_option,
     add_precision_option,
-    brief,
-    one_line,
     parse_range,
     run,
     tell,
@@ -48,7 +47,6 @@ from finetuning.inference.coco_files import coco_files, require_pycocotools
 from finetuning.inference.folder_results import (
     RESULTS_FILE,
     FolderResults,
-    list_images,
     make_settings,
     utf8_name,
 )
@@ -61,15 +59,23 @@ from finetuning.inference.given_prompts import (
 from finetuning.inference.result_files import RESULT_KINDS, free_name, write_files
 from finetuning.inference.segmenting import (
     SegmentationMethod,
-    Tally,
+    print_tally,
     read_like_training,
     segment_folder,
 )
+from finetuning.inference.volume_results import (
+    add_volume_options,
+    list_others,
+    list_slices,
+    slices_on_disk,
+    write_volumes,
+)
 from finetuning.model.automatic import ANY, Rule, SegmentedObject, rule_of
 from finetuning.model.checkpoints import checkpoint_path
-from finetuning.model.loading import load_segmenters, value_range_of
+from finetuning.model.loading import bands_of, load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
+from finetuning.volumes.files import name_of, volumes_at
 
 DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))
 
@@ -153,25 +159,6 @@ def save_one(
         tell(f"{what + ':':<8} {output / file}")
 
 
-def print_tally(tally: Tally, table: Path) -> None:
-    """Print how many of a folder's images were segmented; exit with status 1 if any failed."""
-    had_results = f"{tally.had_results} had results already (--overwrite redoes them)"
-    parts = [
-        f"{tally.segmented} segmented",
-        had_results * (tally.had_results > 0),
-        f"{tally.without_row} without a row in the table" * (tally.without_row > 0),
-        f"{tally.skipped} skipped" * (tally.skipped > 0),
-    ]
-    print(f"images:  {', '.join(filter(None, parts))}")
-    if table.is_file():
-        tell(f"results: {table}, and files beside it")
-    if tally.failed:
-        names = ", ".join(map(brief, tally.failed[:3])) + ", ..." * (len(tally.failed) > 3)
-        message = f"{len(tally.failed)} image(s) failed: {names}; {one_line(table)} says why"
-        print(f"error: {message}; fix them and run this again", file=sys.stderr)
-        raise SystemExit(1)
-
-
 def parse_kinds(text: str) -> set[str]:
     """Parse "masks,overlays" as an argparse type."""
     kinds = {kind.strip() for kind in text.split(",")}
@@ -182,7 +169,9 @@ def parse_kinds(text: str) -> set[str]:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--image", type=Path, help="the image to segment, or a folder of images")
+    parser.add_argument(
+        "--image", type=Path, help="the image or volume to segment, or a folder of them"
+    )
     parser.add_argument(
         "--demo", action="store_true", help="use the demo's fine-tuned model and image"
     )
@@ -194,6 +183,7 @@ def make_parser() -> ArgumentParser:
         help="pixel values of black and white in images of more than 8 bits (default: as in "
         "training)",
     )
+    add_volume_options(parser)
     model = parser.add_argument_group("the model (default: the fine-tuned output/sam2_best.pt)")
     model.add_argument("--original", action="store_true", help="use the original SAM 2.1")
     model.add_argument(
@@ -236,15 +226,19 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("points or boxes, --prompts and --auto exclude each other; choose one of them")
     if args.auto != "objects" and (args.min_score is not None or args.min_area is not None):
         parser.error("--min-score and --min-area are for --auto objects; add it")
-    if args.given and args.image.is_dir():
+    args.volumes = volumes_at(args.image, args.bands)
+    is_folder = args.image.is_dir() or bool(args.volumes)
+    if args.given and is_folder and not args.volumes:
         parser.error(
             "points and boxes are for a single image; for a folder, use --prompts FILE.csv"
         )
-    if (args.prompts or args.overwrite) and not args.image.is_dir():
+    if (args.prompts or args.overwrite) and not is_folder:
         parser.error("--prompts and --overwrite are for a folder of images; give one as --image")
+    if args.slice and not args.volumes:
+        parser.error("--slice is for a volume: DICOM, NIfTI or a TIFF stack; leave it out")
     if not args.output:
         args.output = (DEMO_OUTPUT if args.demo else Path("output")) / "my_results"
-        args.output /= args.image.resolve().name if args.image.is_dir() else ""
+        args.output /= name_of(args.image.resolve()) if is_folder else ""
     if args.output.resolve() == args.image.resolve():
         parser.error("--output is the folder of the images; choose another one for the results")
     return args
@@ -252,7 +246,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device, is_folder = select_device(args.device, args.threads), args.image.is_dir()
+    device = select_device(args.device, args.threads)
+    is_folder = args.image.is_dir() or bool(args.volumes)
     is_demo_image = args.demo and args.image == DEMO_IMAGE
     if is_demo_image and not args.image.is_file():
         raise UserError(f"no {DEMO_IMAGE} yet; run: python train_sam2_proper.py --demo")
@@ -262,8 +257,10 @@ def main(argv: list[str] | None = None) -> None:
     # Report mistakes in the images and prompts before the slow loading of a model
     prompts = choose_prompts(args.given, args.auto, is_demo_image)
     if is_folder:
-        images = list_images(args.image)
+        images = list_others(args.image, args.volumes)
+        volumes = list_slices(args.volumes, args.bands, args.slice, bool(args.given))
         names = [image.name for image in images]
+        names += [volume.names[index] for volume in volumes for index in volume.wanted]
         folder_prompts = prompts and dict.fromkeys(names, prompts)
         if args.prompts:
             folder_prompts = read_prompts(args.prompts, names)
@@ -278,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
     )
     tell(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
+    if (bands := bands_of(facts)) and not args.bands:
+        tell(f'warning: this model was trained with --bands "{bands}"; add it for such files')
     ranges, rule = (args.value_range, value_range_of(facts)), None
     if args.auto == "objects":
         rule = resolve_rule(facts, checkpoint, args.min_score, args.min_area)
@@ -289,10 +288,13 @@ def main(argv: list[str] | None = None) -> None:
         save_one(args.output, args.image, image, objects, args.save)
         return
 
-    with only_run_in(args.output):
+    with only_run_in(args.output), slices_on_disk(volumes, ranges, args.bands) as slices:
         settings = make_settings(args.image, checkpoint, *ranges, rule)
+        settings["bands"] = list(args.bands)
         results = FolderResults(args.output, args.save, settings, args.overwrite)
+        images = [*images, *slices]
         tally = segment_folder(images, folder_prompts, method, ranges, results, args.overwrite)
+        write_volumes(args.output, volumes, results)
     print_tally(tally, args.output / RESULTS_FILE)
 
 

@@ -9,14 +9,16 @@ SCRIPTS = ("download_dataset", "train_sam2_proper", "compare_models", "test_my_i
 # What each room of finetuning/ may import of the others; all may import sam2_utils.
 ALLOWED = {
     "basics": set(),
-    "sources": {"basics"},
+    "volumes": {"basics"},
+    "annotations": {"basics"},
+    "sources": {"basics", "volumes", "annotations"},
     "dataset": {"basics"},
     "preparation": {"basics", "sources", "dataset"},
     "model": {"basics"},
     "evaluation": {"basics", "model", "dataset"},
     "training": {"basics", "model", "dataset", "evaluation", "preparation"},  # the demo's data
     "comparison": {"basics", "model", "dataset", "evaluation"},
-    "inference": {"basics", "model"},
+    "inference": {"basics", "model", "volumes"},
     "export": {"basics", "model"},
 }
 MOST_MODULES = 12  # of a room, beside its __init__.py

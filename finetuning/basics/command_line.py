@@ -8,6 +8,7 @@ import errno
 import functools
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -33,6 +34,8 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        # Values like -100,300 are no options
+        self._negative_number_matcher = re.compile(r"-\d[\d.,e+-]*$")
 
     def parse_args_with_demo(
         self, argv: list[str] | None, **demo_defaults: Any
@@ -141,6 +144,16 @@ def parse_range(text: str) -> tuple[float, ...]:
     if low >= high:
         raise argparse.ArgumentTypeError(f'"{text}" must have low<high')
     return limits
+
+
+def parse_bands(text: str) -> tuple[int, ...]:
+    """Parse one or three channels, counted from 1, as an argparse type."""
+    bands = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.split(","))
+    if len(bands) not in (1, 3) or min(bands) < 1:
+        raise argparse.ArgumentTypeError(
+            f'"{text}" is not one channel, or three like "4,3,2" (counted from 1)'
+        )
+    return bands
 
 
 def brief(name: object, limit: int = 100) -> str:

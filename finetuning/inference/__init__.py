@@ -6,6 +6,7 @@ folder_results: a folder's results, from which a later run continues
 given_prompts: prompts from options, or from a table
 result_files: masks, overlays and cutouts
 segmenting: an image by prompts, by finding all objects, or in a window; or a folder of images
+volume_results: slices of volumes as images, and masks as volumes
 window: the window to click in
 window_picture: what the window shows
 """

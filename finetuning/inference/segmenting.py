@@ -16,7 +16,7 @@ from sam2_utils import UserError
 import numpy as np
 from tqdm import tqdm
 
-from finetuning.basics.command_line import brief, listed, tell
+from finetuning.basics.command_line import brief, listed, one_line, tell
 from finetuning.basics.image_files import read_image
 from finetuning.inference.folder_results import GONE_FOLDER, FolderImage, FolderResults
 from finetuning.inference.given_prompts import check_inside
@@ -181,6 +181,25 @@ def _read_checked(
     for prompt in prompts[image.name].values() if prompts else ():
         check_inside(prompt, pixels.shape[1], pixels.shape[0])
     return pixels
+
+
+def print_tally(tally: Tally, table: Path) -> None:
+    """Print how many of a folder's images were segmented; exit with status 1 if any failed."""
+    had_results = f"{tally.had_results} had results already (--overwrite redoes them)"
+    parts = [
+        f"{tally.segmented} segmented",
+        had_results * (tally.had_results > 0),
+        f"{tally.without_row} without a row in the table" * (tally.without_row > 0),
+        f"{tally.skipped} skipped" * (tally.skipped > 0),
+    ]
+    print(f"images:  {', '.join(filter(None, parts))}")
+    if table.is_file():
+        tell(f"results: {table}, and files beside it")
+    if tally.failed:
+        names = ", ".join(map(brief, tally.failed[:3])) + ", ..." * (len(tally.failed) > 3)
+        message = f"{len(tally.failed)} image(s) failed: {names}; {one_line(table)} says why"
+        print(f"error: {message}; fix them and run this again", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def read_ahead(

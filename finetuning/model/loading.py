@@ -118,6 +118,11 @@ def value_range_of(facts: dict[str, Any]) -> tuple[float, float] | None:
     return tuple(limits) if len(limits) == 2 and are_numbers and limits[0] < limits[1] else None
 
 
+def bands_of(facts: dict[str, Any]) -> str:
+    """Return the --bands that a model was trained with, as typed, or ""."""
+    return ",".join(map(str, setting(facts, "bands", list) or []))
+
+
 def load_segmenters(
     checkpoint: Path,
     model_name: str | None,

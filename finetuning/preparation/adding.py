@@ -101,12 +101,12 @@ def add_to_folder(
         if finds_recordings:
             added = zip([placed[index] for index in todo], images[len(kept) :], strict=True)
             group_of |= _group_new_recordings([pair for pair in added if not pair[0].split])
-        groups = [group_of.get(_place_of(image)) for image in images]
-        copies = find_copies_among(images)
+        known_groups = [group_of.get(_place_of(image)) for image in images]
+        copies = find_copies_among(images, known_groups)
         alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
-        groups = join_groups(groups, alike, [image.name for image in images])
+        groups = join_groups(known_groups, alike, [image.name for image in images])
         images = split_filled(folder, images, Arranged(groups, {}, {}), facts, is_addition=True)
-        copies = write_kept_copies(folder, images, copies)
+        copies = write_kept_copies(folder, images, known_groups, copies)
         filled = dict(zip(todo, images[len(kept) :], strict=True))
         rows = {key_of(match.example): _row_now(match, filled.get(index))
                 for index, match in enumerate(matches)}  # fmt: skip

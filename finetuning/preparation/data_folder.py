@@ -17,7 +17,7 @@ import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +213,10 @@ def fill_folder(
     with new_dataset(data, facts) as folder:
         filler = Filler(folder, rule, per_object, value_range)
         filled = filler.fill(examples)
-        copies = find_copies_among(filled)
+        copies = find_copies_among(filled, given)
         arranged = arrange(examples, filled, copies, given, grouping, facts)
         filled = split_filled(folder, filled, arranged, facts)
-        copies = write_kept_copies(folder, filled, copies)
+        copies = write_kept_copies(folder, filled, given, copies)
         rows = {
             key_of(example): Row(f"{image.split}/{image.name}", image.stamps[0], image.stamps[1:])
             for example, image in zip(examples, filled, strict=True)
@@ -234,15 +234,40 @@ def gives_objects(examples: list[SourceExample], rule: MaskRule) -> bool:
     return rule.gives_objects or any(len(example.masks) != 1 for example in examples)
 
 
-def find_copies_among(filled: list[Filled]) -> list[Copy]:
-    """Return the pairs of copies; they are found in the copied images, before the split."""
-    return find_copies([image.thumbnail for image in filled], [image.sha256 for image in filled])
+def find_copies_among(filled: list[Filled], given: Sequence[str | None]) -> list[Copy]:
+    """Return the pairs of copies; they are found in the copied images, before the split.
+
+    given: the group of each image. The slices of two patients may look the same, so only equal
+    files are copies in two groups.
+    """
+    copies = find_copies([image.thumbnail for image in filled], [image.sha256 for image in filled])
+    return [
+        copy
+        for copy in copies
+        if given[copy.first] in (given[copy.second], None)
+        or given[copy.second] is None
+        or filled[copy.first].sha256 == filled[copy.second].sha256
+    ]
 
 
-def write_kept_copies(folder: Path, filled: list[Filled], copies: list[Copy]) -> list[Copy]:
-    """Write the pairs of copies, without those of frames that are left out; return them."""
+def write_kept_copies(
+    folder: Path, filled: list[Filled], given: Sequence[str | None], copies: list[Copy]
+) -> list[Copy]:
+    """Write and return the pairs of copies, without frames that are left out.
+
+    Images that look the same in one of the given groups are not worth a word.
+    """
     names = [(image.split, image.name) for image in filled]
-    copies = [copy for copy in copies if LEFT_OUT not in (names[copy[0]][0], names[copy[1]][0])]
+    copies = [
+        copy
+        for copy in copies
+        if LEFT_OUT not in (names[copy.first][0], names[copy.second][0])
+        and (
+            given[copy.first] is None
+            or given[copy.first] != given[copy.second]
+            or filled[copy.first].sha256 == filled[copy.second].sha256
+        )
+    ]
     write_copies(folder / COPIES_FILE, names, copies)
     return copies
 

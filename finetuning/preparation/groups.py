@@ -56,9 +56,6 @@ def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[s
         groups = _read_groups(grouping.table, examples)
     elif grouping.pattern:
         groups = _match_groups(grouping.pattern, examples)
-    elif len({example.group for example in examples}) > 1:  # one folder with all is no group
-        groups = [example.group for example in examples]
-        print(f"each folder of images is a group: {listed(sorted(set(filter(None, groups))))}")
     else:
         return [example.group for example in examples]  # arrange prints what becomes of them
     alone = [example.image for example, group in zip(examples, groups, strict=True) if not group]

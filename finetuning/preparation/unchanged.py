@@ -38,6 +38,15 @@ OPTION_NAMES = {
 REPLACE = "--force fills the folder again, or use another --data folder"
 
 
+def kept_value_range(data: Path) -> tuple[float, float] | None:
+    """Return the value range of a filled data folder, which new volumes share; else None."""
+    try:
+        low_high = read_facts(data).get("value_range")
+    except UserError:  # is_kept says more
+        return None
+    return tuple(low_high) if low_high else None
+
+
 def is_kept(
     data: Path, source: Source, paths: dict[str, Path], facts: dict[str, Any], force: bool
 ) -> bool:

@@ -12,4 +12,5 @@ name_matching: matching the names of masks to the names of images
 outlines: polygons and run lengths, checked and drawn
 pairing: which masks belong to which image
 source: where examples come from, and the options for it
+volume_pairs: volumes and their label volumes, as slices
 """

@@ -14,13 +14,14 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.image_files import IMAGE_SUFFIXES
+from finetuning.volumes.files import VOLUME_SUFFIXES, kind_of
 
 # Names of folders in lower case; those of images and masks also without " ", "_" and "-"
 SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 SPLIT_NAMES |= {split: split for split in ("train", "val", "test")}
-IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "original"}
+IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "original", "imagestr"}
 MASK_FOLDERS = {"masks", "mask", "labels", "label", "annotations", "annotation", "ann", "gt"}
-MASK_FOLDERS |= {"groundtruth", "segmentationclass", "segmentationobject"}
+MASK_FOLDERS |= {"labelstr", "groundtruth", "segmentationclass", "segmentationobject"}
 CHALLENGE = re.compile(r".*_(training|validation|test)(?:_part1)?_(input|data|groundtruth)")
 IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}
 BY_TABLE = "pair them by a table: --pairs FILE.csv (image,mask)"
@@ -31,7 +32,7 @@ class Folder(NamedTuple):
     """The content of a folder, sorted by name, without hidden files."""
 
     path: Path
-    files: list[Path]  # with the suffix of an image
+    files: list[Path]  # with the suffix of an image or, on disk, of a volume
     others: list[Path]
     folders: list[Folder]
 
@@ -47,7 +48,9 @@ class Level(NamedTuple):
 
 
 def read_folder(root: Path) -> Folder:
-    """List a folder, on disk or in an archive, down to SEARCH_DEPTH."""
+    """List a folder, on disk or in an archive, down to SEARCH_DEPTH; a volume is listed alone."""
+    if isinstance(root, Path) and root.is_file() and kind_of(root):
+        return Folder(root.parent, [root], [], [])
     if not root.is_dir():
         raise UserError(f"no such folder: {brief_path(root)}; check the path")
     on_disk, members = isinstance(root, Path), defaultdict(list)
@@ -71,6 +74,7 @@ def read_folder(root: Path) -> Folder:
                     folder.folders.append(read(child, depth + 1, (*above, real)))
             else:
                 is_image = suffix_of(child) in IMAGE_SUFFIXES
+                is_image |= on_disk and child.name.lower().endswith(VOLUME_SUFFIXES)
                 (folder.files if is_image else folder.others).append(child)
         return folder
 
@@ -220,7 +224,8 @@ def suffix_of(path: Path) -> str:
 
 
 def stem_of(path: Path) -> str:
-    return nfc(path.name.rpartition(".")[0] or path.name)
+    name = path.name.removesuffix(".gz")  # .nii.gz
+    return nfc(name.rpartition(".")[0] or name)
 
 
 def annotation_hint(folder: Folder) -> str:

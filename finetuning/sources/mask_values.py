@@ -213,8 +213,8 @@ def add_mask_options(parser: ArgumentParser) -> None:
         "--value-range",
         type=parse_range,
         metavar='"low,high"',
-        help="what is black and white in images of more than 8 bits (default: each image's own "
-        "0.5%% and 99.5%% percentiles)",
+        help="what is black and white in images of more than 8 bits, in their units, such as HU "
+        "(default: the 0.5%% and 99.5%% percentiles of each image, or of all volumes)",
     )
 
 

@@ -29,6 +29,8 @@ from finetuning.sources.folder_layouts import (
     stem_of,
 )
 from finetuning.sources.name_matching import divide_folder, match_names, no_match
+from finetuning.sources.volume_pairs import SliceFolder, slice_levels, slice_rows
+from finetuning.volumes.files import VOLUME_SUFFIXES
 
 # Characters that Windows refuses, control characters, and those that set the writing direction
 UNSAFE = re.compile(
@@ -52,6 +54,7 @@ class Found(NamedTuple):
 
     examples: list[SourceExample]
     notes: list[str]
+    value_range: tuple[float, float] | None = None  # of volumes: what is black and white
 
 
 class UnnamedExample(NamedTuple):
@@ -65,33 +68,40 @@ class UnnamedExample(NamedTuple):
     group: str | None = None  # as in SourceExample
 
 
-def find_examples(images: Path, masks: Path, skip_unlabelled: bool = False) -> Found:
+def find_examples(
+    images: Path, masks: Path, skip_unlabelled: bool = False, slices: SliceFolder | None = None
+) -> Found:
     """Pair the images and masks of two folders, or of one folder given twice, by their names.
 
+    Volumes are paired, too, and become slices. Without a folder for these, they are left alone.
     Raises UserError if a mask, or an image unless skip_unlabelled, is left over, or if the names
     allow more than one pairing.
     """
     image_folder, mask_folder = read_folder(images), read_folder(masks)
     on_disk = isinstance(images, Path) and isinstance(masks, Path)
     if not (images.samefile(masks) if on_disk else str(images) == str(masks)):
-        return _pair_all(pair_levels(image_folder, mask_folder), [], skip_unlabelled)
+        levels = pair_levels(image_folder, mask_folder)
+        return _pair_all(levels, [], skip_unlabelled, slices)
     if image_folder.files:
-        return _pair_all([divide_folder(image_folder)], [], skip_unlabelled)
-    return _find_in(image_folder, skip_unlabelled)
+        return _pair_all([divide_folder(image_folder)], [], skip_unlabelled, slices)
+    return _find_in(image_folder, skip_unlabelled, slices)
 
 
-def find_in_folder(root: Path, skip_unlabelled: bool = False) -> Found:
+def find_in_folder(
+    root: Path, skip_unlabelled: bool = False, slices: SliceFolder | None = None
+) -> Found:
     """Pair the files of the one place in a folder or archive that has images and masks.
 
     Raises UserError if there is no such place or several, and like find_examples.
     """
-    return _find_in(read_folder(root), skip_unlabelled)
+    return _find_in(read_folder(root), skip_unlabelled, slices)
 
 
-def _find_in(root: Folder, skip_unlabelled: bool) -> Found:
+def _find_in(root: Folder, skip_unlabelled: bool, slices: SliceFolder | None) -> Found:
     places = list(find_places(root)) or list(_find_mixed(root))
     if len(places) == 1:
-        return _pair_all(places[0][1], [f"found in {brief_path(places[0][0])}"], skip_unlabelled)
+        notes = [f"found in {brief_path(places[0][0])}"]
+        return _pair_all(places[0][1], notes, skip_unlabelled, slices)
     inside = listed([f"{folder.path.name}/" for folder in root.folders])
     what = "has no folders like images/ and masks/ side by side in it"
     what += f" (the folders inside are {inside})" if inside else ""
@@ -115,7 +125,9 @@ def _find_mixed(folder: Folder) -> Iterator[tuple[Path, list[Level]]]:
             yield from _find_mixed(child)
 
 
-def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Found:
+def read_pairs_file(
+    file: Path, images: Path | None, masks: Path | None, slices: SliceFolder | None = None
+) -> Found:
     """Read pairs from a CSV file with the columns image and mask, and optionally split.
 
     Files are searched in `images` or `masks`, then in the table's own folder. Rows with the same
@@ -150,7 +162,14 @@ def read_pairs_file(file: Path, images: Path | None, masks: Path | None) -> Foun
         raise UserError(
             f"{brief_path(file)}: some rows have a split and some have none; fill in all"
         )
-    return to_examples(list(rows.values()), notes, skip_unlabelled=False)
+    every = list(rows.values())
+    levels, value_range = slice_rows([row[:2] for row in every], slices, notes)
+    unnamed = [
+        UnnamedExample(each.image, (each.mask,), row.folder, row.split, None, each.volume)
+        for row, level in zip(every, levels, strict=True)
+        for each in level
+    ] + [row for row, level in zip(every, levels, strict=True) if not level]
+    return to_examples(unnamed, notes, skip_unlabelled=False)._replace(value_range=value_range)
 
 
 def _with_shared_masks(
@@ -177,7 +196,7 @@ def _with_shared_masks(
 def _find_file(name: str, folders: list[Path | None], what: str) -> Path:
     """Return the file of this name in the first folder that has it, composed or decomposed."""
     suffix = PurePath(name).suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
+    if suffix not in IMAGE_SUFFIXES and not name.lower().endswith(VOLUME_SUFFIXES):
         raise UserError(f"{what} is {brief_path(name) or 'empty'}; expected a file like name.png")
     for folder in filter(None, folders):
         for form in ("NFC", "NFD"):
@@ -189,9 +208,18 @@ def _find_file(name: str, folders: list[Path | None], what: str) -> Path:
     raise UserError(f"{what} {brief_path(name)} is not in {places}; check its path")
 
 
-def _pair_all(levels: list[Level], notes: list[str], skip_unlabelled: bool) -> Found:
-    unnamed = [example for level in levels for example in _pair(level, notes)]
-    return to_examples(unnamed, notes + notes_on_unused(levels), skip_unlabelled)
+def _pair_all(
+    levels: list[Level], notes: list[str], skip_unlabelled: bool, slices: SliceFolder | None
+) -> Found:
+    sliced = slice_levels(levels, slices, skip_unlabelled)
+    notes += sliced.notes
+    unnamed = [
+        example._replace(group=sliced.group_of.get(example.image, example.group))
+        for level in sliced.levels
+        for example in _pair(level, notes)
+    ]
+    found = to_examples(unnamed, notes + notes_on_unused(sliced.levels), skip_unlabelled)
+    return found._replace(value_range=sliced.value_range)
 
 
 def _pair(level: Level, notes: list[str]) -> list[UnnamedExample]:
@@ -300,5 +328,7 @@ def _in_numeric_order(path: Path) -> tuple[list[str | int], str]:
 
 
 def _inside(folder: Folder) -> str:
+    if any(path.name.lower().endswith(VOLUME_SUFFIXES) for path in folder.others):
+        return "; unpack the archive and give its folder: volumes are read from there"
     names = listed([f"{child.path.name}/" for child in folder.folders])
     return f"; there are folders inside: {names}" if names else "; expected files like name.png"

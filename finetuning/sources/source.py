@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,7 @@ from finetuning.sources.pairing import (
     read_pairs_file,
     to_examples,
 )
+from finetuning.sources.volume_pairs import EMPTY_SHARE, NO_OPTIONS, SliceFolder, VolumeOptions
 
 KVASIR_FILE = "kvasir-seg.zip"  # in the data folder
 ANNOTATION_SUFFIXES = (".json", ".txt", ".csv")
@@ -47,6 +52,7 @@ class Source:
     class_names: tuple[str, ...] = ()
     skip_unlabelled: bool = False
     skip_missing: bool = False
+    volumes: VolumeOptions = NO_OPTIONS
 
     @property
     def name(self) -> str | None:
@@ -59,9 +65,12 @@ class Source:
     @property
     def options(self) -> dict[str, Any]:
         """The choices besides paths, by name."""
-        chosen = {"class_names": list(self.class_names)}
+        chosen = {"class_names": list(self.class_names), "bands": list(self.volumes.bands)}
         chosen |= {name: getattr(self, name) for name in ("skip_unlabelled", "skip_missing")}
-        return {name: value for name, value in chosen.items() if value}
+        chosen = {name: value for name, value in chosen.items() if value}
+        if self.volumes.empty_share != EMPTY_SHARE:
+            chosen["empty_share"] = self.volumes.empty_share
+        return chosen
 
     def paths(self, data: Path) -> dict[str, Path]:
         """Return the files and folders of the source by option; `data` is the folder to fill."""
@@ -83,26 +92,44 @@ class Source:
 
     @contextlib.contextmanager
     def find(self, data: Path) -> Iterator[Found]:
-        """Yield the examples while an archive is open; without a source, fetch Kvasir-SEG's."""
+        """Yield the examples while an archive is open; without a source, fetch Kvasir-SEG's.
+
+        The slices of volumes are in a temporary folder meanwhile, which errors do not name.
+        """
+        folder = Path(tempfile.gettempdir(), f"sam2-slices-{uuid.uuid4().hex}")
+        try:
+            with self._find(data, SliceFolder(folder, self.volumes)) as found:
+                yield found
+        except UserError as error:
+            place = re.escape(str(folder)) + r"[\\/]\d+[\\/]"
+            raise UserError(re.sub(place, "", str(error))) from error
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _find(self, data: Path, slices: SliceFolder) -> Iterator[Found]:
         run_lengths = self.pairs if self.pairs and table_columns(self.pairs) else None
         if annotations := self.annotations or run_lengths:
             with unpacked(annotations) as path:
                 yield self._find_annotated(path)
         elif self.pairs:
-            yield read_pairs_file(self.pairs, self.images, self.masks)
+            yield read_pairs_file(self.pairs, self.images, self.masks, slices)
         elif self.images:
-            yield find_examples(self.images, self.masks, self.skip_unlabelled)
+            yield find_examples(self.images, self.masks, self.skip_unlabelled, slices)
         else:
-            with self._find_in(self.archive or fetch_archive(data / KVASIR_FILE)) as found:
+            archive = self.archive or fetch_archive(data / KVASIR_FILE)
+            with self._find_in(archive, slices) as found:
                 yield found
 
     @contextlib.contextmanager
-    def _find_in(self, archive: Path) -> Iterator[Found]:
+    def _find_in(self, archive: Path, slices: SliceFolder) -> Iterator[Found]:
         """Yield the examples of a folder or zip: images and masks or, without any, annotations."""
         with contextlib.ExitStack() as opened:
             root = archive if archive.is_dir() else opened.enter_context(open_archive(archive))
             try:
-                found = find_in_folder(root, self.skip_unlabelled)
+                with_slices = slices if archive.is_dir() else None
+                found = find_in_folder(root, self.skip_unlabelled, with_slices)
                 if self.class_names:
                     raise UserError("these are masks, without classes; leave --class-name out")
             except UserError:

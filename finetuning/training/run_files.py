@@ -29,7 +29,7 @@ from finetuning.training.training_log import CURVE_EVERY, Log, best_of, conclude
 # checkpoint_sha256 and data_hash itself, with messages of their own.
 FREE_SETTINGS = (
     "epochs", "checkpoint", "checkpoint_sha256", "data", "data_hash", "cache", "value_range",
-    "seen",
+    "bands", "seen",
 )  # fmt: skip
 
 MAX_LOGGED = 1e300  # larger values in a log are damage; integers may exceed every float
@@ -98,6 +98,7 @@ def run_settings(recipe: Recipe, start: Start, pairs: dict[str, list[Pair]]) -> 
         "checkpoint_sha256": content_sha256(start.checkpoint),
         "data": str(start.data),
         "value_range": read_facts(start.data).get("value_range"),  # new images are scaled by it
+        "bands": read_facts(start.data).get("options", {}).get("bands"),
         "data_hash": hashlib.sha256(repr(contents).encode()).hexdigest(),
         SEEN: record_seen(pairs, hashes, start.seen_before),
     }
