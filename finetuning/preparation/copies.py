@@ -33,8 +33,8 @@ FEW_PAIRS = 8192  # whose correlations are computed one by one
 
 FEWEST_FRAMES = 8  # of a recording that is recognised
 # In a recording, at least this share of consecutive frames are more alike than three quarters of
-# those 2 to 8 frames apart or, if little moves, far apart. Drawn videos: 0.9 to 1; 900 images of
-# Kvasir-SEG in any order: 0.2 to 0.3; drawn patients, 10 images of each in a row: 0.2 to 0.5.
+# those 2 to 8 frames apart or, if little moves, far apart. Drawn videos: mostly 0.9 to 1; 900
+# images of Kvasir-SEG in any order: 0.2 to 0.3; drawn patients, 10 images of each: 0.2 to 0.5.
 SHARE, QUARTILE = 0.8, 0.75
 LITTLE_MOVES = 0.9  # correlation of consecutive frames
 ALIKE = 0.5  # correlation below which two frames of a recording are hardly alike
