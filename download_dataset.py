@@ -130,7 +130,8 @@ def add_split_options(parser: ArgumentParser) -> None:
         "--add",
         action="store_true",
         help="add the new images of this or another source to a filled folder, and replace those "
-        "whose image or mask has changed; every image stays in its split",
+        "whose image or mask has changed; every image stays in its split (refused if images are "
+        "gone from the same source)",
     )
     split.add_argument(
         "--force", action="store_true", help="fill the folder again: replace its content and split"

@@ -21,6 +21,7 @@ from download_dataset import main
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.dataset.pairs import split_pairs
 from finetuning.dataset.splitting import make_folds, split_names
+from finetuning.preparation import copies
 from finetuning.preparation.copies import find_copies, make_thumbnail
 from finetuning.preparation.groups import join_groups
 
@@ -157,6 +158,23 @@ def test_fixed_cameras_make_no_copies():
     images.append(cv2.GaussianBlur(images[7], (3, 3), 0))  # and one that is a copy
     copies = find_copies(thumbnails_of(images), list(map(str, range(61))))
     assert [copy[:2] for copy in copies] == [(7, 60)]
+
+
+def test_upper_bounds_of_correlations_lose_no_copy(monkeypatch):
+    rng = np.random.default_rng(0)
+    scenes = rng.integers(0, 255, (60, 8, 8), np.uint8)
+    thumbnails = [cv2.resize(scene, (copies.SIDE, copies.SIDE)) for scene in scenes]
+    for index in range(20):  # noisy copies; ten of one scene
+        original = thumbnails[max(index - 10, 0)].astype(int)
+        noisy = np.clip(original + rng.normal(0, 2 + index, original.shape), 0, 255)
+        thumbnails.append(noisy.astype(np.uint8))
+    contents = list(map(str, range(len(thumbnails))))
+    found = [copy[:2] for copy in find_copies(thumbnails, contents)]
+    monkeypatch.setattr(copies, "COMPONENTS", 8)
+    for few in (0, 10**6):
+        monkeypatch.setattr(copies, "FEW_PAIRS", few)
+        assert [copy[:2] for copy in find_copies(thumbnails, contents)] == found
+    assert found
 
 
 def test_equal_files_are_copies_whatever_they_show():

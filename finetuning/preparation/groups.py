@@ -57,7 +57,9 @@ def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[s
     elif grouping.pattern:
         groups = _match_groups(grouping.pattern, examples)
     else:
-        return [example.group for example in examples]  # arrange prints what becomes of them
+        groups = [example.group for example in examples]  # arrange prints what becomes of them
+        # One folder with all images is no group
+        return groups if len(set(groups)) > 1 else [None] * len(groups)
     alone = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     rest = f"; {len(alone)} images are in none: {listed(alone)}" if alone else ""
     together = "each split in time" if grouping.frames == "time" else "which stay together"
