@@ -31,7 +31,7 @@ from finetuning.preparation.data_folder import (
     fill_folder,
     recover_if_killed,
 )
-from finetuning.preparation.fingerprint import take_record
+from finetuning.preparation.fingerprint import folders_beside, take_record
 from finetuning.preparation.groups import Grouping
 from finetuning.preparation.overview import OVERVIEW_FILE, describe_dataset
 from finetuning.preparation.unchanged import SPLIT_DEFAULTS, is_kept, kept_value_range
@@ -67,7 +67,8 @@ def fill(
             tell(note)
         if found.value_range:  # of volumes, whose slices have it already
             facts, value_range = {**facts, "value_range": list(found.value_range)}, None
-        record = take_record(paths, facts["options"], data)
+        folders = folders_beside(paths, found.examples)
+        record = take_record(paths, folders, facts["options"], data)
         fill_or_add = add_to_folder if is_addition else fill_folder
         filled = fill_or_add(data, found.examples, rule, value_range, grouping, facts, record)
     if filled is None:
@@ -182,6 +183,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    recover_if_killed(args.data)
     names = ("archive", "images", "masks", "annotations", "pairs", "demo")
     names += ("skip_unlabelled", "skip_missing")
     is_gray = args.mask_value and len(args.mask_value) == 1
@@ -204,7 +206,6 @@ def main(argv: list[str] | None = None) -> None:
         args.ignore_value,
     )
     grouping = Grouping(args.group_regex, args.groups, args.copies == "together", args.frames)
-    recover_if_killed(args.data)
     options = {**source.options, **rule.options, **grouping.options}
     if args.value_range:
         options["value_range"] = list(args.value_range)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import download_dataset
+from finetuning.annotations.reading import Annotations, read_annotations
 from finetuning.basics.image_files import write_image
-from finetuning.sources.annotations import Annotations, read_annotations
 from finetuning.sources.source import Source
 
 pytest.importorskip("pycocotools.mask")
@@ -119,7 +119,7 @@ def test_a_ready_split_with_equal_names_is_kept(
         with zipfile.ZipFile(place, "w") as archive:
             for path in files:
                 archive.write(path, path.relative_to(tmp_path).as_posix())
-    with Source(**{option: place}).find(tmp_path / "data") as (examples, notes):
+    with Source(**{option: place}).find(tmp_path / "data") as (examples, notes, _):
         found = [(example.split, example.name, example.image.is_file()) for example in examples]
     assert found == [(split, name, True) for split in ("train", "val") for name in "01"]
     assert "4 objects in 4 annotated images (cell 4)" in notes[0]
@@ -386,7 +386,7 @@ def test_an_archive_of_masks_stays_one_and_has_no_classes(tmp_path):
     for folder in ("images", "masks"):
         write_photos(tmp_path / "set" / folder, "a.png")
     write(tmp_path / "set/boxes.json", {"a": {"bbox": []}})
-    with Source(archive=tmp_path / "set").find(tmp_path) as (examples, _):
+    with Source(archive=tmp_path / "set").find(tmp_path) as (examples, *_):
         assert [len(example.masks) for example in examples] == [1]
     with pytest.raises(UserError, match="leave --class-name out"):
         Source(archive=tmp_path / "set", class_names=("a",)).find(tmp_path).__enter__()
@@ -398,7 +398,7 @@ def test_a_competitions_folder_is_read_as_it_is(tmp_path):
     write(tmp_path / "README first.txt", "Read me")
     write(tmp_path / "terms.txt", "No")
     write(tmp_path / "sample_submission.csv", "ImageId,EncodedPixels\nc.jpg,1 1\n")
-    with Source(archive=tmp_path).find(tmp_path) as (examples, notes):
+    with Source(archive=tmp_path).find(tmp_path) as (examples, notes, _):
         assert [example.name for example in examples] == ["a", "b"]
     assert notes[0] == "run lengths: 2 objects in 2 annotated images (object 2)"
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetuning.annotations.outlines import AnnotatedImage, Outline
+from finetuning.annotations.reading import Annotations, read_annotations
 from finetuning.basics.command_line import brief
 from finetuning.basics.image_files import write_image
-from finetuning.sources.annotations import Annotations, read_annotations
-from finetuning.sources.outlines import AnnotatedImage, Outline
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 # pycocotools 2.0.11 with NumPy 2

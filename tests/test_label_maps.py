@@ -25,8 +25,9 @@ def save(folder: Path, pixels: np.ndarray, name: str = "a.png") -> Path:
 def read_all(paths: list[Path], **rule) -> list[np.ndarray]:
     """Read the objects of a data set's masks, as download_dataset.py does."""
     reader = MaskReader(MaskRule(**rule, smallest_part=1))
-    masks = [mask for path in paths for mask in reader.read(path, path)]
-    reader.check_all()
+    masks = [mask.full() for path in paths for mask in reader.read(path, path)]
+    reader.check_values()
+    reader.check_edges()
     return masks
 
 

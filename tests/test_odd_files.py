@@ -18,6 +18,7 @@ import compare_models
 import download_dataset
 import test_my_image
 import train_sam2_proper
+from finetuning.annotations.reading import read_annotations
 from finetuning.basics.csv_files import read_table
 from finetuning.basics.files import MAX_FILE_BYTES, content_sha256, lies_in, read_file, require_file
 from finetuning.basics.image_files import read_image, read_mask
@@ -25,7 +26,6 @@ from finetuning.basics.run_outputs import read_runs
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.inference.folder_results import list_images
 from finetuning.model.checkpoints import load_checkpoint
-from finetuning.sources.annotations import read_annotations
 from finetuning.sources.archives import open_archive
 from finetuning.sources.folder_layouts import read_folder
 

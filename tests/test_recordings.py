@@ -278,7 +278,7 @@ def test_folders_that_are_groups_stay_whole_if_there_are_enough(capsys):
         out = capsys.readouterr().out
         if is_whole:
             assert arranged.groups == groups and not arranged.splits
-            assert "groups: 4 folders, which stay together" in out
+            assert "groups: 4, which stay together: " in out
         else:
             assert list(arranged.splits.values()).count("val") == 4 * count
             assert ("patient0, patient1" if count == 2 else "one recording") in out

@@ -367,7 +367,7 @@ def test_the_folder_of_an_image_is_its_group(run_script, tmp_path):
         write_pair(index, Path(f"images/{folder}"), Path(f"masks/{folder}"))
     outcome = run_script(main, *OPTIONS, "--val-fraction", 0.25)
     assert outcome.status == 0, outcome.err
-    assert "each folder of images is a group: p0, p1, p2 and 1 more" in outcome.out
+    assert "groups: 4, which stay together: p0, p1, p2 and 1 more" in outcome.out
     for split, count in (("train", 3), ("val", 1)):
         groups = [pair.group for pair in split_pairs(Path("data"), split)]
         assert len(set(groups)) == count and len(groups) == 2 * count and all(groups)

@@ -54,6 +54,10 @@ NETWORK_ERRORS = (
 
 DEMO_DATA, DEMO_OUTPUT = Path("data/demo"), Path("output/demo")
 
+# Names of folders, in lower case, that hold one split of a data set
+SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+SPLIT_NAMES |= {split: split for split in ("train", "val", "test")}
+
 DATASET_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
 DATASET_SHA256 = "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7"
 

@@ -164,7 +164,7 @@ def looks_consecutive(rows: np.ndarray) -> bool:
         return False
     own = normalized(rows - rows.mean(axis=0))
     lags = [range(2, min(9, count))]
-    if np.median(_correlations(rows, 1)) >= LITTLE_MOVES:
+    if np.median(_lag_correlations(rows, 1)) >= LITTLE_MOVES:
         lags.append(range(count // 4, count // 2 + 1, max(1, count // 32)))
     return max(_share_of_near(own, some) for some in lags) >= SHARE
 
@@ -173,13 +173,13 @@ def _share_of_near(rows: np.ndarray, lags: Sequence[int]) -> float:
     """Return the share of consecutive rows that are more alike than most rows `lags` apart."""
     others = np.full((len(rows), 2 * len(lags)), np.nan, np.float32)  # rows before, rows after
     for column, lag in enumerate(lags):
-        others[lag:, column] = others[:-lag, len(lags) + column] = _correlations(rows, lag)
+        others[lag:, column] = others[:-lag, len(lags) + column] = _lag_correlations(rows, lag)
     usual = np.nanquantile(others, QUARTILE, axis=1)
     # A margin, so that equal images do not differ by rounding
-    return np.mean(_correlations(rows, 1) > np.maximum(usual[:-1], usual[1:]) + 1e-4)
+    return np.mean(_lag_correlations(rows, 1) > np.maximum(usual[:-1], usual[1:]) + 1e-4)
 
 
-def _correlations(rows: np.ndarray, lag: int, step: int = 1) -> np.ndarray:
+def _lag_correlations(rows: np.ndarray, lag: int, step: int = 1) -> np.ndarray:
     """Return the correlation of every `step`-th normalized row with the one `lag` rows after it."""
     return np.einsum("nd,nd->n", rows[:-lag:step], rows[lag::step])
 
@@ -191,7 +191,7 @@ def reach_of(rows: np.ndarray, most: int) -> int:
     """
     own = normalized(rows - rows.mean(axis=0))
     step = len(rows) // 500 + 1  # as many pairs are enough
-    near = (lag for lag in range(1, most) if np.median(_correlations(own, lag, step)) < ALIKE)
+    near = (lag for lag in range(1, most) if np.median(_lag_correlations(own, lag, step)) < ALIKE)
     return next(near, most)
 
 

@@ -213,6 +213,7 @@ def fill_folder(
     with new_dataset(data, facts) as folder:
         filler = Filler(folder, rule, per_object, value_range)
         filled = filler.fill(examples)
+        filler.check_objects(filled)
         copies = find_copies_among(filled, given)
         arranged = arrange(examples, filled, copies, given, grouping, facts)
         filled = split_filled(folder, filled, arranged, facts)

@@ -80,18 +80,22 @@ class Filler:
         filled = []
         for example in tqdm(examples, desc="Checking and copying", unit="pair"):
             filled.append(self._fill_one(example, example.split or UNSPLIT))
-        self.reader.check_all()
-        if not any(image.areas for image in filled):
-            raise UserError(
-                f"none of the {len(filled)} masks has an object: all are black (0), which is the "
-                "background"
-            )
+        self.reader.check_edges()
         if self.unchanged:
             print(
                 f"--value-range is for images of more than 8 bits: {self.unchanged} of "
                 f"{len(filled)} images have 8 bits and stay as they are"
             )
         return filled
+
+    def check_objects(self, filled: list[Filled]) -> None:
+        """Raise UserError if no image of the whole data set has an object, or a chosen value."""
+        self.reader.check_values()
+        if not any(image.areas for image in filled):
+            raise UserError(
+                f"none of the {len(filled)} masks has an object: all are black (0), which is the "
+                "background"
+            )
 
     def _fill_one(self, example: SourceExample, split: str) -> Filled:
         self._stamps = []

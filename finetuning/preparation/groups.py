@@ -17,7 +17,8 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.csv_files import read_table
-from finetuning.sources.folder_layouts import SPLIT_NAMES, stem_of
+from finetuning.basics.files import SPLIT_NAMES
+from finetuning.sources.folder_layouts import stem_of
 from finetuning.sources.pairing import SourceExample
 
 FRAME = re.compile(r"(.+)[_-](?:frame)?\d+")  # names like video3_000124

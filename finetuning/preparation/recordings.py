@@ -115,7 +115,8 @@ def arrange(
 def _tell_groups(given: Sequence[str | None], grouping: Grouping) -> None:
     """Print the number of groups that folders name; find_groups has printed the user's."""
     if any(given) and not grouping.is_given:
-        print(f"groups: {len(set(filter(None, given)))} folders, which stay together")
+        names = sorted(set(filter(None, given)))
+        print(f"groups: {len(names)}, which stay together: {listed(names)}")
 
 
 def _warn_of_ready_split(

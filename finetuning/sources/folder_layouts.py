@@ -13,12 +13,11 @@ from typing import NamedTuple
 from sam2_utils import UserError
 
 from finetuning.basics.command_line import brief_path, listed, nfc
+from finetuning.basics.files import SPLIT_NAMES
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.volumes.files import VOLUME_SUFFIXES, kind_of
 
 # Names of folders in lower case; those of images and masks also without " ", "_" and "-"
-SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-SPLIT_NAMES |= {split: split for split in ("train", "val", "test")}
 IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "original", "imagestr"}
 MASK_FOLDERS = {"masks", "mask", "labels", "label", "annotations", "annotation", "ann", "gt"}
 MASK_FOLDERS |= {"labelstr", "groundtruth", "segmentationclass", "segmentationobject"}

@@ -75,7 +75,7 @@ class MaskReader:
         """Return the masks of a file's objects; `path` is a copy of the user's `source`.
 
         Raises UserError if the file is unreadable, or the rule does not say what its values mean.
-        Call check_all after the last file.
+        Call check_edges after the last file.
         """
         if self.rule.each_value:
             masks = self._each_value(path, source)
@@ -112,11 +112,8 @@ class MaskReader:
         self._require_one_value(pixels.color(found[0]), path, source)
         return pixels.where(found[0])
 
-    def check_all(self) -> None:
-        """Raise UserError if the files that were read cannot be meant.
-
-        No file has a value that the user chose, or several files have soft edges.
-        """
+    def check_values(self) -> None:
+        """Raise UserError if none of the files that were read has a value that the user chose."""
         for name, value in (("mask", self.rule.value), ("ignore", self.rule.ignored)):
             if value and self._label_maps and value not in self._occurring:
                 found = listed_values(sorted(self._found)) or "nothing"
@@ -124,13 +121,16 @@ class MaskReader:
                     f"none of the {self._label_maps} masks has the value of --{name}-value "
                     f"{value_text(value)}; besides the background, they have {found}"
                 )
+
+    def check_edges(self) -> None:
+        """Raise UserError if several of the files that were read have soft edges; warn of few."""
         if len(self._soft) > SOFT_SHARE * self._label_maps:
             raise soft_edges(self._soft, self._label_maps, [])
         if self._soft:
             print(f"warning: {soft_edges(self._soft, self._label_maps, [])}")
 
     def _read_values(self, path: Path, source: Path, problem: UserError | None) -> Pixels:
-        """Read the values of a file, and note what check_all needs."""
+        """Read the values of a file, and note what the checks need."""
         pixels, rule = read_pixels(path, problem), self.rule
         self._label_maps += 1
         if len(self._found) < MAX_CLASSES:

@@ -14,11 +14,11 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import brief_path, listed, nfc
 from finetuning.basics.csv_files import read_table
+from finetuning.basics.files import SPLIT_NAMES
 from finetuning.basics.image_decoding import video_hint
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.sources.folder_layouts import (
     BY_TABLE,
-    SPLIT_NAMES,
     Folder,
     Level,
     by_stem,

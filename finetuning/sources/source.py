@@ -14,6 +14,8 @@ from typing import Any
 
 from sam2_utils import UserError
 
+from finetuning.annotations.coco_format import table_columns
+from finetuning.annotations.reading import holds_annotations, read_annotations
 from finetuning.basics.command_line import ArgumentParser, brief_path, listed
 from finetuning.basics.files import (
     DATASET_SHA256,
@@ -22,9 +24,7 @@ from finetuning.basics.files import (
     download_file,
     lies_in,
 )
-from finetuning.sources.annotations import holds_annotations, read_annotations
 from finetuning.sources.archives import open_archive, unpacked
-from finetuning.sources.coco_format import table_columns
 from finetuning.sources.pairing import (
     Found,
     UnnamedExample,

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 import yaml
 
+from finetuning.annotations.outlines import Hole, Outline, Part, cut_out, parse_polygon
 from finetuning.basics.command_line import brief, brief_path, nfc, plain_number
 from finetuning.basics.files import read_file
 from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.sources.outlines import Hole, Outline, Part, cut_out, parse_polygon
 
 # Reasons why an object has no outline
 BOXES, CROWDS = "boxes without an outline", "crowd regions"

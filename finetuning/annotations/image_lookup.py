@@ -14,11 +14,11 @@ from urllib.parse import unquote
 
 from sam2_utils import UserError
 
+from finetuning.annotations.formats import MOST_ERRORS, Entry
+from finetuning.annotations.outlines import AnnotatedImage
 from finetuning.basics.command_line import brief, brief_path, listed, nfc
+from finetuning.basics.files import SPLIT_NAMES
 from finetuning.basics.image_files import IMAGE_SUFFIXES
-from finetuning.sources.annotation_formats import MOST_ERRORS, Entry
-from finetuning.sources.folder_layouts import SPLIT_NAMES
-from finetuning.sources.outlines import AnnotatedImage
 
 # Folders of annotations, which lie beside one called images
 LABEL_FOLDERS = ("labels", "annotations")

@@ -9,9 +9,13 @@ from typing import Any, NamedTuple, NoReturn
 
 from sam2_utils import UserError
 
-from finetuning.basics.command_line import brief, brief_path, listed, nfc
-from finetuning.basics.files import require_file
-from finetuning.sources.annotation_formats import (
+from finetuning.annotations.coco_format import (
+    read_coco,
+    read_run_lengths,
+    read_sa1b,
+    table_columns,
+)
+from finetuning.annotations.formats import (
     BOXES,
     NAMES_FILES,
     SUPPORTED_FORMATS,
@@ -22,20 +26,16 @@ from finetuning.sources.annotation_formats import (
     read_labelme,
     read_yolo,
 )
-from finetuning.sources.coco_format import (
-    read_coco,
-    read_run_lengths,
-    read_sa1b,
-    table_columns,
-)
-from finetuning.sources.image_lookup import (
+from finetuning.annotations.image_lookup import (
     ImageFinder,
     default_image_folder,
     is_hidden,
     split_of_source,
     with_splits,
 )
-from finetuning.sources.outlines import AnnotatedImage, is_rectangle
+from finetuning.annotations.outlines import AnnotatedImage, is_rectangle
+from finetuning.basics.command_line import brief, brief_path, listed, nfc
+from finetuning.basics.files import require_file
 
 OTHER_CLASSES, WITHOUT_IMAGE = "other classes", "their image is not there"
 NOT_ANNOTATIONS = {*NAMES_FILES, "notes.json"}  # Label Studio writes notes.json beside them

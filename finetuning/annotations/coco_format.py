@@ -13,9 +13,7 @@ from sam2_utils import UserError
 import cv2
 import numpy as np
 
-from finetuning.basics.command_line import brief, brief_path, nfc
-from finetuning.basics.csv_files import read_table
-from finetuning.sources.annotation_formats import (
+from finetuning.annotations.formats import (
     BOXES,
     CROWDS,
     CUT_OUT,
@@ -26,13 +24,15 @@ from finetuning.sources.annotation_formats import (
     get_field,
     stated_size,
 )
-from finetuning.sources.outlines import (
+from finetuning.annotations.outlines import (
     Hole,
     Outline,
     parse_polygon,
     parse_rle,
     parse_run_lengths,
 )
+from finetuning.basics.command_line import brief, brief_path, nfc
+from finetuning.basics.csv_files import read_table
 
 CROWDS_USED = "are run lengths with iscrowd 1, as CVAT writes its masks, and are used"
 FILLED = (
