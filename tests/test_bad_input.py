@@ -155,7 +155,7 @@ def test_what_is_no_box_is_shown_with_an_example(refuse, text):
         (("--point=999999999,5",), "outside the image"),
         (("--point=127.9,96",), "outside the image"),
         (("--point=-0.5,5",), "-0.5,5 lies outside"),
-        (("--point", "-5,5"), "--point"),  # taken for an option
+        (("--point", "-5,5"), "-5,5 lies outside"),  # not taken for an option
         (("--point=5,5", "--negative-point=5,1e6"), "outside the image"),
         (("--box=-5,0,20,20",), "-5,0 lies outside"),
         (("--box=0,0,128,96.5",), "128,96.5 lies outside"),

@@ -332,7 +332,7 @@ def test_mistakes_end_with_one_clear_line(run_script, trained, random_mini, tmp_
         (("--original", "absent.pt"), "no such checkpoint"),
         (("--model", "tiny"), "use --model mini"),
         (("--split", "trial"), "--split"),
-        (("--split", "test"), "no data in"),
+        (("--split", "test"), "data has no test images"),
         (("--prompt", "lasso"), "--prompt"),
         (("--figures", -1), "--figures"),
         (("--limit", 0), "--limit"),

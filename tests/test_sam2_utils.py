@@ -232,8 +232,8 @@ def test_code_inside_a_checkpoint_is_never_run(tmp_path, monkeypatch):
     path = tmp_path / "evil.pt"
     path.write_bytes(pickle.dumps({"model": RunsCode()}))
     save(tmp_path / "evil2.pt", {"model": RunsCode()})
-    for name in ("evil.pt", "evil2.pt"):
-        with pytest.raises(UserError, match="not a readable checkpoint"):
+    for name, says in (("evil.pt", "not a readable checkpoint"), ("evil2.pt", "would run code")):
+        with pytest.raises(UserError, match=says):
             load_predictor("mini", tmp_path / name, CPU)
     assert not Path("code_was_run").exists()
 

@@ -16,7 +16,7 @@ from finetuning.basics.files import content_sha256
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.basics.threads import in_threads
 from finetuning.dataset.pairs import SPLITS, Pair, read_facts, split_pairs
-from finetuning.preparation.copies import make_thumbnail
+from finetuning.preparation.copies import Copy, make_thumbnail
 from finetuning.preparation.data_folder import (
     check_cases,
     check_files,
@@ -88,7 +88,6 @@ def add_to_folder(
     placed = _place(matches, pairs)
     group_of = {place: pair.group for place, pair in pairs.items()}
     group_of |= {_place_of(placed[i]): group for i, group in enumerate(given) if group}
-    finds_recordings = grouping.frames != "random" and not grouping.is_given
     facts = {name: value for name, value in known.items() if name not in (*SPLITS, "groups")}
     per_object = known.get("masks") == "objects" or gives_objects(examples, rule)
     facts |= {"masks": "objects"} if per_object else {}
@@ -98,13 +97,8 @@ def add_to_folder(
         images = _carry_over(folder, kept, records, per_object)
         filler = Filler(folder, rule, per_object, value_range)
         images += filler.fill([placed[index] for index in todo])
-        if finds_recordings:
-            added = zip([placed[index] for index in todo], images[len(kept) :], strict=True)
-            group_of |= _group_new_recordings([pair for pair in added if not pair[0].split])
-        known_groups = [group_of.get(_place_of(image)) for image in images]
-        copies = find_copies_among(images, known_groups)
-        alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
-        groups = join_groups(known_groups, alike, [image.name for image in images])
+        added = [placed[index] for index in todo]
+        known_groups, groups, copies = _group_all(images, added, group_of, grouping)
         images = split_filled(folder, images, Arranged(groups, {}, {}), facts, is_addition=True)
         copies = write_kept_copies(folder, images, known_groups, copies)
         filled = dict(zip(todo, images[len(kept) :], strict=True))
@@ -223,6 +217,26 @@ def _carry_over(
         return Filled(name, split, [], 0, False, sha256, thumbnail)
 
     return in_threads(carry, list(kept), "Reading the images that are there", "image")
+
+
+def _group_all(
+    images: list[Filled],
+    added: list[SourceExample],
+    group_of: dict[str, str | None],
+    grouping: Grouping,
+) -> tuple[list[str | None], list[str | None], list[Copy]]:
+    """Return the known group of each image, the groups after copies have joined them, and copies.
+
+    added: the examples of the last images. group_of: the known groups by SPLIT/NAME.
+    """
+    if grouping.frames != "random" and not grouping.is_given:
+        new = zip(added, images[len(images) - len(added) :], strict=True)
+        group_of = group_of | _group_new_recordings([pair for pair in new if not pair[0].split])
+    known_groups = [group_of.get(_place_of(image)) for image in images]
+    copies = find_copies_among(images, known_groups)
+    alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
+    groups = join_groups(known_groups, alike, [image.name for image in images])
+    return known_groups, groups, copies
 
 
 def _group_new_recordings(added: list[tuple[SourceExample, Filled]]) -> dict[str, str]:
