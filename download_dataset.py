@@ -32,7 +32,7 @@ from finetuning.preparation.data_folder import (
     recover_if_killed,
 )
 from finetuning.preparation.fingerprint import folders_beside, take_record
-from finetuning.preparation.groups import Grouping
+from finetuning.preparation.groups import Grouping, is_one_group
 from finetuning.preparation.overview import OVERVIEW_FILE, describe_dataset
 from finetuning.preparation.unchanged import SPLIT_DEFAULTS, is_kept, kept_value_range
 from finetuning.sources.mask_values import MaskRule, add_mask_options
@@ -67,6 +67,8 @@ def fill(
             tell(note)
         if found.value_range:  # of volumes, whose slices have it already
             facts, value_range = {**facts, "value_range": list(found.value_range)}, None
+            if grouping.frames == "auto" and is_one_group(found.examples):  # neighbours are alike
+                grouping = grouping._replace(frames="time")
         folders = folders_beside(paths, found.examples)
         record = take_record(paths, folders, facts["options"], data)
         fill_or_add = add_to_folder if is_addition else fill_folder

@@ -282,4 +282,4 @@ def _summary(done: Sequence[Match], filled: Sequence[Filled]) -> str:
     }
     parts = [f"{splits.total()} new image{'s' * (splits.total() > 1)} ({where})"] if where else []
     parts += [f"{n} replaced {what}{'s' * (n > 1)}" for what, n in replaced.items() if n]
-    return f"added: {', '.join(parts) or 'no image'}; every image of before keeps its split"
+    return f"added: {', '.join(parts) or 'no image'}; every earlier image keeps its split"

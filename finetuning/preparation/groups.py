@@ -58,14 +58,19 @@ def find_groups(examples: Sequence[SourceExample], grouping: Grouping) -> list[s
     elif grouping.pattern:
         groups = _match_groups(grouping.pattern, examples)
     else:
-        groups = [example.group for example in examples]  # arrange prints what becomes of them
-        # One folder with all images is no group
-        return groups if len(set(groups)) > 1 else [None] * len(groups)
+        if is_one_group(examples):
+            return [None] * len(examples)
+        return [example.group for example in examples]  # arrange prints what becomes of them
     alone = [example.image for example, group in zip(examples, groups, strict=True) if not group]
     rest = f"; {len(alone)} images are in none: {listed(alone)}" if alone else ""
     together = "each split in time" if grouping.frames == "time" else "which stay together"
     print(f"groups: {len(set(filter(None, groups)))}, {together}{rest}")
     return groups
+
+
+def is_one_group(examples: Sequence[SourceExample]) -> bool:
+    """Return whether all images are of one folder or volume, which must be divided."""
+    return len({example.group for example in examples}) == 1 and examples[0].group is not None
 
 
 def _match_groups(pattern: str, examples: Sequence[SourceExample]) -> list[str | None]:

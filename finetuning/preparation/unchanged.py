@@ -174,7 +174,7 @@ def _require_unchanged(
         except UserError as error:
             raise UserError(f"the source has changed since {data} was filled: {error}") from error
     if changes or groups or choices:
-        how = "--add takes this over and keeps the split, " if can_add else ""
+        how = "--add applies these changes and keeps the split, " if can_add else ""
         what = (
             "holds another state of this data set"
             if changes or groups

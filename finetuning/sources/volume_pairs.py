@@ -139,8 +139,6 @@ def slice_levels(levels: list[Level], slices: SliceFolder | None, skip_unlabelle
             "they do not share; put them into a folder of their own"
         )
     group_of = {each.image: each.volume for level in written for each in level}
-    if len(set(filter(None, group_of.values()))) == 1:  # a single volume can only be divided
-        group_of = {}
     new_levels = []
     for level, level_slices in zip(rest, written, strict=True):
         images = level.images.files + [each.image for each in level_slices]

@@ -64,7 +64,7 @@ def read_stack(path: Path, bands: Bands = ()) -> Volume:
 def _unreadable(path: Path, error: Exception) -> str:
     if "imagecodecs" in str(error):
         return f"{brief_path(path)} is compressed; pip install imagecodecs"
-    return f"{brief_path(path)} is not a readable TIFF; copy it again, or save it anew"
+    return f"{brief_path(path)} is not a readable TIFF; copy it again, or export it again"
 
 
 def write_stack(path: Path, masks: np.ndarray) -> None:
