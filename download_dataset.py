@@ -26,14 +26,11 @@ from finetuning.basics.files import DATASET_URL, DEMO_DATA
 from finetuning.dataset.pairs import count_pairs, is_filled, read_facts
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.preparation.adding import add_to_folder
-from finetuning.preparation.data_folder import (
-    draw_demo,
-    fill_folder,
-    recover_if_killed,
-)
+from finetuning.preparation.data_folder import draw_demo, fill_folder
 from finetuning.preparation.fingerprint import folders_beside, take_record
 from finetuning.preparation.groups import Grouping, is_one_group
 from finetuning.preparation.overview import OVERVIEW_FILE, describe_dataset
+from finetuning.preparation.replacing import recover_if_killed
 from finetuning.preparation.unchanged import SPLIT_DEFAULTS, is_kept, kept_value_range
 from finetuning.sources.mask_values import MaskRule, add_mask_options
 from finetuning.sources.source import Source, add_source_options

@@ -29,9 +29,9 @@ from tqdm import tqdm
 import train_sam2_proper
 from finetuning.basics.command_line import ArgumentParser, number, run, seed
 from finetuning.basics.image_files import write_image
-from finetuning.preparation.data_folder import new_dataset
 from finetuning.preparation.demo_images import coordinates, draw_blob, paint, smooth_noise, to_uint8
 from finetuning.preparation.filling import write_objects
+from finetuning.preparation.replacing import new_dataset
 
 
 class Drawn(NamedTuple):

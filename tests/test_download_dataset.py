@@ -26,7 +26,7 @@ from finetuning.basics.image_files import write_image
 from finetuning.dataset.pairs import split_pairs
 from finetuning.dataset.splitting import split_names
 from finetuning.model import models
-from finetuning.preparation.data_folder import mark_of, recover
+from finetuning.preparation.replacing import mark_of, recover
 from finetuning.sources import archives
 from finetuning.sources import source as source_module
 from finetuning.sources.archives import is_portable

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetuning.sources.name_matching import match_names
-from finetuning.sources.pairing import find_examples, find_in_folder, read_pairs_file
+from finetuning.sources.pair_tables import read_pairs_file
+from finetuning.sources.pairing import find_examples, find_in_folder
 
 every_time = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 

@@ -17,14 +17,10 @@ from finetuning.annotations.coco_format import (
 )
 from finetuning.annotations.formats import (
     BOXES,
-    NAMES_FILES,
     SUPPORTED_FORMATS,
     Entry,
     Errors,
-    is_yolo,
     read_json,
-    read_labelme,
-    read_yolo,
 )
 from finetuning.annotations.image_lookup import (
     ImageFinder,
@@ -33,7 +29,9 @@ from finetuning.annotations.image_lookup import (
     split_of_source,
     with_splits,
 )
+from finetuning.annotations.labelme import read_labelme
 from finetuning.annotations.outlines import AnnotatedImage, is_rectangle
+from finetuning.annotations.yolo import NAMES_FILES, is_yolo, read_yolo
 from finetuning.basics.command_line import brief, brief_path, listed, nfc
 from finetuning.basics.files import require_file
 

@@ -22,7 +22,6 @@ from finetuning.preparation.data_folder import (
     check_files,
     find_copies_among,
     gives_objects,
-    new_dataset,
     report_filled,
     split_filled,
     write_kept_copies,
@@ -42,6 +41,7 @@ from finetuning.preparation.fingerprint import (
 )
 from finetuning.preparation.groups import Grouping, find_groups, join_groups
 from finetuning.preparation.recordings import Arranged, find_recordings
+from finetuning.preparation.replacing import new_dataset
 from finetuning.preparation.unchanged import (
     REPLACE,
     SPLIT_DEFAULTS,

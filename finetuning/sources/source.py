@@ -25,12 +25,12 @@ from finetuning.basics.files import (
     lies_in,
 )
 from finetuning.sources.archives import open_archive, unpacked
+from finetuning.sources.pair_tables import read_pairs_file
 from finetuning.sources.pairing import (
     Found,
     UnnamedExample,
     find_examples,
     find_in_folder,
-    read_pairs_file,
     to_examples,
 )
 from finetuning.sources.volume_pairs import EMPTY_SHARE, NO_OPTIONS, SliceFolder, VolumeOptions
