@@ -293,7 +293,15 @@ def main(argv: list[str] | None = None) -> None:
         settings["bands"] = list(args.bands)
         results = FolderResults(args.output, args.save, settings, args.overwrite)
         images = [*images, *slices]
-        tally = segment_folder(images, folder_prompts, method, ranges, results, args.overwrite)
+        tally = segment_folder(
+            images,
+            folder_prompts,
+            method,
+            ranges,
+            results,
+            args.overwrite,
+            [name for volume in volumes for name in volume.names],
+        )
         write_volumes(args.output, volumes, results)
     print_tally(tally, args.output / RESULTS_FILE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,12 +168,13 @@ class FolderResults:
         times = {row.get("image_time") for row in self.rows.get(image.name, [])} - {"", None}
         return bool(times) and times != {image_time(image.path)}
 
-    def drop_gone(self, images: list[FolderImage]) -> list[str]:
-        """Drop the results of all other images, and return their names.
+    def drop_gone(self, there: Iterable[str]) -> list[str]:
+        """Drop the results of images that are gone, and return their names.
 
         Their files are moved to GONE_FOLDER, as objects may have been clicked on by hand.
+        there: the names of all images that are not gone, whether this run segments them or not.
         """
-        gone = sorted(self.files.keys() - {image.name for image in images})
+        gone = sorted(self.files.keys() - set(there))
         for name in gone:
             for file in self.files.pop(name):
                 if (self.folder / file).is_file():

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +112,7 @@ def segment_folder(
     ranges: tuple[ValueRange | None, ValueRange | None],
     results: FolderResults,
     overwrite: bool,
+    others: Sequence[str] = (),
 ) -> Tally:
     """Segment a folder's images and write their results.
 
@@ -120,11 +121,12 @@ def segment_folder(
         SegmentationMethod.segment.
       ranges: value_range and trained_range of read_like_training.
       overwrite: also segment images that have results.
+      others: names of images that are there and keep their results, such as other slices.
 
     An image that cannot be read, or with a prompt outside it, is reported; the others go on.
     """
     had_results = len(results.files)
-    if gone := results.drop_gone(images):
+    if gone := results.drop_gone([*(image.name for image in images), *others]):
         tell(
             f"{len(gone)} of {had_results} images with results are gone: {listed(gone)}; "
             f"their rows are dropped, and their files moved to {results.folder / GONE_FOLDER}"

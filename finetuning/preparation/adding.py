@@ -35,11 +35,12 @@ from finetuning.preparation.fingerprint import (
     gone_rows,
     key_of,
     match_examples,
+    new_row,
     read_records,
     stamp_file,
     write_records,
 )
-from finetuning.preparation.groups import Grouping, find_groups, join_groups
+from finetuning.preparation.groups import COPIES_OF, Grouping, find_groups, join_groups
 from finetuning.preparation.recordings import Arranged, find_recordings
 from finetuning.preparation.replacing import new_dataset
 from finetuning.preparation.unchanged import (
@@ -87,7 +88,13 @@ def add_to_folder(
     pairs = _pairs_by_place(data)
     placed = _place(matches, pairs)
     group_of = {place: pair.group for place, pair in pairs.items()}
-    group_of |= {_place_of(placed[i]): group for i, group in enumerate(given) if group}
+    given_of = {place: _named_group(pair) for place, pair in pairs.items()}
+    given_of |= {_place_of(image): group for image, group in zip(placed, given, strict=True)}
+    # Frames that are split in time stay in their blocks
+    in_time = {place for place, pair in pairs.items() if pair.recording}
+    group_of |= {
+        place: group for place, group in given_of.items() if group and place not in in_time
+    }
     facts = {name: value for name, value in known.items() if name not in (*SPLITS, "groups")}
     per_object = known.get("masks") == "objects" or gives_objects(examples, rule)
     facts |= {"masks": "objects"} if per_object else {}
@@ -98,9 +105,10 @@ def add_to_folder(
         filler = Filler(folder, rule, per_object, value_range)
         images += filler.fill([placed[index] for index in todo])
         added = [placed[index] for index in todo]
-        known_groups, groups, copies = _group_all(images, added, group_of, grouping)
+        given = [given_of.get(_place_of(image)) for image in images]
+        groups, copies = _group_all(images, added, group_of, given, grouping)
         images = split_filled(folder, images, Arranged(groups, {}, {}), facts, is_addition=True)
-        copies = write_kept_copies(folder, images, known_groups, copies)
+        copies = write_kept_copies(folder, images, given, copies)
         filled = dict(zip(todo, images[len(kept) :], strict=True))
         rows = {key_of(match.example): _row_now(match, filled.get(index))
                 for index, match in enumerate(matches)}  # fmt: skip
@@ -158,6 +166,11 @@ def _pairs_by_place(data: Path) -> dict[str, Pair]:
         if (data / "images" / split).is_dir()
         for pair in split_pairs(data, split)
     }
+
+
+def _named_group(pair: Pair) -> str | None:
+    """Return a pair's group, unless it consists of copies or of frames that are split in time."""
+    return None if pair.recording or (pair.group or "").startswith(COPIES_OF) else pair.group
 
 
 def _place_of(image: SourceExample | Filled) -> str:
@@ -223,31 +236,44 @@ def _group_all(
     images: list[Filled],
     added: list[SourceExample],
     group_of: dict[str, str | None],
+    given: Sequence[str | None],
     grouping: Grouping,
-) -> tuple[list[str | None], list[str | None], list[Copy]]:
-    """Return the known group of each image, the groups after copies have joined them, and copies.
+) -> tuple[list[str | None], list[Copy]]:
+    """Return the group of each image, after copies have joined groups, and the copies.
 
-    added: the examples of the last images. group_of: the known groups by SPLIT/NAME.
+    Arguments:
+      added: the examples of the last images.
+      group_of: the known groups by SPLIT/NAME.
+      given: the groups of the images that the user or their folders name, as in fill_folder.
     """
+    first_added = len(images) - len(added)
     if grouping.frames != "random" and not grouping.is_given:
-        new = zip(added, images[len(images) - len(added) :], strict=True)
-        group_of = group_of | _group_new_recordings([pair for pair in new if not pair[0].split])
+        new = [pair for pair in zip(added, images[first_added:], strict=True) if not pair[0].split]
+        group_of = _group_new_recordings(new, set(group_of.values())) | group_of
     known_groups = [group_of.get(_place_of(image)) for image in images]
-    copies = find_copies_among(images, known_groups)
-    alike = [copy[:2] for copy in copies] if grouping.joins_copies else []
-    groups = join_groups(known_groups, alike, [image.name for image in images])
-    return known_groups, groups, copies
+    copies = find_copies_among(images, given)
+    # Earlier images are joined already, except frames that are split in time, which must not be
+    alike = [copy[:2] for copy in copies if copy.second >= first_added]
+    alike = alike if grouping.joins_copies else []
+    return join_groups(known_groups, alike, [image.name for image in images]), copies
 
 
-def _group_new_recordings(added: list[tuple[SourceExample, Filled]]) -> dict[str, str]:
-    """Return the recording of each new frame, by its place: frames of one go to the same split."""
+def _group_new_recordings(
+    added: list[tuple[SourceExample, Filled]], known: set[str | None]
+) -> dict[str, str]:
+    """Return the recording of each new frame, by its place: frames of one go to the same split.
+
+    known: the groups of the earlier images; a recording that is one of them goes to its split.
+    """
     if not added:
         return {}
     examples, images = zip(*added, strict=True)
     thumbnails = [image.thumbnail for image in images]
     recordings = find_recordings(examples, thumbnails, [], [None] * len(examples))
     return {
-        _place_of(examples[index]): f"{recording.name}: added"
+        _place_of(images[index]): (
+            recording.name if recording.name in known else f"{recording.name}: added"
+        )
         for recording in recordings
         for index in recording.frames
     }
@@ -266,6 +292,8 @@ def _row_now(match: Match, filled: Filled | None) -> Row:
     if filled:
         return Row(_place_of(filled), filled.stamps[0], filled.stamps[1:])
     example, (place, image, masks) = match.example, match.row
+    if match.is_changed:  # a frame that is left out, so it is not filled
+        return new_row(place, example)
     if example.annotated is None:
         masks = tuple(map(stamp_file, example.masks, [mask.sha256 for mask in masks]))
     return Row(place, stamp_file(example.image, image.sha256), masks)

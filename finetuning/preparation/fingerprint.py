@@ -145,6 +145,14 @@ def _are_same_masks(row: Row, example: SourceExample) -> bool:
     return same_count and all(map(_is_same, row.masks, example.masks))
 
 
+def new_row(place: str, example: SourceExample) -> Row:
+    """Return the row of an example, from its files as they are now."""
+    masks = tuple(stamp_file(mask, _sha256(mask)) for mask in example.masks)
+    if example.annotated is not None:
+        masks = (stamp_outlines(example.annotated),)
+    return Row(place, stamp_file(example.image, _sha256(example.image)), masks)
+
+
 # The record in the data folder
 
 

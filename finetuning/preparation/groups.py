@@ -23,6 +23,7 @@ from finetuning.sources.pairing import SourceExample
 
 FRAME = re.compile(r"(.+)[_-](?:frame)?\d+")  # names like video3_000124
 FRAME_OPTION = '--group-regex "(.+)[_-]"'
+COPIES_OF = "copies of "  # begins the name of a group of copies alone
 FEW_FRAMES = 3  # average number of images per name from which they look like frames of videos
 
 
@@ -164,7 +165,7 @@ def join_groups(
             given.setdefault(root, group)
     members = Counter(roots)
     return [
-        (given.get(root) or f"copies of {names[root]}") if members[root] > 1 else None
+        (given.get(root) or f"{COPIES_OF}{names[root]}") if members[root] > 1 else None
         for root in roots
     ]
 
