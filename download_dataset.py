@@ -49,7 +49,7 @@ def fill(
 ) -> bool:
     """Fill a data folder from its source, or add to it, and print a report.
 
-    Returns whether there was anything to do.
+    Returns False if there was nothing to do.
 
     Arguments:
       paths: of the source and the table of groups, by option.
@@ -169,7 +169,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.add and args.force:
         parser.error("--add keeps the data folder's content, --force replaces it; choose one")
     if args.add and not (args.images or args.pairs or args.annotations or args.archive):
-        parser.error("--add needs a source: --images and --masks, --annotations or --archive")
+        parser.error(
+            "--add needs a source: --images and --masks, --pairs, --annotations or --archive"
+        )
     has_split_options = args.test_fraction or args.groups or args.group_regex
     if args.demo and (has_split_options or args.frames != "auto"):
         parser.error("the demo's split is fixed; leave the options of the split out")

@@ -1,4 +1,4 @@
-"""Add images to a filled data folder (--add): all that are there stay in their split."""
+"""Add images to a filled data folder (--add): the earlier ones stay in their split."""
 
 from __future__ import annotations
 
@@ -185,11 +185,10 @@ def _place(matches: Sequence[Match], places: Iterable[str]) -> list[SourceExampl
     names = {place.partition("/")[2].casefold() for place in places}
     placed = []
     for match in matches:
-        example, (split, _, name) = (
-            match.example,
-            (match.row.place if match.row else "").partition("/"),
-        )
-        if not match.row:
+        example = match.example
+        if match.row:
+            split, _, name = match.row.place.partition("/")
+        else:
             split, name = example.split, example.name
             folders = [example.image.parent.name, example.image.parent.parent.name]
             telling = [folder for folder in folders if folder.casefold() not in IMAGE_FOLDERS]

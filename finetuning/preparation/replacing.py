@@ -24,18 +24,9 @@ from finetuning.preparation.copies import COPIES_FILE, write_copies
 from finetuning.preparation.fingerprint import SOURCES_FILE, SOURCES_KEY, write_records
 from finetuning.preparation.overview import OVERVIEW_FILE, draw_overview
 
-MOVED = (
-    "images",
-    "masks",
-    OVERVIEW_FILE,
-    COPIES_FILE,
-    SOURCES_FILE,
-)  # a data set, except its SPLIT_FILE
-
-
+# A data set, except its SPLIT_FILE
+MOVED = ("images", "masks", OVERVIEW_FILE, COPIES_FILE, SOURCES_FILE)
 BEGUN_FILE = "begun.json"  # identifies a temporary folder as this program's
-
-
 TEMPORARY_PREFIX = ".partial-"  # of the temporary folders in a data folder
 
 
