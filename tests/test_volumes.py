@@ -375,6 +375,35 @@ def test_volumes_without_labels_are_named_or_left_out(run_script, tmp_path):
     assert mixed.status == 2 and "photo.png: 1 ordinary images beside volumes" in mixed.err
 
 
+def test_another_volume_changes_nothing_in_those_that_are_there(run_script, tmp_path):
+    def add_scan(name: str) -> None:
+        values, labels = draw_scan(int(name[-1]), (18, *SHAPE[1:]))
+        labels[:14] = 0
+        write_nifti(tmp_path / f"images/{name}.nii.gz", values)
+        write_nifti(tmp_path / f"labels/{name}.nii.gz", labels)
+
+    for name in ("case1", "case3"):
+        add_scan(name)
+    assert fill(run_script, "--masks", "labels").status == 0
+    before = read_facts(Path("data"))
+    add_scan("case2")  # between the others in the order of names
+    added = fill(run_script, "--masks", "labels", "--add")
+    assert added.status == 0, added.err
+    facts = read_facts(Path("data"))
+    for split in ("train", "val"):
+        assert [name for name in facts[split] if "case2" not in name] == before[split]
+    assert "nothing to do" in fill(run_script, "--masks", "labels").out
+
+
+def test_two_volumes_of_one_name_are_refused(run_script, tmp_path):
+    values, labels = draw_scan(0)
+    for name in ("scan.nii", "scan.nii.gz"):
+        write_nifti(tmp_path / "images" / name, values)
+        write_nifti(tmp_path / "labels" / name, labels)
+    refused = fill(run_script, "--masks", "labels")
+    assert refused.status == 2 and "same names; rename one of them" in refused.err
+
+
 def test_a_dicom_series_with_a_nifti_label_and_with_masks_of_its_files(run_script, tmp_path):
     for index in range(2):
         values, labels = draw_scan(index)

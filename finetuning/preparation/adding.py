@@ -85,6 +85,8 @@ def add_to_folder(
     check_files(examples)
     check_cases(examples)
     given = find_groups(examples, grouping)
+    if not grouping.is_given:  # in a filled folder, a single volume can stay together
+        given = [example.group for example in examples]
     pairs = _pairs_by_place(data)
     placed = _place(matches, pairs)
     group_of = {place: pair.group for place, pair in pairs.items()}

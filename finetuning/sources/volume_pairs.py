@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -254,7 +255,9 @@ def write_slices(
                     is_empty = empty_slices(labels, options.object_value)
                     if len(is_empty) > 1:
                         filled, empty = filled + int((~is_empty).sum()), empty + int(is_empty.sum())
-                        most = round(options.empty_share * empty) - kept
+                        # Rounded up or down by the name, so that other volumes change nothing
+                        wanted = options.empty_share * int(is_empty.sum())
+                        most = int(wanted + zlib.crc32(pair.name.encode()) / 2**32)
                         indices = kept_slices(is_empty, volume, most)
                         kept += sum(is_empty[indices])
                 place = folder / str(number_of_level)

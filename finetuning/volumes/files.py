@@ -68,7 +68,8 @@ def find_volumes(
     """Return the volumes among files of one folder, and in folders at any depth, sorted by name.
 
     A series of DICOM files is one volume, named like its folder, if that holds no other; a file
-    is named like itself, and by its folder if that name is not the only one.
+    is named like itself, and by its folder if that name is not the only one. Raises UserError for
+    two volumes of one name.
     """
     by_folder: dict[Path, list[Path]] = defaultdict(list)
     for path in files:
@@ -96,6 +97,13 @@ def find_volumes(
         else each
         for each in volumes
     ]
+    places: dict[str, VolumeFile] = {}
+    for each in volumes:
+        if (other := places.setdefault(each.name, each)) is not each:
+            raise UserError(
+                f"{brief_path(other.path)} and {brief_path(each.path)} would have slices of the "
+                "same names; rename one of them"
+            )
     return sorted(volumes)
 
 
