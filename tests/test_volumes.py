@@ -549,6 +549,6 @@ def test_a_folder_of_volumes_and_images_with_the_range_of_training(segment, tmp_
     assert done.status == 0, done.err
     output = Path("output/my_results/in")
     assert len(read_rows(output)) == 6 and (output / "a_masks.nii.gz").is_file()
-    assert "b does not say where it lies: a PNG file each slice" in done.out
+    assert "b does not say where it lies: each slice has a PNG mask" in done.out
     assert "--value-range" not in done.out
     assert content_sha256(random_mini)

@@ -177,7 +177,8 @@ def _read_json_files(path: Path, errors: Errors) -> Export | None:
             kind = _json_kind(document)
             if kind == "COCO":
                 more, classes = read_coco(file, document, errors)
-                entries, names = entries + more, names | classes
+                entries += more
+                names |= classes
             elif kind is not None:
                 read = read_labelme if kind == "labelme" else read_sa1b
                 entries.append(read(file, document, errors))

@@ -1,6 +1,6 @@
 """Volumes to segment: their slices as the images of a folder, and masks in the form of the volume.
 
-volumes = list_slices(volumes_at(path), bands, number)
+volumes = list_slices(volumes_at(path), bands, slice_number, has_prompts)
 with slices_on_disk(volumes, ranges, bands) as images: ...segment_folder(images, ...)
 write_volumes(folder, volumes, results)
 """
@@ -147,7 +147,9 @@ def write_volumes(folder: Path, volumes: Sequence[SlicedVolume], results: Folder
         if path:
             tell(f"masks:   {path} ({count} of {volume.size[0]} slices)")
         else:
-            tell(f"masks:   {volume.file.name} does not say where it lies: a PNG file each slice")
+            tell(
+                f"masks:   {volume.file.name} does not say where it lies: each slice has a PNG mask"
+            )
         if any(not name.isdecimal() for name in names):
             values = ", ".join(f"{value} {brief(name)}" for value, name in enumerate(names, 1))
             tell(f"values:  {values}")
@@ -156,9 +158,10 @@ def write_volumes(folder: Path, volumes: Sequence[SlicedVolume], results: Folder
 def _assemble(
     folder: Path, volume: SlicedVolume, results: FolderResults
 ) -> tuple[np.ndarray, list[str], int]:
-    """Return the masks, slices x rows x columns, of the slices with results, and their number.
+    """Return a volume's masks, its objects' names, and the number of slices with results.
 
-    The names of the objects are in the order of their values, from 1.
+    The masks are slices x rows x columns. The names are in the order of their values, from 1:
+    numbers first, then the others as they occur.
     """
     found = {}
     for index, name in enumerate(volume.names):
@@ -167,10 +170,11 @@ def _assemble(
         if rows and not rows[0].get("error") and file.is_file():
             found[index] = [row["object"] for row in rows], file
     names = list(dict.fromkeys(name for objects, _ in found.values() for name in objects))
-    names.sort(key=lambda name: int(name) if name.isdecimal() else len(names))
+    names.sort(key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0))
+    value_of = {name: value for value, name in enumerate(names, 1)}
     masks = np.zeros(volume.size, np.uint8 if len(names) < 256 else np.uint16)
     for index, (objects, file) in found.items():
         values = read_values(file)[0]
         values = (values > 0).astype(np.uint8) if len(objects) == 1 else values
-        masks[index] = np.array([0, *(names.index(name) + 1 for name in objects)])[values]
+        masks[index] = np.array([0, *(value_of[name] for name in objects)])[values]
     return masks, names, len(found)

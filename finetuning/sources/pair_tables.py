@@ -57,7 +57,9 @@ def read_pairs_file(
     every = list(rows.values())
     levels, value_range = slice_rows([row[:2] for row in every], slices, notes)
     unnamed = [
-        UnnamedExample(each.image, (each.mask,), row.folder, row.split, None, each.volume)
+        UnnamedExample(
+            each.image, (each.mask,), row.folder, row.split, None, row.group or each.volume
+        )
         for row, level in zip(every, levels, strict=True)
         for each in level
     ] + [row for row, level in zip(every, levels, strict=True) if not level]

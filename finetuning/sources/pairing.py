@@ -128,7 +128,7 @@ def _pair_all(
     sliced = slice_levels(levels, slices, skip_unlabelled)
     notes += sliced.notes
     unnamed = [
-        example._replace(group=sliced.group_of.get(example.image, example.group))
+        example._replace(group=sliced.group_of.get(example.image) or example.group)
         for level in sliced.levels
         for example in _pair(level, notes)
     ]
@@ -219,14 +219,16 @@ def name_examples(unnamed: list[UnnamedExample]) -> list[SourceExample]:
     """Name examples by their images; add folder and number to equal names in a split."""
     stems = [(example.split or "", safe_name(stem_of(example.image))) for example in unnamed]
     times, examples = Counter(stems), {}
+    numbers: dict[tuple[str, str], int] = {}  # the last one of each split and base
     order = sorted(zip(stems, unnamed, strict=True), key=lambda pair: (pair[0], str(pair[1].image)))
     for (split, stem), example in order:
         # The folder distinguishes equal names; a number, equal names in equal folders
         name = base = stem if times[split, stem] == 1 else f"{safe_name(example.folder)}_{stem}"
-        number = 1
+        number = numbers.get((split, base), 1)
         while (split, name) in examples or (name != stem and (split, name) in times):
             number += 1
             name = f"{base}_{number}"
+        numbers[split, base] = number
         examples[split, name] = SourceExample(name, *example[:2], *example[3:])
     return [examples[key] for key in sorted(examples)]
 

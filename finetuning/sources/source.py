@@ -37,6 +37,7 @@ from finetuning.sources.volume_pairs import EMPTY_SHARE, NO_OPTIONS, SliceFolder
 
 KVASIR_FILE = "kvasir-seg.zip"  # in the data folder
 ANNOTATION_SUFFIXES = (".json", ".txt", ".csv")
+MASKS_HAVE_NO_CLASSES = "these are masks, without classes; leave --class-name out"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Source:
             with unpacked(annotations) as path:
                 yield self._find_annotated(path)
         elif self.pairs:
+            if self.class_names:
+                raise UserError(MASKS_HAVE_NO_CLASSES)
             yield read_pairs_file(self.pairs, self.images, self.masks, slices)
         elif self.images:
             yield find_examples(self.images, self.masks, self.skip_unlabelled, slices)
@@ -131,7 +134,7 @@ class Source:
                 with_slices = slices if archive.is_dir() else None
                 found = find_in_folder(root, self.skip_unlabelled, with_slices)
                 if self.class_names:
-                    raise UserError("these are masks, without classes; leave --class-name out")
+                    raise UserError(MASKS_HAVE_NO_CLASSES)
             except UserError:
                 names = [] if archive.is_dir() else root.root.namelist()
                 if names and not any(name.lower().endswith(ANNOTATION_SUFFIXES) for name in names):

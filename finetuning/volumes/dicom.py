@@ -62,20 +62,30 @@ def split_series(files: Sequence[Path]) -> list[list[Path]]:
         header = read_header(path)
         if "Rows" not in header or "Columns" not in header:
             continue  # a report, or a DICOMDIR
-        key = header.get("PatientID"), header.get("SeriesInstanceUID") or path.name
-        key = tuple(map(str, key)), int(header.Rows), int(header.Columns)
-        axes = [float(value) for value in header.get("ImageOrientationPatient") or ()]
-        key = (*key, tuple(np.round(axes, 1) + 0.0), int(header.get("NumberOfFrames") or 1) > 1)
-        place = header.get("ImagePositionPatient")
-        height = _normal(axes) @ np.array(place, float) if place and axes else 0.0
-        number = header.get("InstanceNumber")
-        order = round(float(height), 3), int(number) if number is not None else 0, path.name
+        try:
+            key, order = _key_and_order(path, header)
+        except Exception as error:  # odd values raise many kinds
+            raise UserError(
+                f"{brief_path(path)} has a damaged DICOM header; copy it again, or leave it out"
+            ) from error
         series.setdefault(key, []).append((order, path))
     found = []
     for key, members in series.items():
         paths = [path for _, path in sorted(members)]
         found += [[path] for path in paths] if key[-1] else [paths]  # files of frames are volumes
     return found
+
+
+def _key_and_order(path: Path, header: Any) -> tuple[tuple, tuple]:
+    """Return what the files of a series have in common, and a file's place in their order."""
+    key = header.get("PatientID"), header.get("SeriesInstanceUID") or path.name
+    key = tuple(map(str, key)), int(header.Rows), int(header.Columns)
+    axes = [float(value) for value in header.get("ImageOrientationPatient") or ()]
+    key = (*key, tuple(np.round(axes, 1) + 0.0), int(header.get("NumberOfFrames") or 1) > 1)
+    place = header.get("ImagePositionPatient")
+    height = _normal(axes) @ np.array(place, float) if place and axes else 0.0
+    number = header.get("InstanceNumber")
+    return key, (round(float(height), 3), int(number) if number is not None else 0, path.name)
 
 
 def _normal(axes: Sequence[float]) -> np.ndarray:

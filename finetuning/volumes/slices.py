@@ -29,9 +29,9 @@ def common_range(volumes: Sequence[VolumeFile], bands: Bands = ()) -> ValueRange
         if values.dtype != np.uint8 and len(values) > 1:
             voxels = values.reshape(-1)[:: -(-values.size // SAMPLE)].astype(np.float32)
             samples.append(voxels[np.isfinite(voxels)])
-    if not samples:
+    if not samples or not (voxels := np.concatenate(samples)).size:  # all may be NaN
         return None
-    low, high = np.percentile(np.concatenate(samples), PERCENTILES).tolist()
+    low, high = np.percentile(voxels, PERCENTILES).tolist()
     return (low, high) if low < high else (low, low + 1)
 
 
@@ -46,7 +46,8 @@ def write_slice(
     """Write a slice as an 8-bit image, with value_range as black and white; NaN is black."""
     values = volume.values[index]
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        low, high = value_range or np.percentile(values[np.isfinite(values)], PERCENTILES)
+        finite = values[np.isfinite(values)]
+        low, high = value_range or (np.percentile(finite, PERCENTILES) if finite.size else (0, 0))
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     is_8_bits = values.dtype == np.uint8
     write_png(path, values if is_8_bits else to_8_bits(volume.path, values, value_range))
