@@ -21,6 +21,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from sam2_utils import UserError
+
 from finetuning.basics.command_line import ArgumentParser, number, run, seed, tell
 from finetuning.basics.files import DATASET_URL, DEMO_DATA
 from finetuning.dataset.pairs import count_pairs, is_filled, read_facts
@@ -66,6 +68,8 @@ def fill(
             facts, value_range = {**facts, "value_range": list(found.value_range)}, None
             if grouping.frames == "auto" and is_one_group(found.examples):  # neighbours are alike
                 grouping = grouping._replace(frames="time")
+        if rule.is_chosen and any(example.annotated for example in found.examples):
+            raise UserError("annotations give outlines, not masks; leave the options of masks out")
         folders = folders_beside(paths, found.examples)
         record = take_record(paths, folders, facts["options"], data)
         fill_or_add = add_to_folder if is_addition else fill_folder
@@ -187,12 +191,17 @@ def main(argv: list[str] | None = None) -> None:
     recover_if_killed(args.data)
     names = ("archive", "images", "masks", "annotations", "pairs", "demo")
     names += ("skip_unlabelled", "skip_missing")
-    is_gray = args.mask_value and len(args.mask_value) == 1
+    # Of a volume's labels: numbers, not colours
+    object_value, ignored_value = (
+        value[0] if value and len(value) == 1 else None
+        for value in (args.mask_value, args.ignore_value)
+    )
     volumes = VolumeOptions(
         args.bands,
         args.value_range or (None if args.force else kept_value_range(args.data)),
         args.empty_share,
-        args.mask_value[0] if is_gray else None,
+        object_value,
+        ignored_value,
     )
     source = Source(
         **{name: getattr(args, name) for name in names},

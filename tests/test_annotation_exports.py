@@ -423,3 +423,22 @@ def test_objects_outside_of_their_image_are_counted(tmp_path, capsys):
     arguments = [str(part) for option in options.items() for part in option]
     download_dataset.main([*arguments, "--skip-checkpoint", "--copies", "ignore"])
     assert "left out 3 of 6 objects: no pixel of the image is inside" in capsys.readouterr().out
+
+
+def test_options_of_masks_are_refused_for_outlines(tmp_path, run_script):
+    write_photos(tmp_path / "set", "a.jpg", "b.jpg")
+    write(tmp_path / "set/coco.json", coco("a.jpg", "b.jpg"))
+    options = ("--archive", tmp_path / "set", "--skip-checkpoint", "--data", tmp_path / "data")
+    refused = run_script(download_dataset.main, *options, "--mask-value", "1")
+    assert refused.status == 2 and "leave the options of masks out" in refused.err
+
+
+def test_a_broken_json_beside_masks_does_not_hide_what_is_wrong_with_them(tmp_path):
+    write_photos(tmp_path / "set/images", "a.png", "b.png")
+    write_photos(tmp_path / "set/masks", "a.png")
+    write(tmp_path / "set/settings.json", "{")
+    with (
+        pytest.raises(UserError, match="1 of 2 images have no mask"),
+        Source(archive=tmp_path / "set").find(tmp_path),
+    ):
+        pass

@@ -395,6 +395,18 @@ def test_another_volume_changes_nothing_in_those_that_are_there(run_script, tmp_
     assert "nothing to do" in fill(run_script, "--masks", "labels").out
 
 
+def test_slices_of_void_alone_have_no_object(run_script, tmp_path):
+    for index in range(2):
+        values, labels = draw_scan(index)
+        labels[0] = labels[1, :3] = 255
+        write_nifti(tmp_path / f"images/case{index}.nii.gz", values)
+        write_nifti(tmp_path / f"labels/case{index}.nii.gz", labels)
+    options = ("--masks", "labels", "--ignore-value", "255", "--empty-share", "0")
+    done = fill(run_script, *options)
+    assert done.status == 0, done.err
+    assert "slices: 8, 8 with an object and 0 of the 2" in done.out
+
+
 def test_two_volumes_of_one_name_are_refused(run_script, tmp_path):
     values, labels = draw_scan(0)
     for name in ("scan.nii", "scan.nii.gz"):

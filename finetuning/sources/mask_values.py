@@ -54,6 +54,11 @@ class MaskRule:
         return {k: v for k, v in asdict(self).items() if v != getattr(MaskRule, k)}
 
     @property
+    def is_chosen(self) -> bool:
+        """Whether the user said what the values of masks mean."""
+        return bool(self.options.keys() - {"smallest_part"})
+
+    @property
     def gives_objects(self) -> bool:
         """Whether an image may have several objects."""
         return self.each_value or self.parts

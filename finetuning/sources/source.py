@@ -87,7 +87,7 @@ class Source:
         for folder in filter(None, (self.images, self.masks, self.annotations)):
             if lies_in(folder, data):
                 raise UserError(f"{folder} is or lies inside {data}; use another --data folder")
-        for folder in filter(None, (self.images, self.masks, self.archive)):
+        for folder in filter(None, (self.images, self.masks, self.annotations, self.archive)):
             if lies_in(data, folder) and (folder != self.archive or lies_in(folder, data)):
                 raise UserError(f"{data} is or lies inside {folder}; use another --data folder")
 
@@ -135,13 +135,13 @@ class Source:
                 found = find_in_folder(root, self.skip_unlabelled, with_slices)
                 if self.class_names:
                     raise UserError(MASKS_HAVE_NO_CLASSES)
-            except UserError:
+            except UserError as error:
                 names = [] if archive.is_dir() else root.root.namelist()
                 if names and not any(name.lower().endswith(ANNOTATION_SUFFIXES) for name in names):
                     raise  # without unpacking it all
                 folder = opened.enter_context(unpacked(archive))
-                if not holds_annotations(folder):
-                    raise
+                if not _may_hold_annotations(folder):
+                    raise error
                 found = self._find_annotated(folder)
             yield found
 
@@ -149,6 +149,14 @@ class Source:
         return find_annotated(
             path, self.images, self.class_names, self.skip_unlabelled, self.skip_missing
         )
+
+
+def _may_hold_annotations(folder: Path) -> bool:
+    """Return whether a folder holds annotations; not if one of its files cannot be read."""
+    try:
+        return holds_annotations(folder)
+    except UserError:
+        return False
 
 
 def find_annotated(

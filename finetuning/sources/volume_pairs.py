@@ -39,13 +39,14 @@ class VolumeOptions(NamedTuple):
     bands: the channels to take, counted from 1; none: those that make a picture.
     value_range: the values of black and white; None: from all volumes.
     empty_share: the share of the slices without an object that is kept.
-    object_value: the value of the object in the labels; None: any but 0.
+    object_value: the value of the object in the labels; None: any but 0 and ignored_value.
     """
 
     bands: Bands = ()
     value_range: ValueRange | None = None
     empty_share: float = EMPTY_SHARE
     object_value: int | None = None
+    ignored_value: int | None = None
 
 
 NO_OPTIONS = VolumeOptions()
@@ -252,7 +253,7 @@ def write_slices(
                 indices, labels = list(range(len(volume.values))), None
                 if pair.label:
                     labels = read_label(pair.label, pair.image, volume)
-                    is_empty = empty_slices(labels, options.object_value)
+                    is_empty = empty_slices(labels, options.object_value, options.ignored_value)
                     if len(is_empty) > 1:
                         filled, empty = filled + int((~is_empty).sum()), empty + int(is_empty.sum())
                         # Rounded up or down by the name, so that other volumes change nothing

@@ -59,12 +59,14 @@ def write_png(path: Path, values: np.ndarray) -> None:
     path.write_bytes(cv2.imencode(".png", values if values.ndim == 2 else values[..., ::-1])[1])
 
 
-def empty_slices(labels: np.ndarray, value: int | None = None) -> np.ndarray:
+def empty_slices(
+    labels: np.ndarray, value: int | None = None, ignored: int | None = None
+) -> np.ndarray:
     """Return which slices of labels, slices x rows x columns (x 3), have no object: bool.
 
-    value: the object's; None: all values but 0.
+    value: the object's; None: all values but 0 and `ignored`.
     """
-    is_object = labels != 0 if value is None else labels == value
+    is_object = (labels != 0) & (labels != ignored) if value is None else labels == value
     return ~is_object.reshape(len(labels), -1).any(axis=1)
 
 
@@ -73,7 +75,12 @@ def kept_slices(is_empty: np.ndarray, volume: Volume, most_empty: int) -> list[i
 
     The empty ones are evenly spaced. Slices of one value, outside the body, are not kept.
     """
-    empty = [k for k in np.flatnonzero(is_empty).tolist() if np.ptp(volume.values[k]) > 0]
+    empty = [k for k in np.flatnonzero(is_empty).tolist() if _has_contrast(volume.values[k])]
     count = min(len(empty), most_empty)
     chosen = np.linspace(0, len(empty) - 1, count).round().astype(int) if count else []
     return sorted([*np.flatnonzero(~is_empty).tolist(), *(empty[k] for k in chosen)])
+
+
+def _has_contrast(values: np.ndarray) -> bool:
+    finite = values[np.isfinite(values)]
+    return finite.size > 0 and bool(np.ptp(finite) > 0)
