@@ -407,6 +407,13 @@ def test_slices_of_void_alone_have_no_object(run_script, tmp_path):
     assert "slices: 8, 8 with an object and 0 of the 2" in done.out
 
 
+def test_a_dicom_series_without_a_usable_place_is_read_as_it_is_stored(tmp_path):
+    values, _ = draw_scan(0)
+    folder = write_series(tmp_path / "series", values, PixelSpacing=[0, 0])
+    volume = read_dicom(sorted(folder.iterdir()))
+    assert volume.affine is None and volume.values.shape == values.shape
+
+
 def test_two_volumes_of_one_name_are_refused(run_script, tmp_path):
     values, labels = draw_scan(0)
     for name in ("scan.nii", "scan.nii.gz"):

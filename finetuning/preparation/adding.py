@@ -89,14 +89,7 @@ def add_to_folder(
         given = [example.group for example in examples]
     pairs = _pairs_by_place(data)
     placed = _place(matches, pairs)
-    group_of = {place: pair.group for place, pair in pairs.items()}
-    given_of = {place: _named_group(pair) for place, pair in pairs.items()}
-    given_of |= {_place_of(image): group for image, group in zip(placed, given, strict=True)}
-    # Frames that are split in time stay in their blocks
-    in_time = {place for place, pair in pairs.items() if pair.recording}
-    group_of |= {
-        place: group for place, group in given_of.items() if group and place not in in_time
-    }
+    given_of, group_of = _groups_by_place(pairs, placed, given)
     facts = {name: value for name, value in known.items() if name not in (*SPLITS, "groups")}
     per_object = known.get("masks") == "objects" or gives_objects(examples, rule)
     facts |= {"masks": "objects"} if per_object else {}
@@ -105,8 +98,8 @@ def add_to_folder(
     with new_dataset(data, facts) as folder:
         images = _carry_over(folder, kept, records, per_object)
         filler = Filler(folder, rule, per_object, value_range)
-        images += filler.fill([placed[index] for index in todo])
         added = [placed[index] for index in todo]
+        images += filler.fill(added)
         given = [given_of.get(_place_of(image)) for image in images]
         groups, copies = _group_all(images, added, group_of, given, grouping)
         images = split_filled(folder, images, Arranged(groups, {}, {}), facts, is_addition=True)
@@ -231,6 +224,24 @@ def _carry_over(
         return Filled(name, split, [], 0, False, sha256, thumbnail)
 
     return in_threads(carry, list(kept), "Reading the images that are there", "image")
+
+
+def _groups_by_place(
+    pairs: dict[str, Pair], placed: Sequence[SourceExample], given: Sequence[str | None]
+) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    """Return by SPLIT/NAME the groups that are given, and those with which an image stays.
+
+    given: the group of each of `placed`.
+    """
+    given_of = {place: _named_group(pair) for place, pair in pairs.items()}
+    given_of |= {_place_of(image): group for image, group in zip(placed, given, strict=True)}
+    # Frames that are split in time stay in their blocks
+    in_time = {place for place, pair in pairs.items() if pair.recording}
+    group_of = {place: pair.group for place, pair in pairs.items()}
+    group_of |= {
+        place: group for place, group in given_of.items() if group and place not in in_time
+    }
+    return given_of, group_of
 
 
 def _group_all(

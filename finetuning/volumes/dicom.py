@@ -129,7 +129,8 @@ def write_masks_of_series(path: Path, masks: np.ndarray, files: Sequence[Path]) 
 
 
 def _affine(places: list[np.ndarray]) -> np.ndarray | None:
-    """Return the affine of a Volume from its slices' own; None if they are not evenly placed.
+    """Return the affine of a Volume from its slices' own; None if they are not evenly placed or
+    not usable.
 
     In the 4x4 matrix of a slice, the third column is its normal, times its thickness.
     """
@@ -144,7 +145,9 @@ def _affine(places: list[np.ndarray]) -> np.ndarray | None:
         if length < 1e-6 or np.linalg.norm(starts - even, axis=1).max() > UNEVEN * length:
             return None
         affine[:3, 2] = step
-    return TO_RAS @ affine
+    # A spacing of 0 or an unreadable one says nothing
+    is_usable = np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 1e-9
+    return TO_RAS @ affine if is_usable else None
 
 
 def _read_file(path: Path) -> tuple[np.ndarray, list[np.ndarray | None]]:
