@@ -230,13 +230,16 @@ def _assemble(
         image = finder.find(entry)
         outlines = []
         for name, outline in entry.objects:
-            if name not in wanted or isinstance(outline, str):
-                left_out[outline if name in wanted else OTHER_CLASSES] += 1
-            elif image is None:
-                left_out[WITHOUT_IMAGE] += 1
+            if name not in wanted:
+                left_out[OTHER_CLASSES] += 1
+            elif isinstance(outline, str):
+                left_out[outline] += 1
             else:
-                counts[name] += 1
-            outlines += [outline] if name in wanted and not isinstance(outline, str) else []
+                outlines.append(outline)
+                if image is None:
+                    left_out[WITHOUT_IMAGE] += 1
+                else:
+                    counts[name] += 1
         if image is None:
             missing += [entry] if outlines else []
             continue

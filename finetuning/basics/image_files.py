@@ -180,7 +180,7 @@ def _is_binary(gray: np.ndarray, is_lossy: bool) -> bool:
 
 
 def write_image(path: Path, image: np.ndarray, in_partial_folder: bool = False) -> None:
-    """Write an HxWx3 RGB or HxW gray uint8 array, in the format of the path's suffix.
+    """Write an HxWx3 RGB or HxW gray array of uint8, or a uint16 label map, by the path's suffix.
 
     in_partial_folder: write it plainly, much faster, as the folder is removed after an error.
     """

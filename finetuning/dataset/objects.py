@@ -16,13 +16,18 @@ from typing import Any
 
 from sam2_utils import UserError
 
-import cv2
 import numpy as np
 from PIL import Image, ImageSequence
 
 from finetuning.basics.cropped_masks import CroppedMask, crop_mask, value_boxes
 from finetuning.basics.files import read_file
-from finetuning.basics.image_files import read_image, read_mask, read_values, require_equal_sizes
+from finetuning.basics.image_files import (
+    read_image,
+    read_mask,
+    read_values,
+    require_equal_sizes,
+    write_image,
+)
 from finetuning.basics.threads import in_threads
 from finetuning.basics.tiff import tiff_pages
 from finetuning.dataset.pairs import Pair, files_by_stem
@@ -157,12 +162,10 @@ def limit_objects(pairs: list[Pair], most: int, seed: int = DRAW_SEED) -> list[P
 
 def write_label_maps(to: Path, maps: Sequence[np.ndarray]) -> None:
     """Write one HxW uint8 or uint16 label map as TO.png, or several as the pages of TO.tif."""
-    # Without atomic_write: a data folder's files are written to a temporary folder
-    to.parent.mkdir(parents=True, exist_ok=True)
     if len(maps) == 1:
-        encoded = cv2.imencode(".png", maps[0])[1].tobytes()
-        to.with_name(f"{to.name}.png").write_bytes(encoded)
+        write_image(to.with_name(f"{to.name}.png"), maps[0], in_partial_folder=True)
         return
+    to.parent.mkdir(parents=True, exist_ok=True)
     comment = f"label maps of overlapping objects: {len(maps)}, CRC-32 {_checksum(maps):08x}"
     first, *others = map(Image.fromarray, maps)
     first.save(

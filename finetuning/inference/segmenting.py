@@ -125,19 +125,7 @@ def segment_folder(
 
     An image that cannot be read, or with a prompt outside it, is reported; the others go on.
     """
-    had_results = len(results.files)
-    if gone := results.drop_gone([*(image.name for image in images), *others]):
-        tell(
-            f"{len(gone)} of {had_results} images with results are gone: {listed(gone)}; "
-            f"their rows are dropped, and their files moved to {results.folder / GONE_FOLDER}"
-        )
-    wanted = [image for image in images if prompts is None or image.name in prompts]
-    todo = [image for image in wanted if overwrite or not _is_done(image, prompts, results)]
-    if replaced := [image.name for image in todo if results.is_replaced(image)]:
-        tell(
-            f"{len(replaced)} of {had_results} images with results have changed and are segmented "
-            f"again: {listed(replaced)}"
-        )
+    wanted, todo = _choose_images(images, prompts, results, overwrite, others)
     # In the window the user may stop early: images keep their results until new ones are saved
     if overwrite and not method.opens_window:
         results.forget([image.name for image in todo])
@@ -165,6 +153,34 @@ def segment_folder(
             segmented, skipped = segmented + bool(objects), skipped + (not objects)
             results.write(0 if in_window else WRITE_SECONDS)  # no click is ever lost
     return Tally(segmented, skipped, failed, **left_out)
+
+
+def _choose_images(
+    images: list[FolderImage],
+    prompts: dict[str, dict[str, Prompt]] | None,
+    results: FolderResults,
+    overwrite: bool,
+    others: Sequence[str],
+) -> tuple[list[FolderImage], list[FolderImage]]:
+    """Return the images with prompts, and those of them to segment now.
+
+    The arguments are those of segment_folder. Results of images that are gone are dropped. Prints
+    the numbers of images that are gone or have changed.
+    """
+    had_results = len(results.files)
+    if gone := results.drop_gone([*(image.name for image in images), *others]):
+        tell(
+            f"{len(gone)} of {had_results} images with results are gone: {listed(gone)}; "
+            f"their rows are dropped, and their files moved to {results.folder / GONE_FOLDER}"
+        )
+    wanted = [image for image in images if prompts is None or image.name in prompts]
+    todo = [image for image in wanted if overwrite or not _is_done(image, prompts, results)]
+    if replaced := [image.name for image in todo if results.is_replaced(image)]:
+        tell(
+            f"{len(replaced)} of {had_results} images with results have changed and are segmented "
+            f"again: {listed(replaced)}"
+        )
+    return wanted, todo
 
 
 def _is_done(

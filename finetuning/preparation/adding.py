@@ -15,11 +15,11 @@ from finetuning.basics.command_line import listed, tell
 from finetuning.basics.files import content_sha256
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.basics.threads import in_threads
-from finetuning.dataset.pairs import SPLITS, Pair, read_facts, split_pairs
+from finetuning.dataset.pairs import SPLITS, Pair, read_facts, split_pairs, splits_of
+from finetuning.dataset.splitting import keyed
 from finetuning.preparation.copies import Copy, make_thumbnail
 from finetuning.preparation.data_folder import (
-    check_cases,
-    check_files,
+    check_examples,
     find_copies_among,
     gives_objects,
     report_filled,
@@ -82,12 +82,11 @@ def add_to_folder(
     if not changed and not (record and (now.groups, keys) != (record.groups, record.rows.keys())):
         return None
     todo = [index for index in changed if not matches[index].is_left_out]
-    check_files(examples)
-    check_cases(examples)
+    check_examples(examples)
     given = find_groups(examples, grouping)
     if not grouping.is_given:  # in a filled folder, a single volume can stay together
         given = [example.group for example in examples]
-    pairs = _pairs_by_place(data)
+    pairs = keyed({split: split_pairs(data, split) for split in splits_of(data)})
     placed = _place(matches, pairs)
     given_of, group_of = _groups_by_place(pairs, placed, given)
     facts = {name: value for name, value in known.items() if name not in (*SPLITS, "groups")}
@@ -151,16 +150,6 @@ def _match(
             f"{listed(gone)}; bring them back, or fill the folder again without them: --force"
         )
     return matches
-
-
-def _pairs_by_place(data: Path) -> dict[str, Pair]:
-    """Return all pairs of a data folder by SPLIT/NAME."""
-    return {
-        f"{split}/{pair.name}": pair
-        for split in SPLITS
-        if (data / "images" / split).is_dir()
-        for pair in split_pairs(data, split)
-    }
 
 
 def _named_group(pair: Pair) -> str | None:
@@ -302,7 +291,7 @@ def _link(file: Path, to: Path) -> None:
 def _row_now(match: Match, filled: Filled | None) -> Row:
     """Return the row of a match, which was filled now or is as it was but for its times."""
     if filled:
-        return Row(_place_of(filled), filled.stamps[0], filled.stamps[1:])
+        return filled.row
     example, (place, image, masks) = match.example, match.row
     if match.is_changed:  # a frame that is left out, so it is not filled
         return new_row(place, example)

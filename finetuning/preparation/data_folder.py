@@ -30,7 +30,6 @@ from finetuning.preparation.filling import UNSPLIT, Filled, Filler, move_to_spli
 from finetuning.preparation.fingerprint import (
     SOURCES_KEY,
     Record,
-    Row,
     key_of,
     write_records,
 )
@@ -41,16 +40,15 @@ from finetuning.sources.mask_values import MaskRule
 from finetuning.sources.pairing import SourceExample
 
 
-def check_files(examples: list[SourceExample]) -> None:
-    """Raise UserError, before any file is copied, if one is not a file or is too large."""
+def check_examples(examples: list[SourceExample]) -> None:
+    """Raise UserError, before any file is copied, for examples that cannot be.
+
+    One is not a file or is too large, or Windows and macOS treat two names as the same.
+    """
     for example in examples:
         for source in (example.image, *example.masks):
             if isinstance(source, Path):  # members of an archive have been checked already
                 require_file(source, MAX_FILE_BYTES)
-
-
-def check_cases(examples: list[SourceExample]) -> None:
-    """Raise UserError for two names that Windows and macOS treat as the same."""
     seen: dict[tuple[str | None, str], SourceExample] = {}
     for example in examples:
         key = example.split, nfc(example.name.casefold())
@@ -77,8 +75,7 @@ def fill_folder(
     stay together. If any file is invalid, nothing is copied and UserError is raised.
     record: of the source, from take_record.
     """
-    check_files(examples)
-    check_cases(examples)
+    check_examples(examples)
     per_object = gives_objects(examples, rule)
     facts = dict(facts)
     if per_object:
@@ -96,10 +93,7 @@ def fill_folder(
         arranged = arrange(examples, filled, copies, given, grouping, facts)
         filled = split_filled(folder, filled, arranged, facts)
         copies = write_kept_copies(folder, filled, given, copies)
-        rows = {
-            key_of(example): Row(f"{image.split}/{image.name}", image.stamps[0], image.stamps[1:])
-            for example, image in zip(examples, filled, strict=True)
-        }
+        rows = {key_of(example): image.row for example, image in zip(examples, filled, strict=True)}
         facts[SOURCES_KEY] = write_records(folder, [record._replace(rows=rows)])
     report_filled(data, filler, filled, copies)
     is_ready = any(example.split for example in examples)

@@ -28,7 +28,7 @@ from finetuning.dataset.objects import write_label_maps
 from finetuning.dataset.pairs import files_by_stem
 from finetuning.dataset.splitting import LEFT_OUT
 from finetuning.preparation.copies import make_thumbnail
-from finetuning.preparation.fingerprint import Stamp, stamp_file, stamp_outlines
+from finetuning.preparation.fingerprint import Row, Stamp, stamp_file, stamp_outlines
 from finetuning.sources.mask_values import MaskReader, MaskRule
 from finetuning.sources.pairing import SourceExample
 
@@ -48,6 +48,11 @@ class Filled(NamedTuple):
     sha256: str  # of the user's image file
     thumbnail: np.ndarray  # from make_thumbnail
     stamps: tuple[Stamp, ...] = ()  # of the user's image, then of its masks or outlines
+
+    @property
+    def row(self) -> Row:
+        """What the data folder's record says of it, once it is in its split."""
+        return Row(f"{self.split}/{self.name}", self.stamps[0], self.stamps[1:])
 
 
 class Filler:

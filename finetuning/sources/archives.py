@@ -46,15 +46,18 @@ def open_archive(path: Path) -> Iterator[zipfile.Path]:
 
 
 @contextlib.contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder with the content of a zip archive; any other path as it is."""
+def unpacked(path: Path, root: Path | zipfile.Path | None = None) -> Iterator[Path]:
+    """Yield a temporary folder with the content of a zip archive; any other path as it is.
+
+    root: what open_archive yielded for it, if it is open and checked already.
+    """
     if not (path.is_file() and zipfile.is_zipfile(path)):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="finetuning-") as folder:
         try:
-            with open_archive(path) as root:
-                root.root.extractall(folder)
+            with contextlib.nullcontext(root) if root else open_archive(path) as opened:
+                opened.root.extractall(folder)
         except OSError as error:
             raise UserError(f"{path} cannot be unpacked ({error}); {BY_HAND}") from error
         try:
@@ -149,8 +152,8 @@ def member_problem(member: zipfile.ZipInfo) -> str | None:
 def path_problem(name: str) -> str | None:
     """Return why a member's path is not that of a file below the archive's folder, or None.
 
-    zipfile makes paths safe only when it extracts, which is not used here; and some versions of
-    zipfile.Path loop forever on //a/b (CVE-2024-8088).
+    zipfile makes paths safe only when it extracts, and members are read in place as well; and some
+    versions of zipfile.Path loop forever on //a/b (CVE-2024-8088).
     """
     plain = PurePosixPath(name.replace("\\", "/"))
     if plain.is_absolute() or ".." in plain.parts or re.match("[A-Za-z]:", name):

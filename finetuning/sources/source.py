@@ -139,7 +139,7 @@ class Source:
                 names = [] if archive.is_dir() else root.root.namelist()
                 if names and not any(name.lower().endswith(ANNOTATION_SUFFIXES) for name in names):
                     raise  # without unpacking it all
-                folder = opened.enter_context(unpacked(archive))
+                folder = opened.enter_context(unpacked(archive, root))
                 if not _may_hold_annotations(folder):
                     raise error
                 found = self._find_annotated(folder)
