@@ -70,11 +70,11 @@ from finetuning.inference.volume_results import (
     slices_on_disk,
     write_volumes,
 )
-from finetuning.model.automatic import ANY, Rule, SegmentedObject, rule_of
 from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.loading import bands_of, load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
-from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
+from finetuning.segmentation.automatic import ANY, Rule, SegmentedObject, rule_of
+from finetuning.segmentation.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.volumes.files import name_of, volumes_at
 
 DEMO_IMAGE, DEMO_MASK = (DEMO_DATA / kind / "val/demo_000.png" for kind in ("images", "masks"))

@@ -33,9 +33,9 @@ from finetuning.evaluation import measuring
 from finetuning.model.loading import trusted_device
 from finetuning.model.model import Model
 from finetuning.model.models import load_predictor
-from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.model.trainable_encoder import encode_with_gradients
-from finetuning.training import batches, earlier_runs, options, repeats, run_files, training_log
+from finetuning.segmentation.predicting import encode_images, predict_masks
+from finetuning.training import earlier_runs, options, repeats, run_files, training_log
 from finetuning.training.learner import (
     Learner,
     make_learner,
@@ -45,8 +45,10 @@ from finetuning.training.learner import (
 )
 from finetuning.training.learning_rate_trial import try_learning_rates
 from finetuning.training.losses import batch_loss
-from finetuning.training.prompt_sampling import add_clicks
 from finetuning.training.recipe import Recipe
+from finetuning.training_data import batches
+from finetuning.training_data.epoch_sampling import EpochSampler
+from finetuning.training_data.prompt_sampling import add_clicks
 
 
 def train_one_epoch(
@@ -194,9 +196,7 @@ def train(
         learner = speed_up(learner, predictor, recipe, objects, machine.compiling)
 
     # The epochs
-    sampler = batches.EpochSampler(
-        objects, recipe.batch_size, recipe.seed, recipe.objects_per_image
-    )
+    sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = batches.make_loader(training_set, sampler, predictor.device)
     fit(learner, model, loader, validation, recipe, log, settings, output)
     return log

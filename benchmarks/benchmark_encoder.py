@@ -26,8 +26,9 @@ from finetuning.basics.command_line import run
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.models import build_predictor
 from finetuning.training import options
-from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.training.learner import make_learner
+from finetuning.training_data.batches import TrainingSet, make_loader
+from finetuning.training_data.epoch_sampling import EpochSampler
 
 STEPS = 2  # from the second on, the optimizer's state is in memory
 

@@ -62,8 +62,8 @@ from finetuning.model.models import (
     own_image_size,
     parse_image_size,
 )
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, predict_masks
+from finetuning.segmentation.predicting import encode_images, predict_masks
+from finetuning.segmentation.prompts import make_prompt
 from finetuning.training import run_files
 from finetuning.training.learner import make_learner
 from finetuning.training.recipe import GUIDE

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from finetuning.dataset.objects import read_pair
 from finetuning.dataset.pairs import Pair
-from finetuning.model.prompts import random_point
+from finetuning.segmentation.prompts import random_point
 from finetuning.training.recipe import Recipe
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from finetuning.basics.image_files import read_image
 from finetuning.dataset.pairs import Pair
-from finetuning.model.prompts import mask_box
+from finetuning.segmentation.prompts import mask_box
 from finetuning.training.losses import mask_losses
 
 # Arguments of Sam2HieraDetConfig, whose defaults are tiny

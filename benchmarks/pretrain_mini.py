@@ -40,15 +40,21 @@ from benchmarks.pretraining_images import Drawing, draw_pretraining_image
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run, seed
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import build_predictor, load_predictor, make_predictor
-from finetuning.model.prompts import Prompt, make_prompt, mask_box, prompt_from_mask, random_point
-from finetuning.model.segmentation import (
+from finetuning.model.trainable_encoder import encode_with_gradients
+from finetuning.segmentation.predicting import (
     Prediction,
     choose_masks,
     encode_images,
     predict_masks,
     upscale_masks,
 )
-from finetuning.model.trainable_encoder import encode_with_gradients
+from finetuning.segmentation.prompts import (
+    Prompt,
+    make_prompt,
+    mask_box,
+    prompt_from_mask,
+    random_point,
+)
 from finetuning.training.losses import dice_loss
 
 

@@ -50,12 +50,13 @@ from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import FeatureSource, Model, features_for
 from finetuning.model.models import MODELS, ensure_checkpoint, load_predictor
-from finetuning.model.prompts import prompt_from_mask
-from finetuning.model.segmentation import predict_masks
-from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.segmentation.predicting import predict_masks
+from finetuning.segmentation.prompts import prompt_from_mask
 from finetuning.training.learner import make_learner
-from finetuning.training.options import RECIPE_OPTIONS
 from finetuning.training.recipe import DEFAULT, GUIDE, MINI_LR, Recipe
+from finetuning.training.recipe_options import RECIPE_OPTIONS
+from finetuning.training_data.batches import TrainingSet, make_loader
+from finetuning.training_data.epoch_sampling import EpochSampler
 from train_sam2_proper import train_one_epoch
 
 BATCH = replace(GUIDE, batch_size=4)

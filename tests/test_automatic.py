@@ -29,17 +29,25 @@ from finetuning.evaluation.object_matching import (
     total,
     tune_rule,
 )
-from finetuning.model import automatic
-from finetuning.model.automatic import ANY, RULE, Rule, SegmentedObject, find_objects, rule_of
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor, make_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import Prediction
-from finetuning.training.batches import Step, TrainingSet
+from finetuning.segmentation import automatic
+from finetuning.segmentation.automatic import (
+    ANY,
+    RULE,
+    Rule,
+    SegmentedObject,
+    find_objects,
+    rule_of,
+)
+from finetuning.segmentation.predicting import Prediction
+from finetuning.segmentation.prompts import make_prompt
 from finetuning.training.losses import image_losses
-from finetuning.training.prompt_sampling import PromptMix, plan_prompts
 from finetuning.training.recipe import DEFAULT
+from finetuning.training_data.batches import TrainingSet
+from finetuning.training_data.epoch_sampling import Step
+from finetuning.training_data.prompt_sampling import PromptMix, plan_prompts
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 OUTPUT = Path("output/my_results/folder")

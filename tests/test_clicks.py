@@ -19,12 +19,13 @@ from finetuning.dataset.pairs import Pair
 from finetuning.evaluation import simulated_clicks
 from finetuning.evaluation.measuring import Comparison, Result
 from finetuning.evaluation.simulated_clicks import measure_clicks, simulate_clicks
-from finetuning.model import loading, segmentation
+from finetuning.model import loading
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import corrective_click, make_prompt
-from finetuning.model.segmentation import Prediction, encode_images
+from finetuning.segmentation import predicting
+from finetuning.segmentation.predicting import Prediction, encode_images
+from finetuning.segmentation.prompts import corrective_click, make_prompt
 
 FOLDER = Path("output/comparison")
 
@@ -121,9 +122,9 @@ def test_the_mask_that_is_given_with_the_next_click_is_clamped_as_sam2_does_it(
     logits = torch.linspace(-99, 99, 4 * 64 * 64).reshape(1, 4, 64, 64)
     logits[:, 2] = 99 * logits[:, 2].sin()
     answer = Prediction(logits, torch.tensor([[0.5, 0.1, 0.4, 0.2]]), torch.zeros(1, 1))
-    monkeypatch.setattr(segmentation, "predict_masks", lambda *_, **__: answer)
+    monkeypatch.setattr(predicting, "predict_masks", lambda *_, **__: answer)
     prompt = make_prompt([(1, 1)])
-    mask, score, given = segmentation.segment_with_logits(predictor, None, prompt, (64, 64))
+    mask, score, given = predicting.segment_with_logits(predictor, None, prompt, (64, 64))
     assert torch.equal(given, logits[:, 2:3].clamp(-32, 32)) and (given.abs() == 32).any()
     assert np.array_equal(mask, logits[0, 2] > 0) and score == pytest.approx(0.4)
 

@@ -32,7 +32,7 @@ from finetuning.model import loading
 from finetuning.model import model as model_module
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.loading import choose_precision, load_models
-from finetuning.model.prompts import make_prompt
+from finetuning.segmentation.prompts import make_prompt
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from benchmarks.pretraining_images import draw_pretraining_image
 from finetuning.basics.image_files import read_image, read_mask
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import make_prompt, prompt_from_mask
-from finetuning.model.segmentation import encode_images, predict_masks, segment_with_logits
 from finetuning.preparation.demo_images import draw_demo_pair, write_demo_dataset
+from finetuning.segmentation.predicting import encode_images, predict_masks, segment_with_logits
+from finetuning.segmentation.prompts import make_prompt, prompt_from_mask
 from finetuning.training import run_files
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"

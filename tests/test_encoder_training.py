@@ -20,13 +20,13 @@ from finetuning.evaluation.metrics import LOGGED
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import MODELS, load_predictor, make_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.model.trainable_encoder import (
     encode_with_gradients,
     let_encoder_learn,
     merged_state_dict,
 )
+from finetuning.segmentation.predicting import encode_images, predict_masks
+from finetuning.segmentation.prompts import make_prompt
 from finetuning.training.recipe import Recipe
 from train_sam2_proper import main
 

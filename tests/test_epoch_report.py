@@ -20,11 +20,13 @@ from finetuning.basics.distributed import mean_over_all
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.models import load_predictor
-from finetuning.training import batches, training_log
-from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
+from finetuning.training import training_log
 from finetuning.training.learner import make_learner
 from finetuning.training.recipe import DEFAULT
 from finetuning.training.training_log import READ_EVERY, RECENT, EpochReport
+from finetuning.training_data import batches
+from finetuning.training_data.batches import TrainingSet, make_loader
+from finetuning.training_data.epoch_sampling import EpochSampler
 from train_sam2_proper import train_one_epoch
 
 ROOT = Path(__file__).parents[1]

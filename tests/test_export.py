@@ -12,9 +12,9 @@ from finetuning import export
 from finetuning.export import transformers_config
 from finetuning.model.checkpoints import checkpoint_path, save_checkpoint
 from finetuning.model.models import MODELS, build_predictor, load_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.model.weight_names import transformers_weights
+from finetuning.segmentation.predicting import encode_images, predict_masks
+from finetuning.segmentation.prompts import make_prompt
 
 # Of mini, one name for each rule of renaming
 TELLING = {

@@ -36,12 +36,18 @@ from finetuning.model.cache_places import check_room, choose_place, open_cache
 from finetuning.model.feature_cache import FeatureCache, hash_encoder
 from finetuning.model.model import FeatureSource
 from finetuning.model.models import MODELS, load_predictor, make_predictor
-from finetuning.model.segmentation import Features, PromptedDecoder, encode_images, predict_masks
-from finetuning.training.batches import Batch, EpochSampler, Step, TrainingSet, make_loader
+from finetuning.segmentation.predicting import (
+    Features,
+    PromptedDecoder,
+    encode_images,
+    predict_masks,
+)
 from finetuning.training.learner import compiling_pays
 from finetuning.training.losses import batch_loss
 from finetuning.training.recipe import GUIDE
-from finetuning.training.training_masks import HALF, LOSS_GRID, mask_on_grid
+from finetuning.training_data.batches import Batch, TrainingSet, make_loader
+from finetuning.training_data.epoch_sampling import EpochSampler, Step
+from finetuning.training_data.training_masks import HALF, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 
 ROOT = Path(__file__).parents[1]
@@ -436,7 +442,7 @@ def test_features_are_written_and_images_read_while_others_are_encoded(
         return read_image(image)
 
     monkeypatch.setattr(feature_cache, "encode_images", encode)
-    monkeypatch.setattr(feature_cache, "read_image", note_and_read)
+    monkeypatch.setattr(feature_cache, "read_variant", note_and_read)
     monkeypatch.setattr(FeatureCache, "_write", wait_and_write)
     assert_fresh(fill(folder, predictor, pairs), predictor, pairs)
     # At most two are in memory beside the one that is encoded

@@ -26,10 +26,10 @@ from finetuning.inference.folder_results import (
     image_time,
 )
 from finetuning.inference.window import Answer
-from finetuning.model.automatic import SegmentedObject
 from finetuning.model.model import Segmenter
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import make_prompt, mask_box
+from finetuning.segmentation.automatic import SegmentedObject
+from finetuning.segmentation.prompts import make_prompt, mask_box
 
 main = test_my_image.main
 OUTPUT = Path("output/my_results/사진")

@@ -21,24 +21,24 @@ from finetuning.basics.image_files import IMAGE_SUFFIXES, read_image, read_mask,
 from finetuning.dataset.pairs import find_pairs
 from finetuning.dataset.splitting import split_names
 from finetuning.inference.given_prompts import check_inside, parse_box, parse_point
-from finetuning.model.drawing import draw_object
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import (
+from finetuning.segmentation.drawing import draw_object
+from finetuning.segmentation.predicting import (
+    Prediction,
+    encode_images,
+    segment_with_logits,
+    upscale_masks,
+)
+from finetuning.segmentation.prompts import (
     deepest_point,
     make_prompt,
     mask_box,
     prompt_from_mask,
     random_point,
 )
-from finetuning.model.segmentation import (
-    Prediction,
-    encode_images,
-    segment_with_logits,
-    upscale_masks,
-)
 from finetuning.training.losses import image_losses
 from finetuning.training.recipe import GUIDE
-from finetuning.training.training_masks import HALF, mask_on_grid
+from finetuning.training_data.training_masks import HALF, mask_on_grid
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same every time")

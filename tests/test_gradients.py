@@ -14,8 +14,7 @@ from conftest import CPU, write_data
 import train_sam2_proper
 from finetuning.dataset.pairs import split_pairs
 from finetuning.model.models import load_predictor
-from finetuning.model.segmentation import encode_images, predict_masks
-from finetuning.training.batches import EpochSampler, Step, TrainingSet, make_loader
+from finetuning.segmentation.predicting import encode_images, predict_masks
 from finetuning.training.learner import (
     Learner,
     learning_rate_factor,
@@ -26,8 +25,10 @@ from finetuning.training.learner import (
 )
 from finetuning.training.losses import batch_loss
 from finetuning.training.options import parse_args
-from finetuning.training.prompt_sampling import PromptPlan, add_clicks
 from finetuning.training.recipe import DEFAULT
+from finetuning.training_data.batches import TrainingSet, make_loader
+from finetuning.training_data.epoch_sampling import EpochSampler, Step
+from finetuning.training_data.prompt_sampling import PromptPlan, add_clicks
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -17,8 +17,8 @@ import train_sam2_proper
 from finetuning.basics.image_files import read_mask, write_image
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
 from finetuning.model.models import is_image_size, load_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, feature_shapes, segment_with_logits
+from finetuning.segmentation.predicting import encode_images, feature_shapes, segment_with_logits
+from finetuning.segmentation.prompts import make_prompt
 
 
 @pytest.fixture(scope="module")

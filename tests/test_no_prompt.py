@@ -16,11 +16,12 @@ from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.measuring import measure
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, predict_masks
-from finetuning.training.batches import EpochSampler, Step, TrainingSet
-from finetuning.training.prompt_sampling import PromptMix, plan_prompts
-from finetuning.training.training_masks import ALL_OBJECTS, LOSS_GRID, mask_on_grid
+from finetuning.segmentation.predicting import encode_images, predict_masks
+from finetuning.segmentation.prompts import make_prompt
+from finetuning.training_data.batches import TrainingSet
+from finetuning.training_data.epoch_sampling import EpochSampler, Step
+from finetuning.training_data.prompt_sampling import PromptMix, plan_prompts
+from finetuning.training_data.training_masks import ALL_OBJECTS, LOSS_GRID, mask_on_grid
 from train_sam2_proper import main
 
 

@@ -28,9 +28,10 @@ from finetuning.evaluation.measuring import measure
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
-from finetuning.model.segmentation import encode_images, predict_masks
 from finetuning.preparation.filling import write_objects
-from finetuning.training.batches import EpochSampler, TrainingSet
+from finetuning.segmentation.predicting import encode_images, predict_masks
+from finetuning.training_data.batches import TrainingSet
+from finetuning.training_data.epoch_sampling import EpochSampler
 
 SIZE = (96, 128)
 

@@ -14,9 +14,9 @@ import test_my_image
 import train_sam2_proper
 from finetuning.model import loading
 from finetuning.model.models import build_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import Features, encode_images, predict_masks
-from finetuning.training import prompt_sampling
+from finetuning.segmentation.predicting import Features, encode_images, predict_masks
+from finetuning.segmentation.prompts import make_prompt
+from finetuning.training_data import prompt_sampling
 
 PLATFORMS = [("cuda", "bfloat16"), ("cuda", "float16"), ("mps", "float32")]
 

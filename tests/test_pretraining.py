@@ -8,7 +8,7 @@ from conftest import CPU
 from benchmarks import pretrain_mini
 from benchmarks.pretrain_mini import Phase, augment, calculate_loss, draw, draw_prompts
 from finetuning.model.models import build_predictor
-from finetuning.model.segmentation import Prediction
+from finetuning.segmentation.predicting import Prediction
 
 
 @pytest.fixture(scope="module")

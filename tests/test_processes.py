@@ -11,8 +11,9 @@ from conftest import CPU, write_data
 from finetuning.basics import distributed
 from finetuning.basics.command_line import run
 from finetuning.dataset.pairs import split_pairs
-from finetuning.training import batches
-from finetuning.training.batches import EpochSampler, TrainingSet, count_workers, make_loader
+from finetuning.training_data import batches
+from finetuning.training_data.batches import TrainingSet, count_workers, make_loader
+from finetuning.training_data.epoch_sampling import EpochSampler
 
 MEGABYTE = 2**20
 

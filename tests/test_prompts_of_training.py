@@ -11,16 +11,17 @@ from sam2.utils.transforms import SAM2Transforms
 from finetuning.basics.image_files import read_mask
 from finetuning.dataset.pairs import Pair
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import (
+from finetuning.segmentation.predicting import Features, PromptedDecoder, encode_images
+from finetuning.segmentation.prompts import (
     distance_inside,
     make_prompt,
     mask_box,
     random_inner_point,
     random_point,
 )
-from finetuning.model.segmentation import Features, PromptedDecoder, encode_images
-from finetuning.training.batches import Batch, Step, TrainingSet
-from finetuning.training.prompt_sampling import (
+from finetuning.training_data.batches import Batch, TrainingSet
+from finetuning.training_data.epoch_sampling import Step
+from finetuning.training_data.prompt_sampling import (
     MAX_TRAINING_CLICKS,
     PromptMix,
     PromptPlan,
@@ -29,7 +30,7 @@ from finetuning.training.prompt_sampling import (
     draw_prompt,
     plan_prompts,
 )
-from finetuning.training.training_masks import HALF, LOSS_GRID, mask_on_grid
+from finetuning.training_data.training_masks import HALF, LOSS_GRID, mask_on_grid
 
 
 @pytest.fixture

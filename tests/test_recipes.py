@@ -25,7 +25,7 @@ from finetuning.basics.files import write_csv
 from finetuning.basics.image_files import write_image
 from finetuning.dataset.pairs import Pair
 from finetuning.model.model import Model
-from finetuning.model.segmentation import Features, Prediction
+from finetuning.segmentation.predicting import Features, Prediction
 
 
 def test_the_runs_of_its_table_are_known_again(tmp_path):

@@ -58,7 +58,7 @@ from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.loading import Files
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import MODELS, is_published, load_predictor
-from finetuning.model.prompts import make_prompt
+from finetuning.segmentation.prompts import make_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 HARMFUL = "<script>alert(1)</script>\"'&.png"

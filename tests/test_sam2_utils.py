@@ -18,10 +18,19 @@ from sam2.utils.transforms import SAM2Transforms
 import compare_models
 from finetuning.basics import pictures
 from finetuning.basics.cropped_masks import crop_mask
-from finetuning.model import models, segmentation
-from finetuning.model.drawing import draw_object
+from finetuning.model import models
 from finetuning.model.models import MODELS, build_predictor, ensure_checkpoint, load_predictor
-from finetuning.model.prompts import (
+from finetuning.segmentation import predicting
+from finetuning.segmentation.drawing import draw_object
+from finetuning.segmentation.predicting import (
+    Prediction,
+    encode_images,
+    predict_masks,
+    segment_with_logits,
+    upscale_masks,
+    upscale_to_mask,
+)
+from finetuning.segmentation.prompts import (
     corrective_click,
     deepest_point,
     distance_inside,
@@ -29,14 +38,6 @@ from finetuning.model.prompts import (
     mask_box,
     prompt_from_mask,
     random_point,
-)
-from finetuning.model.segmentation import (
-    Prediction,
-    encode_images,
-    predict_masks,
-    segment_with_logits,
-    upscale_masks,
-    upscale_to_mask,
 )
 
 
@@ -305,7 +306,7 @@ def test_the_next_click_looks_no_farther_than_what_is_wrong(monkeypatch):
         looked_at.append(mask.shape)
         return distance_inside(mask)
 
-    monkeypatch.setattr("finetuning.model.prompts.distance_inside", look)
+    monkeypatch.setattr("finetuning.segmentation.prompts.distance_inside", look)
     for _ in range(200):  # of squares, many pixels are equally deep
         masks = np.zeros((2, *rng.integers(1, 40, 2)), bool)
         for mask in (masks[0], masks[1]) * 3:
@@ -409,13 +410,13 @@ def test_a_mask_is_upscaled_to_the_last_digit_alike_inside_its_box_and_as_a_whol
 
 
 def test_upscaling_a_small_object_takes_time_for_its_box_only(predictor, monkeypatch):
-    asked, upscale = [], segmentation.upscale_masks
+    asked, upscale = [], predicting.upscale_masks
 
     def note_pixels(predictor, logits, size):
         asked.append(size[0] * size[1])
         return upscale(predictor, logits, size)
 
-    monkeypatch.setattr(segmentation, "upscale_masks", note_pixels)
+    monkeypatch.setattr(predicting, "upscale_masks", note_pixels)
     logits = torch.full((1, 1, 64, 64), -1.0)
     logits[..., 30:32, 40:42] = 1.0
     upscale_to_mask(predictor, logits, (4000, 4000))
@@ -466,7 +467,7 @@ def test_a_click_after_a_mask_equals_that_of_sam2_image_predictor(predictor):
 def test_logits_for_the_next_click_are_clamped_as_sam2_does_it(monkeypatch):
     logits = torch.tensor([-100.0, 33.0, 5.0, -7.0]).repeat(1, 4, 4, 1)
     answer = Prediction(logits, torch.ones(1, 4), torch.ones(1, 1))
-    monkeypatch.setattr(segmentation, "predict_masks", lambda *_, **__: answer)
+    monkeypatch.setattr(predicting, "predict_masks", lambda *_, **__: answer)
     predictor = Namespace(_transforms=SAM2Transforms(resolution=16, mask_threshold=0.0))
     mask, _, given = segment_with_logits(predictor, None, make_prompt([(1, 1)]), (4, 4))
     assert given.tolist() == [[[[-32.0, 32.0, 5.0, -7.0]] * 4]]

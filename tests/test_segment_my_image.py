@@ -12,8 +12,8 @@ from conftest import CPU, draw_pair
 
 from finetuning.basics.image_files import read_image, read_mask, write_image
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, segment_with_logits
+from finetuning.segmentation.predicting import encode_images, segment_with_logits
+from finetuning.segmentation.prompts import make_prompt
 from test_my_image import main
 
 

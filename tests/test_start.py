@@ -21,11 +21,12 @@ from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.models import load_predictor
 from finetuning.preparation.filling import write_objects
-from finetuning.training import batches
-from finetuning.training.batches import Step, TrainingSet
-from finetuning.training.prompt_sampling import PromptMix
 from finetuning.training.recipe import DEFAULT
 from finetuning.training.run_files import Start, run_settings
+from finetuning.training_data import batches
+from finetuning.training_data.batches import TrainingSet
+from finetuning.training_data.epoch_sampling import Step
+from finetuning.training_data.prompt_sampling import PromptMix
 
 EVERYTHING = PromptMix("mixed", none_share=0.4, background_share=0.6)
 

@@ -14,11 +14,22 @@ ALLOWED = {
     "sources": {"basics", "volumes", "annotations"},
     "dataset": {"basics"},
     "preparation": {"basics", "sources", "dataset"},
-    "model": {"basics"},
-    "evaluation": {"basics", "model", "dataset"},
-    "training": {"basics", "model", "dataset", "evaluation", "preparation"},  # the demo's data
-    "comparison": {"basics", "model", "dataset", "evaluation"},
-    "inference": {"basics", "model", "volumes"},
+    "segmentation": {"basics"},
+    "model": {"basics", "segmentation"},
+    "evaluation": {"basics", "segmentation", "model", "dataset"},
+    "training_data": {"basics", "segmentation", "model", "dataset"},
+    # training draws the demo's data
+    "training": {
+        "basics",
+        "segmentation",
+        "model",
+        "dataset",
+        "evaluation",
+        "training_data",
+        "preparation",
+    },
+    "comparison": {"basics", "segmentation", "model", "dataset", "evaluation"},
+    "inference": {"basics", "segmentation", "model", "volumes"},
     "export": {"basics", "model"},
 }
 MOST_MODULES = 12  # of a room, beside its __init__.py

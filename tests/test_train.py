@@ -19,16 +19,17 @@ from finetuning.basics.image_files import read_image, write_image
 from finetuning.dataset.pairs import split_pairs
 from finetuning.evaluation.measuring import Validation
 from finetuning.model.models import MODELS, load_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import Features, Prediction
+from finetuning.segmentation.predicting import Features, Prediction
+from finetuning.segmentation.prompts import make_prompt
 from finetuning.training import training_log
-from finetuning.training.batches import Batch, EpochSampler, TrainingSet, make_loader
 from finetuning.training.learner import Learner, learning_rate_factor, make_learner
 from finetuning.training.losses import batch_loss, image_losses
 from finetuning.training.options import parse_args
-from finetuning.training.prompt_sampling import PromptMix, PromptPlan
 from finetuning.training.recipe import GUIDE, Recipe
 from finetuning.training.training_log import draw_learning_curve
+from finetuning.training_data.batches import Batch, TrainingSet, make_loader
+from finetuning.training_data.epoch_sampling import EpochSampler
+from finetuning.training_data.prompt_sampling import PromptMix, PromptPlan
 from train_sam2_proper import main, train_one_epoch
 
 # Points in objects and on background reach all of the prompt encoder and mask decoder but these:

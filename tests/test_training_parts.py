@@ -19,8 +19,8 @@ from finetuning.evaluation.measuring import Validation, mean_metrics, measure
 from finetuning.model import model as model_module
 from finetuning.model.checkpoints import load_checkpoint
 from finetuning.model.model import Model
-from finetuning.model.prompts import prompt_from_mask
-from finetuning.model.segmentation import Features
+from finetuning.segmentation.predicting import Features
+from finetuning.segmentation.prompts import prompt_from_mask
 from finetuning.training import run_files
 from finetuning.training.learner import Learner, make_learner, take_step
 from finetuning.training.options import Machine

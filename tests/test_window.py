@@ -18,11 +18,11 @@ from finetuning.basics.pictures import COLORS
 from finetuning.inference import window_picture
 from finetuning.inference.clicked_object import mask_to_logits
 from finetuning.inference.window import ask_in_window
-from finetuning.model.automatic import SegmentedObject
-from finetuning.model.drawing import draw_object
 from finetuning.model.model import Segmenter
 from finetuning.model.models import load_predictor
-from finetuning.model.prompts import make_prompt
+from finetuning.segmentation.automatic import SegmentedObject
+from finetuning.segmentation.drawing import draw_object
+from finetuning.segmentation.prompts import make_prompt
 from test_my_image import main
 
 IMAGE = draw_pair(0)[0]

@@ -23,9 +23,9 @@ from finetuning.basics.image_files import write_image
 from finetuning.dataset.pairs import SPLIT_FILE, facts_text
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import build_predictor, load_predictor
-from finetuning.model.prompts import Prompt, deepest_point, make_prompt, mask_box
-from finetuning.model.segmentation import encode_images, segment_with_logits
 from finetuning.preparation.demo_images import draw_demo_pair
+from finetuning.segmentation.predicting import encode_images, segment_with_logits
+from finetuning.segmentation.prompts import Prompt, deepest_point, make_prompt, mask_box
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "sam2_mini.pt"
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from ISAT.segment_any.segment_any import SegAny
 
 from finetuning.model.models import load_predictor
-from finetuning.model.segmentation import encode_images, segment_with_logits
+from finetuning.segmentation.predicting import encode_images, segment_with_logits
 
 
 def open_isat(checkpoint: Path, folder: Path) -> Segment:

@@ -11,8 +11,8 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.build_sam import build_sam2, build_sam2_video_predictor
 
 from finetuning.model.models import MODELS, load_predictor, make_predictor
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, predict_masks, upscale_masks
+from finetuning.segmentation.predicting import encode_images, predict_masks, upscale_masks
+from finetuning.segmentation.prompts import make_prompt
 
 CONFIG = MODELS["mini"].config
 BUILD = {"device": "cpu", "hydra_overrides_extra": list(MODELS["mini"].overrides)}

@@ -13,8 +13,8 @@ from finetuning.basics.language import say
 from finetuning.comparison.tables import Table
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.object_matching import Counts, count_objects_found, total, tune_rule
-from finetuning.model.automatic import Rule, rule_of
 from finetuning.model.model import Model
+from finetuning.segmentation.automatic import Rule, rule_of
 
 AUTO_FILE = "auto.csv"
 AUTO_COLUMNS = ("image", "objects", "model", "found", "matched", "precision", "recall", "f1")

@@ -27,8 +27,8 @@ from finetuning.evaluation.measuring import (
     mean_metrics,
     prompts_at_once,
 )
-from finetuning.model.drawing import draw_object
 from finetuning.model.model import Model, features_for, segment_with_all
+from finetuning.segmentation.drawing import draw_object
 
 FIGURE_NAME = re.compile(r"comparison_\d+_[+-]\d+p_")
 MODEL_NAMES = ("original", "fine-tuned")

@@ -31,7 +31,7 @@ from finetuning.evaluation.metrics import METRICS, PIXEL_METRICS
 from finetuning.evaluation.seen_images import Overlap
 from finetuning.model.loading import Files
 from finetuning.model.models import own_image_size
-from finetuning.model.prompts import prompt_text
+from finetuning.segmentation.prompts import prompt_text
 
 # Size of an object: area of its true mask / area of the image, at least and below
 SIZES = {"small": (0.0, 0.05), "medium": (0.05, 0.15), "large": (0.15, np.inf)}

@@ -18,9 +18,9 @@ from finetuning.dataset.objects import count_objects, limit_objects, read_object
 from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.metrics import LOGGED, METRICS, Metric
 from finetuning.model.model import Model, features_for, segment_with_all
-from finetuning.model.prompts import Prompt, make_prompt, prompt_from_mask
-from finetuning.model.segmentation import Features
 from finetuning.model.trainable_encoder import merged_adapters
+from finetuning.segmentation.predicting import Features
+from finetuning.segmentation.prompts import Prompt, make_prompt, prompt_from_mask
 
 AT_ONCE = {"cuda": 16}  # images, and prompts, decoded in one batch
 AT_ONCE_ON_CPU = 4

@@ -13,7 +13,7 @@ from sam2_utils import calculate_dice, calculate_iou
 import cv2
 import numpy as np
 
-from finetuning.model.prompts import distance_to_zero
+from finetuning.segmentation.prompts import distance_to_zero
 
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its 4 neighbours
 PAIRS_PER_PIXEL = 3  # two distance transforms take as long as this many pairs of pixels per pixel

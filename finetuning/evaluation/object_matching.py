@@ -13,10 +13,10 @@ from tqdm import tqdm
 from finetuning.basics.cropped_masks import crop_mask
 from finetuning.dataset.objects import Objects, read_pair
 from finetuning.dataset.pairs import Pair
-from finetuning.model.automatic import ANY, RULE, Rule, SegmentedObject, find_objects
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
+from finetuning.segmentation.automatic import ANY, RULE, Rule, SegmentedObject, find_objects
 
 MATCH_IOU = 0.5  # a mask matches an object from this IoU on
 MOST_TUNED = 20  # images that a rule is tuned on

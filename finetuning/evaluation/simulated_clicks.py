@@ -17,8 +17,8 @@ from finetuning.basics.cropped_masks import CroppedMask, crop_mask, crop_togethe
 from finetuning.dataset.objects import read_objects
 from finetuning.evaluation.measuring import Comparison, group_by_image
 from finetuning.model.model import features_for
-from finetuning.model.prompts import Prompt, corrective_click
-from finetuning.model.segmentation import Features, segment_with_logits
+from finetuning.segmentation.predicting import Features, segment_with_logits
+from finetuning.segmentation.prompts import Prompt, corrective_click
 
 MAX_MEASURED_CLICKS = 20  # as in RITM
 

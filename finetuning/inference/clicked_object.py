@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import torch
 
-from finetuning.model.automatic import SegmentedObject
 from finetuning.model.model import Segmenter
-from finetuning.model.prompts import Prompt, make_prompt
+from finetuning.segmentation.automatic import SegmentedObject
+from finetuning.segmentation.prompts import Prompt, make_prompt
 
 MASK_LOGIT = 10.0  # SAM 2 itself turns binary masks into logits of -10 and 10
 

@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 
 from finetuning.basics.files import atomic_write, read_file
-from finetuning.model.automatic import SegmentedObject
-from finetuning.model.prompts import mask_box
+from finetuning.segmentation.automatic import SegmentedObject
+from finetuning.segmentation.prompts import mask_box
 
 MAKER = "segmented by test_my_image.py"  # marks a file as ours: it may be overwritten
 CATEGORY = {"id": 1, "name": "object"}

@@ -26,8 +26,8 @@ from finetuning.basics.image_decoding import video_hint
 from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.inference.coco_files import coco_files
 from finetuning.inference.result_files import IMAGE_ENDINGS, file_names, write_files
-from finetuning.model.automatic import Rule, SegmentedObject
-from finetuning.model.prompts import Prompt, mask_box, prompt_text
+from finetuning.segmentation.automatic import Rule, SegmentedObject
+from finetuning.segmentation.prompts import Prompt, mask_box, prompt_text
 
 EARLIER_COLUMNS = ("image", "object", "prompt", "score", "area", "box", "files", "error")
 RESULT_COLUMNS = (

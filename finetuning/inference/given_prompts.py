@@ -22,7 +22,7 @@ from finetuning.basics.command_line import (
     plain_number,
 )
 from finetuning.basics.csv_files import read_table
-from finetuning.model.prompts import Prompt, make_prompt
+from finetuning.segmentation.prompts import Prompt, make_prompt
 
 POINT, BOX = ("x", "y"), ("x1", "y1", "x2", "y2")
 MAX_COORDINATE = 1e9  # larger than any image

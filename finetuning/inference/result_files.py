@@ -10,9 +10,9 @@ import numpy as np
 
 from finetuning.basics.files import atomic_write
 from finetuning.basics.image_files import write_image
-from finetuning.model.automatic import SegmentedObject
-from finetuning.model.drawing import draw_object
-from finetuning.model.prompts import mask_box
+from finetuning.segmentation.automatic import SegmentedObject
+from finetuning.segmentation.drawing import draw_object
+from finetuning.segmentation.prompts import mask_box
 
 RESULT_KINDS = ("masks", "overlays", "cutouts", "coco")  # coco: see coco_files.py
 IMAGE_ENDINGS = ("_mask.png", "_labels.png", "_overlay.png", "_cutout.png")  # of result files

@@ -21,9 +21,9 @@ from finetuning.basics.image_files import read_image
 from finetuning.inference.folder_results import GONE_FOLDER, FolderImage, FolderResults
 from finetuning.inference.given_prompts import check_inside
 from finetuning.inference.window import ask_in_window
-from finetuning.model.automatic import Rule, SegmentedObject, find_objects
 from finetuning.model.model import Segmenter
-from finetuning.model.prompts import Prompt, make_prompt
+from finetuning.segmentation.automatic import Rule, SegmentedObject, find_objects
+from finetuning.segmentation.prompts import Prompt, make_prompt
 
 READ_AHEAD = 2  # images that are read while the model computes
 WRITE_SECONDS = 3.0  # between writes of results.csv: what a killed run loses at most

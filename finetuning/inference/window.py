@@ -11,9 +11,9 @@ import numpy as np
 
 from finetuning.inference.clicked_object import Box, Click, ClickedObject
 from finetuning.inference.window_picture import WindowPicture
-from finetuning.model.automatic import SegmentedObject
 from finetuning.model.model import Segmenter
-from finetuning.model.prompts import make_prompt
+from finetuning.segmentation.automatic import SegmentedObject
+from finetuning.segmentation.prompts import make_prompt
 
 LEFT_BUTTON, RIGHT_BUTTON = 1, 3
 MIN_DRAG = 6  # screen pixels; anything shorter counts as a click, as hands are unsteady

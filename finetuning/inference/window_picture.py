@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.artist import Artist
 
 from finetuning.inference.clicked_object import Box
-from finetuning.model.automatic import SegmentedObject
-from finetuning.model.drawing import draw_object
-from finetuning.model.prompts import make_prompt
+from finetuning.segmentation.automatic import SegmentedObject
+from finetuning.segmentation.drawing import draw_object
+from finetuning.segmentation.prompts import make_prompt
 
 MAX_DRAWN_SIDE = 1600  # screen pixels; on larger screens, masks are drawn coarser to stay fast
 ImagePart = tuple[int, int, int, int]  # X1,Y1,X2,Y2 in pixels of the image, the last two exclusive

@@ -18,13 +18,13 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from finetuning.basics import distributed
 from finetuning.basics.command_line import tell
 from finetuning.basics.files import remove_abandoned
-from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.feature_cache import CachedImage, FeatureCache
 
 CACHE_PLACES = ("auto", "gpu", "memory", "disk")
 HELD_SHARE = 0.5  # largest share of a GPU's free memory for features; training needs the rest
 
 
-def check_room(cache: FeatureCache, images: list[Path], folder: Path) -> None:
+def check_room(cache: FeatureCache, images: list[CachedImage], folder: Path) -> None:
     """Print how much will be written to the folder; raise UserError if its disk is too small."""
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = cache.size_in_bytes(len(cache.missing(images))), shutil.disk_usage(folder).free
@@ -42,7 +42,7 @@ def open_cache(
     predictor: SAM2ImagePredictor,
     folder: Path,
     precision: torch.dtype,
-    images: dict[str, list[Path]],
+    images: dict[str, list[CachedImage]],
     cache_in: str = "disk",
 ) -> FeatureCache:
     """Return the cache in a folder, after encoding the images that are missing.
@@ -51,7 +51,7 @@ def open_cache(
     has no room for the features.
 
     Arguments:
-      images: the image files of each split, by its name.
+      images: the images of each split, by its name.
       cache_in: where features are read from, as in choose_place.
     """
     cache = FeatureCache(folder, predictor, precision)

@@ -7,9 +7,10 @@
 A frozen encoder always returns the same features for an image, and computing them takes over 90% of
 a training step. So they are computed once. The folder holds one safetensors file per image, named
 by a hash of everything that the features depend on: the encoder's weights, the image file's
-content, the input size, the precision, the device type and the PyTorch version. An image that is
-moved, renamed or in several splits is encoded once, several runs can share a folder, and stale
-features are never read. Files are written atomically, and each contains a digest to detect damage.
+content, what is done to the image first (ImageVariant), the input size, the precision, the device
+type and the PyTorch version. An image that is moved, renamed or in several splits is encoded once,
+several runs can share a folder, and stale features are never read. Files are written atomically,
+and each contains a digest to detect damage.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from tqdm import tqdm
 from finetuning.basics import distributed
 from finetuning.basics.command_line import is_memory_error
 from finetuning.basics.files import atomic_write, content_sha256, hash_contents
-from finetuning.basics.image_files import read_image
 from finetuning.basics.threads import in_threads
-from finetuning.model.segmentation import Features, encode_images, feature_shapes
+from finetuning.model.image_variants import CachedImage, file_of, read_variant
+from finetuning.segmentation.predicting import Features, encode_images, feature_shapes
 
 FORMAT_VERSION = 2  # part of each file's name, so that files of another version are never read
 ENCODED_AT_ONCE = {"cuda": 8}  # images per batch; 1 on other devices
@@ -71,28 +72,28 @@ class FeatureCache:
         self._source = [*versions, device, precision, model.image_size, hash_encoder(model)]
         self.held_on: torch.device | None = None
         self._held: dict[Path, dict[str, torch.Tensor]] = {}  # feature file -> maps, on held_on
-        self._paths: dict[Path, Path] = {}  # image -> feature file
+        self._paths: dict[CachedImage, Path] = {}  # image -> feature file
         self._sizes: dict[Path, tuple[int, int] | None] = {}  # feature file -> (H,W); None: missing
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle for a data-loading process, which does not need the features held in memory."""
         return {**self.__dict__, "_held": {}}
 
-    def __contains__(self, image: Path) -> bool:
+    def __contains__(self, image: CachedImage) -> bool:
         return self.size(image) is not None
 
-    def size(self, image: Path) -> tuple[int, int] | None:
+    def size(self, image: CachedImage) -> tuple[int, int] | None:
         """Return the (H,W) of an image whose features are cached, else None."""
         path = self._path(image)
         if path not in self._sizes:
             self._sizes[path] = self._size_in(path)
         return self._sizes[path]
 
-    def look_up(self, images: list[Path]) -> None:
+    def look_up(self, images: list[CachedImage]) -> None:
         """Look up, in threads, which images have features; only the first process reads files."""
 
-        def find() -> tuple[dict[Path, Path], dict[Path, tuple[int, int] | None]]:
-            hash_contents(image for image in images if image not in self._paths)
+        def find() -> tuple[dict[CachedImage, Path], dict[Path, tuple[int, int] | None]]:
+            hash_contents(file_of(image) for image in images if image not in self._paths)
             paths = {image: self._path(image) for image in images}
             new = [path for path in dict.fromkeys(paths.values()) if path not in self._sizes]
             sizes = in_threads(self._size_in, new, "Looking up features", "image")
@@ -102,7 +103,7 @@ class FeatureCache:
         self._paths.update(paths)
         self._sizes.update(sizes)
 
-    def missing(self, images: list[Path]) -> list[Path]:
+    def missing(self, images: list[CachedImage]) -> list[CachedImage]:
         """Return the images to encode; of several images with the same content, only one."""
         return list({self._path(image): image for image in images if image not in self}.values())
 
@@ -111,7 +112,7 @@ class FeatureCache:
         values = sum(height * width * depth for height, width, depth in self._shapes.values())
         return count * values * torch.float16.itemsize
 
-    def hold(self, images: list[Path], device: torch.device) -> None:
+    def hold(self, images: list[CachedImage], device: torch.device) -> None:
         """Load the features of images into the memory of a device; read then takes them from there.
 
         Raises UserError if the memory is too small.
@@ -130,7 +131,7 @@ class FeatureCache:
                 f"the memory of {device} is too small for all features; use --cache-in disk"
             ) from error
 
-    def read(self, images: list[Path]) -> Features:
+    def read(self, images: list[CachedImage]) -> Features:
         """Return the float16 features of B images, on the CPU or on the device that holds them.
 
         Files are memory-mapped only during the call, so memory does not grow with the number read.
@@ -149,7 +150,9 @@ class FeatureCache:
         image_embed, *high_res_feats = (values.permute(0, 3, 1, 2) for values in maps)
         return Features(image_embed, high_res_feats)
 
-    def fill(self, images: list[Path], predictor: SAM2ImagePredictor, description: str) -> None:
+    def fill(
+        self, images: list[CachedImage], predictor: SAM2ImagePredictor, description: str
+    ) -> None:
         """Encode the images that are missing; each process encodes its share.
 
         description: the name of the images in the progress bar. Raises UserError for an unreadable
@@ -170,18 +173,21 @@ class FeatureCache:
                 f"not all machines see {self.folder}; name a shared folder with --cache"
             )
 
-    def _path(self, image: Path) -> Path:
+    def _path(self, image: CachedImage) -> Path:
         """Return the path of an image's feature file, whether or not it exists."""
         if image not in self._paths:
-            self._paths[image] = self._path_for(content_sha256(image))
+            self._paths[image] = self._path_for(image)
         return self._paths[image]
 
-    def _path_for(self, content: str) -> Path:
-        """Return the path of the feature file of an image whose content has this SHA-256."""
-        key = hashlib.sha256(repr([*self._source, content]).encode()).hexdigest()
+    def _path_for(self, image: CachedImage) -> Path:
+        """Return the path of the feature file of an image, by its content and its change."""
+        source = [*self._source, content_sha256(file_of(image))]
+        if not isinstance(image, Path):
+            source.append(image.change)
+        key = hashlib.sha256(repr(source).encode()).hexdigest()
         return self.folder / f"{key}.safetensors"
 
-    def _are_files(self, images: list[Path]) -> bool:
+    def _are_files(self, images: list[CachedImage]) -> bool:
         paths = [self._path(image) for image in images]
         return all(in_threads(Path.is_file, paths, "Looking for features", "image"))
 
@@ -201,13 +207,15 @@ class FeatureCache:
             return None
         return tuple(map(int, size.split("x")))
 
-    def _encode(self, images: list[Path], predictor: SAM2ImagePredictor, description: str) -> None:
+    def _encode(
+        self, images: list[CachedImage], predictor: SAM2ImagePredictor, description: str
+    ) -> None:
         """Encode images and write a file for each; if interrupted, the files written so far stay.
 
         While a batch is computed, threads write the previous batch and read the next images.
         """
         batch_size = ENCODED_AT_ONCE.get(predictor.device.type, 1)
-        reading: list[tuple[Path, Future[np.ndarray]]] = []
+        reading: list[tuple[CachedImage, Future[np.ndarray]]] = []
         writing: list[Future[None]] = []
         progress = tqdm(total=len(images), desc=f"Encoding {description}", unit="image")
         with progress, ThreadPoolExecutor(2) as threads:
@@ -215,7 +223,7 @@ class FeatureCache:
             while True:
                 # Read one batch ahead: the disk then keeps up, and few decoded images are in memory
                 ahead = itertools.islice(to_read, max(0, 2 * batch_size - len(reading)))
-                reading += [(image, threads.submit(read_image, image)) for image in ahead]
+                reading += [(image, threads.submit(read_variant, image)) for image in ahead]
                 batch = [(image, pixels.result()) for image, pixels in reading[:batch_size]]
                 if not batch:
                     break
@@ -246,7 +254,9 @@ class FeatureCache:
         by_image = zip(*maps, strict=True)
         return [dict(zip(MAP_NAMES, image_maps, strict=True)) for image_maps in by_image]
 
-    def _write(self, image: Path, shape: tuple[int, ...], maps: dict[str, torch.Tensor]) -> None:
+    def _write(
+        self, image: CachedImage, shape: tuple[int, ...], maps: dict[str, torch.Tensor]
+    ) -> None:
         """Write the HxWxC float16 maps of an image of shape (H,W,3)."""
         if not all(values.isfinite().all() for values in maps.values()):
             raise NotFiniteError(
@@ -255,7 +265,7 @@ class FeatureCache:
                 "or another --checkpoint"
             )
         # Hash the file that this process has read: on another machine its content may differ
-        path, size = self._path_for(content_sha256(image)), f"{shape[0]}x{shape[1]}"
+        path, size = self._path_for(image), f"{shape[0]}x{shape[1]}"
         with atomic_write(path) as temporary:
             metadata = {"size": size, "digest": _digest(path, size, maps)}
             # Not save_file: it raises no OSError when the disk is full

@@ -30,8 +30,8 @@ from finetuning.model.models import (
     locate_original,
     make_predictor,
 )
-from finetuning.model.prompts import make_prompt
-from finetuning.model.segmentation import encode_images, predict_masks
+from finetuning.segmentation.predicting import encode_images, predict_masks
+from finetuning.segmentation.prompts import make_prompt
 
 # Largest relative difference from the CPU; in float32, correct devices differ by less than 0.001
 MPS_TOLERANCE = 0.02

@@ -11,7 +11,6 @@ Segmenter      one image in memory and its features, as inference uses it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from sam2_utils import autocast
@@ -21,15 +20,15 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics.cropped_masks import CroppedMask
-from finetuning.basics.image_files import read_image, require_equal_sizes
-from finetuning.model.feature_cache import FeatureCache
-from finetuning.model.prompts import Prompt
-from finetuning.model.segmentation import (
+from finetuning.basics.image_files import require_equal_sizes
+from finetuning.model.feature_cache import CachedImage, FeatureCache, file_of, read_variant
+from finetuning.segmentation.predicting import (
     Features,
     encode_images,
     segment_together,
     segment_with_logits,
 )
+from finetuning.segmentation.prompts import Prompt
 
 
 class FeatureSource(NamedTuple):
@@ -39,16 +38,16 @@ class FeatureSource(NamedTuple):
     precision: torch.dtype
     cache: FeatureCache | None = None
 
-    def features(self, image: Path, mask_size: tuple[int, int] | None = None) -> Features:
-        """Return the float32 features of an image file, on the predictor's device.
+    def features(self, image: CachedImage, mask_size: tuple[int, int] | None = None) -> Features:
+        """Return the float32 features of an image, on the predictor's device.
 
-        mask_size: the (H,W) of the image's mask, if it has one. Raises UserError if the image has
+        mask_size: the (H,W) of its mask, if it has one. Raises UserError if the image has
         another size.
         """
         device, is_cached = self.predictor.device, self.cache is not None and image in self.cache
-        pixels = None if is_cached else read_image(image)
+        pixels = None if is_cached else read_variant(image)
         size = self.cache.size(image) if is_cached else pixels.shape[:2]
-        require_equal_sizes(image, size, "its mask", mask_size or size)
+        require_equal_sizes(file_of(image), size, "its mask", mask_size or size)
         if is_cached:
             return self.cache.read([image]).to(device, torch.float32)
         with autocast(device, self.precision):
@@ -66,11 +65,11 @@ class Model(NamedTuple):
 
 
 def features_for(
-    models: Sequence[Model], images: Sequence[tuple[Path, tuple[int, int]]]
+    models: Sequence[Model], images: Sequence[tuple[CachedImage, tuple[int, int]]]
 ) -> list[Features]:
     """Return each model's features of B images; models with the same source share them.
 
-    images: the file of each image and the (H,W) of its mask. Raises UserError if the image has
+    images: each image and the (H,W) of its mask. Raises UserError if the image has
     another size.
     """
     sources = {model.source for model in models}  # models that share a source encode once

@@ -25,7 +25,7 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.checkpoint import checkpoint
 
-from finetuning.model.segmentation import Features
+from finetuning.segmentation.predicting import Features
 
 DEFAULT_RANK = 8
 

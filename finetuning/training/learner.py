@@ -13,8 +13,8 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics import distributed
-from finetuning.model.segmentation import Features, PromptedDecoder, feature_shapes
 from finetuning.model.trainable_encoder import let_encoder_learn
+from finetuning.segmentation.predicting import Features, PromptedDecoder, feature_shapes
 from finetuning.training.recipe import Recipe
 
 WARMUP_SHARE = 0.05  # share of the steps over which the cosine schedule warms up

@@ -14,9 +14,10 @@ import numpy as np
 
 from finetuning.evaluation.measuring import Validation
 from finetuning.model.model import Model
-from finetuning.training.batches import EpochSampler, TrainingSet, make_loader
 from finetuning.training.learner import make_learner
 from finetuning.training.recipe import Recipe
+from finetuning.training_data.batches import TrainingSet, make_loader
+from finetuning.training_data.epoch_sampling import EpochSampler
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 TRIAL_IMAGES = 400  # shown in each trial

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.model.segmentation import Prediction, upscale_masks
+from finetuning.segmentation.predicting import Prediction, upscale_masks
 from finetuning.training.recipe import Recipe
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ from finetuning.basics.command_line import (
     add_device_option,
     add_precision_option,
     number,
-    seed,
 )
 from finetuning.dataset.pairs import keep_out
 from finetuning.evaluation.object_matching import MOST_TUNED
@@ -25,7 +23,8 @@ from finetuning.model.cache_places import CACHE_PLACES
 from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.models import MODELS, own_image_size, parse_image_size
 from finetuning.model.trainable_encoder import DEFAULT_RANK, import_peft
-from finetuning.training.recipe import DEMO, DEMO_LR, MINI_LR, RECIPES, Recipe, encoder_defaults
+from finetuning.training.recipe import DEMO, Recipe, encoder_defaults
+from finetuning.training.recipe_options import RECIPE_OPTIONS, add_recipe_options, choose_defaults
 
 ENCODER_OPTIONS = ("encoder_lr", "lora_rank", "gradient_checkpointing")
 
@@ -98,87 +97,6 @@ def make_parser(docstring: str) -> ArgumentParser:
     return parser
 
 
-def parse_rate(text: str) -> float | str:
-    """Parse --lr as an argparse type: "auto" or a number above 0."""
-    return text if text == "auto" else number(float, above=0)(text)
-
-
-AT_LEAST_0, AT_LEAST_1 = number(float, at_least=0), number(int, at_least=1)
-# The options of the recipe: name, help text, further arguments of add_argument
-OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("epochs", "passes over the data", {"type": AT_LEAST_1}),
-    ("batch_size", "images per step", {"type": AT_LEAST_1}),
-    ("objects_per_image", "objects of an image shown per epoch, at most", {"type": AT_LEAST_1}),
-    (
-        "lr",
-        "highest learning rate; auto: the best of several that are tried on part of the training "
-        f"images first; mini's default is {MINI_LR:g}",
-        {"type": parse_rate},
-    ),
-    (
-        "schedule",
-        "cosine: the learning rate warms up, then falls to zero over the epochs",
-        {"choices": ("cosine", "constant")},
-    ),
-    ("weight_decay", "AdamW's weight decay", {"type": AT_LEAST_0}),
-    ("max_grad_norm", "gradient clipping: the largest norm (0: off)", {"type": AT_LEAST_0}),
-    (
-        "mask_loss",
-        "which of the three masks the loss trains",
-        {"choices": ("first", "best", "all")},
-    ),
-    (
-        "single_weight",
-        "weight of the loss of the single mask, which other tools use (0: off)",
-        {"type": AT_LEAST_0},
-    ),
-    ("dice_weight", "weight of the dice loss, relative to cross-entropy", {"type": AT_LEAST_0}),
-    ("score_weight", "weight of the score loss, relative to the mask loss", {"type": AT_LEAST_0}),
-    (
-        "prompts",
-        "random: a random point in the mask; inner: a point, more likely deep inside the mask; "
-        "mixed: inner points, rough boxes and corrective clicks",
-        {"choices": ("mixed", "inner", "random")},
-    ),
-    (
-        "none_share",
-        "share of steps without a prompt, which teach the model to find all objects",
-        {"type": number(float, at_least=0, below=1)},
-    ),
-    (
-        "background_share",
-        "share of point steps that add a point on background, which teach the model to answer "
-        "that no object is there (0: it forgets this)",
-        {"type": number(float, at_least=0, below=1)},
-    ),
-    ("seed", "seed of the image order and the prompts", {"type": seed}),
-)
-RECIPE_OPTIONS = tuple(name for name, *_ in OPTIONS)
-
-
-def add_recipe_options(parser: ArgumentParser) -> None:
-    """Add --recipe and the options that change single values of it."""
-    recipe = parser.add_argument_group("the recipe")
-    recipe.add_argument(
-        "--recipe", choices=RECIPES, default="default", help="the defaults of the options below"
-    )
-    for name, text, arguments in OPTIONS:
-        default, guide = (getattr(RECIPES[key], name) for key in ("default", "guide"))
-        difference = "" if default == guide else f" (guide: {guide})"
-        recipe.add_argument(
-            f"--{name.replace('_', '-')}", default=default, help=text + difference, **arguments
-        )
-
-
-def choose_defaults(typed: Namespace) -> dict[str, Any]:
-    """Return the defaults of options that are not typed: from --demo, else from --recipe."""
-    defaults = dataclasses.asdict(RECIPES[typed.recipe])
-    is_mini = typed.model == "mini" or (typed.model is None and typed.demo)
-    if typed.recipe == "default" and is_mini:
-        defaults["lr"] = DEMO_LR if typed.demo else MINI_LR
-    return {**defaults, **(DEMO if typed.demo else {})}
-
-
 def add_file_options(parser: ArgumentParser) -> None:
     """Add what a run reads and writes, and how often it trains."""
     files = parser.add_argument_group("what is read and written")
@@ -186,7 +104,7 @@ def add_file_options(parser: ArgumentParser) -> None:
     files.add_argument(
         "--demo", action="store_true", help="train mini on drawn images, into output/demo"
     )
-    files.add_argument("--limit", type=AT_LEAST_1, help="use only the first N images")
+    files.add_argument("--limit", type=number(int, at_least=1), help="use only the first N images")
     files.add_argument("--output", type=Path, default=Path("output"), help="where results go")
     files.add_argument("--resume", action="store_true", help="continue the run in --output")
     cache = files.add_mutually_exclusive_group()
@@ -198,7 +116,10 @@ def add_file_options(parser: ArgumentParser) -> None:
     )
     repeats = files.add_mutually_exclusive_group()
     repeats.add_argument(
-        "--runs", type=AT_LEAST_1, default=1, help="train this many times, with successive seeds"
+        "--runs",
+        type=number(int, at_least=1),
+        default=1,
+        help="train this many times, with successive seeds",
     )
     repeats.add_argument(
         "--folds",

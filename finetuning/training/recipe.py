@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
 from finetuning.model.trainable_encoder import DEFAULT_RANK
-from finetuning.training.prompt_sampling import PromptMix
+from finetuning.training_data.prompt_sampling import PromptMix
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finetuning.basics.cropped_masks import CroppedMask, crop_mask
-from finetuning.model.prompts import Prompt
+from finetuning.segmentation.prompts import Prompt
 
 # Below this image side, masks are upscaled whole: for an output whose width and height add up to
 # 128 or less, torch computes in another order, which changes last digits

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.model.prompts import (
+from finetuning.segmentation.predicting import Features, choose_masks, predict_masks, upscale_masks
+from finetuning.segmentation.prompts import (
     Prompt,
     corrective_click,
     make_prompt,
     mask_box,
     prompt_from_mask,
 )
-from finetuning.model.segmentation import Features, choose_masks, predict_masks, upscale_masks
-from finetuning.training.training_masks import HALF
+from finetuning.training_data.training_masks import HALF
 
 BOX_SHARE = 0.25  # share of steps that start with a box; the others start with a point
 CLICK_SHARE = 0.35  # share of steps with 1 to MAX_TRAINING_CLICKS corrective clicks

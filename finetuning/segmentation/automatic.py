@@ -15,7 +15,7 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from sam2.utils.amg import rle_to_mask
 
-from finetuning.model.prompts import Prompt, make_prompt
+from finetuning.segmentation.prompts import Prompt, make_prompt
 
 RULE = "auto_objects"  # the key of a checkpoint's rule
 POINTS_PER_SIDE = 32  # of the grid; SAM 2's default

@@ -7,7 +7,7 @@ import numpy as np
 
 from finetuning.basics.cropped_masks import CroppedMask, crop_mask
 from finetuning.basics.pictures import COLORS, GREEN, RED, WHITE, YELLOW
-from finetuning.model.prompts import Prompt
+from finetuning.segmentation.prompts import Prompt
 
 
 def draw_object(

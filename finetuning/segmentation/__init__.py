@@ -1,0 +1,8 @@
+"""From image features and prompts to masks.
+
+automatic: find all objects of an image without a prompt
+drawing: draw masks and prompts on an image
+predicting: from features and prompts to masks and scores: the one path
+prompts: points and boxes, and clicks that correct a mask
+views: an image turned and mirrored, with its features and prompts
+"""
