@@ -35,7 +35,8 @@ def draw_augmentation(
         steps = {index: step for step in sampler for index in step.indices}
         axes[0, column].set_title(f"epoch {sampler.epoch}", fontsize=9)
         for row, index in enumerate(indices):
-            step = steps.get(index, Step(sampler.epoch, [index], 1.0))  # torchrun: another's image
+            # Under torchrun, the step may be that of another process
+            step = steps.get(index, Step(sampler.epoch, [index], 1.0))
             batch = load_alone(training_set, step, index)
             axes[row, column].imshow(draw_shown(batch, training_set.image_size))
             axes[row, column].axis("off")
