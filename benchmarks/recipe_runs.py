@@ -12,7 +12,6 @@ import hashlib
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +29,10 @@ from finetuning.evaluation.measuring import Validation
 from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
-from finetuning.training.learner import make_learner
+from finetuning.training.learner import Learner, make_learner
 from finetuning.training.recipe import Recipe
 from finetuning.training.recipe_options import RECIPE_OPTIONS
+from finetuning.training.weight_average import average_weights
 from finetuning.training_data.batches import TrainingSet, make_loader
 from finetuning.training_data.epoch_sampling import EpochSampler
 from train_sam2_proper import train_one_epoch
@@ -175,14 +175,6 @@ def train_and_measure(runs: list[Run], bench: Bench) -> list[dict[str, str]]:
     return rows
 
 
-def average_weights(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the mean of state_dicts; that of a single one is the same to the bit."""
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(0).to(first.dtype)
-        for name, first in states[0].items()
-    }
-
-
 def split_images(planned: Run, bench: Bench) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to train on and those to measure: val, or a quarter of the training pairs.
 
@@ -205,7 +197,7 @@ def load_or_train(planned: Run, seed: int, bench: Bench, validates: bool) -> Tra
     name = hashlib.sha256(repr(planned.key(bench)).encode()).hexdigest()[:16]
     path = bench.output / "weights" / f"{name}.pt"
     if path.is_file():
-        trained = Trained(**torch.load(path, map_location=bench.device, weights_only=True))
+        trained = Trained(**torch.load(path, weights_only=True))
         if BEST in trained.weights or not validates:
             return trained
     pairs, measured = split_images(planned, bench)
@@ -237,6 +229,11 @@ def train_recipe(
         train_one_epoch(predictor, loader, learner, recipe, epoch)
         seconds += clock(bench.device) - start
         if validation and (iou := validation.measure(model)["val_iou"]) > best_iou:
-            state = learner.weights.state_dict()
-            best_iou, best = iou, {BEST: {name: value.clone() for name, value in state.items()}}
-    return Trained({LAST: learner.weights.state_dict(), **best}, seconds, len(pairs))
+            best_iou, best = iou, {BEST: on_cpu(learner)}
+    return Trained({LAST: on_cpu(learner), **best}, seconds, len(pairs))
+
+
+def on_cpu(learner: Learner) -> dict[str, torch.Tensor]:
+    """Return a copy of the weights that learn."""
+    state = learner.weights.state_dict()
+    return {name: weight.to("cpu", copy=True) for name, weight in state.items()}

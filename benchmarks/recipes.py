@@ -202,8 +202,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_counts(args.train_images, split_pairs(args.data, "train", args.limit))
     bench, model, pairs = open_bench(args)
-    check_counts(args.train_images, pairs["train"])
     measured_on = HELD_OUT if args.held_out else VAL
     cases = [
         Case(name, images, epochs)
