@@ -7,6 +7,7 @@
     python train_sam2_proper.py --lr auto                  # find the learning rate first
     python train_sam2_proper.py --demo                     # see it work in a minute
     python train_sam2_proper.py --recipe guide             # the guide's settings, not ours
+    python train_sam2_proper.py --turns                    # images without an upright, like cells
     python train_sam2_proper.py --train-encoder lora       # the image encoder learns too
     python train_sam2_proper.py --runs 3                   # how much does the seed matter?
     python train_sam2_proper.py --folds 5                  # few images: each is measured once
@@ -20,6 +21,7 @@ learning_curve.png.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import sam2_utils
@@ -54,6 +56,7 @@ from finetuning.training.learning_rate_trial import try_learning_rates
 from finetuning.training.losses import batch_loss
 from finetuning.training.recipe import Recipe
 from finetuning.training_data import batches
+from finetuning.training_data.encoding import open_features
 from finetuning.training_data.epoch_sampling import EpochSampler
 from finetuning.training_data.prompt_sampling import add_clicks
 
@@ -150,12 +153,12 @@ def open_data(
 ) -> tuple[Model, batches.TrainingSet, measuring.Validation]:
     """Encode the images, once each as the encoder is frozen; return the model and its data."""
     _, recipe, pairs, _ = training
-    source = batches.open_features(
-        predictor, machine.precision, machine.cache, machine.cache_in, pairs
+    source, augmentation = open_features(
+        predictor, machine.precision, machine.cache, machine.cache_in, pairs, recipe.augmentation
     )
     size = predictor.model.image_size
     training_set = batches.TrainingSet(
-        pairs["train"], source.cache, size, recipe.seed, recipe.prompt_mix
+        pairs["train"], source.cache, size, recipe.seed, recipe.prompt_mix, augmentation
     )
     without_prompt = recipe.none_share > 0
     validation = measuring.Validation(pairs["val"], without_prompt, most=measuring.MOST_OBJECTS)
@@ -179,7 +182,12 @@ def train(
     torch.manual_seed(recipe.seed)
     state = run_files.load_state(output, settings) if resume else None
 
+    # Variants of each image: an interrupted run goes on with its own number
+    if state:
+        recipe = replace(recipe, augment=state["settings"]["augment"])
+        training = training._replace(recipe=recipe)
     model, training_set, validation = open_data(predictor, training, machine)
+    settings = {**settings, "augment": training_set.augmentation.augment.number}
     objects = training_set.prepare()  # their number, by the index of their image
 
     # Epoch 0 is the original model

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from sam2_utils import UserError
@@ -19,8 +21,10 @@ from finetuning.basics import distributed
 from finetuning.basics.command_line import tell
 from finetuning.basics.files import remove_abandoned
 from finetuning.model.feature_cache import CachedImage, FeatureCache
+from finetuning.model.image_variants import ImageVariant
 
 CACHE_PLACES = ("auto", "gpu", "memory", "disk")
+MEASURED = 4  # images that are encoded to estimate the time of the others
 HELD_SHARE = 0.5  # largest share of a GPU's free memory for features; training needs the rest
 
 
@@ -45,7 +49,20 @@ def open_cache(
     images: dict[str, list[CachedImage]],
     cache_in: str = "disk",
 ) -> FeatureCache:
-    """Return the cache in a folder, after encoding the images that are missing.
+    """Return the cache in a folder, after encoding the images that are missing, as fill_cache."""
+    cache = FeatureCache(folder, predictor, precision)
+    fill_cache(cache, predictor, images, cache_in)
+    return cache
+
+
+def fill_cache(
+    cache: FeatureCache,
+    predictor: SAM2ImagePredictor,
+    images: dict[str, list[CachedImage]],
+    cache_in: str = "disk",
+    variants: Sequence[ImageVariant] = (),
+) -> None:
+    """Encode the images that are missing.
 
     Incomplete files of killed runs are removed. Raises UserError, before anything slow, if the disk
     has no room for the features.
@@ -53,25 +70,54 @@ def open_cache(
     Arguments:
       images: the images of each split, by its name.
       cache_in: where features are read from, as in choose_place.
+      variants: of images of the train split; encoded last.
     """
-    cache = FeatureCache(folder, predictor, precision)
-    all_images = list(dict.fromkeys(itertools.chain.from_iterable(images.values())))
+    plain = list(dict.fromkeys(itertools.chain.from_iterable(images.values())))
+    all_images = [*plain, *variants]
     # Only the first process validates; the others read the train split alone
-    read_here = all_images if distributed.rank() == 0 else images.get("train", [])
+    read_here = [*images.get("train", []), *variants]
+    read_here = all_images if distributed.rank() == 0 else read_here
     place = choose_place(cache_in, predictor.device, cache.size_in_bytes(len(read_here)))
     if distributed.rank() == 0:
-        remove_abandoned(folder)
+        remove_abandoned(cache.folder)
     cache.look_up(all_images)
-    distributed.from_first(lambda: check_room(cache, all_images, folder))
+    distributed.from_first(lambda: check_room(cache, all_images, cache.folder))
     try:
+        count, start = len(cache.missing(plain)), time.perf_counter()
         for split, split_images in images.items():
             cache.fill(split_images, predictor, split)
+        seconds = (time.perf_counter() - start) / count if count else None
+        fill_variants(cache, predictor, variants, seconds)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to encode the remaining images")
         raise
     if place is not None:
         cache.hold(read_here, place)
-    return cache
+
+
+def fill_variants(
+    cache: FeatureCache,
+    predictor: SAM2ImagePredictor,
+    variants: Sequence[ImageVariant],
+    seconds: float | None,
+) -> None:
+    """Encode the variants that are missing; first print how many there are and what they cost.
+
+    seconds: what encoding an image has taken; None: measure it.
+    """
+    missing = cache.missing(variants)
+    if not missing:
+        return
+    if seconds is None:
+        start, few = time.perf_counter(), missing[:MEASURED]
+        cache.fill(few, predictor, "the first variants")
+        seconds = (time.perf_counter() - start) / len(few)
+    gigabytes, minutes = cache.size_in_bytes(len(missing)) / 1e9, seconds * len(missing) / 60
+    tell(
+        f"augmentation: {len(missing)} variants of the training images to encode, once "
+        f"({gigabytes:.2f} GB, about {minutes:.1f} minutes); --augment off does without"
+    )
+    cache.fill(missing, predictor, "variants")
 
 
 def choose_place(cache_in: str, device: torch.device, needed: int) -> torch.device | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
 from finetuning.model.trainable_encoder import DEFAULT_RANK
+from finetuning.training_data.augmentation import Augment
 from finetuning.training_data.prompt_sampling import PromptMix
 
 
@@ -30,6 +31,12 @@ class Recipe:
     # to answer that there is none, and SAM 2's video predictor blanks masks by that answer
     background_share: float = 0.1
 
+    # Augmentation: variants of each training image, the unchanged one included. auto: as many as
+    # about 1,000 encoded images allow, at most 8; off
+    augment: int | str = "auto"
+    turns: bool = False  # whether images have no upright: variants are turned, not only mirrored
+    mirror_features: bool = True  # unless augment is off: cached features are mirrored, too
+
     # The loss
     mask_loss: str = "first"  # which of the three masks learn: first, best or all
     single_weight: float = 1.0  # of the single mask, which other tools use
@@ -46,6 +53,11 @@ class Recipe:
         return replace(self, lr=lr)
 
     @property
+    def augmentation(self) -> Augment:
+        """The part of the recipe that varies the training images."""
+        return Augment(self.augment, self.turns, self.mirror_features)
+
+    @property
     def prompt_mix(self) -> PromptMix:
         """The part of the recipe that draws prompts."""
         return PromptMix(self.prompts, self.none_share, self.background_share)
@@ -60,6 +72,7 @@ GUIDE = Recipe(
     prompts="random",
     none_share=0.0,
     background_share=0.0,
+    augment="off",
     single_weight=0.0,
     dice_weight=0.0,
 )

@@ -15,6 +15,12 @@ def parse_rate(text: str) -> float | str:
     return text if text == "auto" else number(float, above=0)(text)
 
 
+def parse_augment(text: str) -> int | str:
+    """Parse --augment as an argparse type: "auto", "off" or a number of variants; 1 is off."""
+    count = text if text in ("auto", "off") else number(int, at_least=1)(text)
+    return "off" if count == 1 else count
+
+
 AT_LEAST_0, AT_LEAST_1 = number(float, at_least=0), number(int, at_least=1)
 # The options of the recipe: name, help text, further arguments of add_argument
 OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -62,6 +68,18 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "share of point steps that add a point on background, which teach the model to answer "
         "that no object is there (0: it forgets this)",
         {"type": number(float, at_least=0, below=1)},
+    ),
+    (
+        "augment",
+        "variants of each training image, the unchanged one included: mirrored, cropped, in other "
+        "colours; encoded and cached once, each epoch shows one of them. auto: up to 8, fewer if "
+        "there are more than 125 images, so that about 1,000 are encoded; off: none",
+        {"type": parse_augment, "metavar": "auto|off|N"},
+    ),
+    (
+        "turns",
+        "the images have no upright (cells, satellite images): augmentation also turns them",
+        {"action": "store_true"},
     ),
     ("seed", "seed of the image order and the prompts", {"type": seed}),
 )

@@ -213,7 +213,7 @@ def save_model(
 
 
 def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Load what save_state saved, for a run with these settings; with lr "auto", any lr will do.
+    """Load what save_state saved, for a run with these settings; for "auto", any value will do.
 
     Raises UserError if there is no such run, or its settings, its data or its model differ.
     """
@@ -230,7 +230,7 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "resume it with that version, or use another --output"
         )
     for name in [name for name in settings if name not in FREE_SETTINGS]:
-        is_found = name == "lr" and settings["lr"] == "auto"
+        is_found = name in ("lr", "augment") and settings[name] == "auto"
         if saved[name] != settings[name] and not is_found:
             option = f"--{name.replace('_', '-')}"
             raise UserError(
@@ -261,10 +261,15 @@ def read_log(state: dict[str, Any]) -> Log | None:
 
 
 def are_settings(values: Any) -> bool:
-    """Return whether a value is a dict of plain values, with a number as its lr."""
+    """Return whether a value is a dict of plain values, with a number as its lr and so on."""
     plain = str | int | float | list | dict | None
     are_plain = isinstance(values, dict) and all(isinstance(v, plain) for v in values.values())
-    return are_plain and _is_number(values.get("lr"))
+    return are_plain and _is_number(values.get("lr")) and _is_augment(values.get("augment"))
+
+
+def _is_augment(value: Any) -> bool:
+    is_count = isinstance(value, int) and 0 < value < MAX_LOGGED
+    return value in ("auto", "off", None) or is_count  # None: of another version of this project
 
 
 def _is_number(value: Any) -> bool:

@@ -1,6 +1,8 @@
 """What training shows the model: images, prompts and true masks.
 
+augmentation: training images varied: mirrored, turned, cropped, recoloured
 batches: the training data, as batches for the decoder
+encoding: encode the images of a training and their variants
 epoch_sampling: the steps of an epoch: which images and objects, in random order
 prompt_sampling: random prompts, and clicks that correct the model's answers
 training_masks: the true masks of training, on the grid of the loss

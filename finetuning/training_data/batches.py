@@ -17,7 +17,6 @@ from sam2_utils import UserError
 
 import numpy as np
 import torch
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader, Dataset
 
 from finetuning.basics import distributed
@@ -25,11 +24,18 @@ from finetuning.basics.image_files import read_image, require_equal_sizes
 from finetuning.basics.threads import in_threads
 from finetuning.dataset.objects import read_objects
 from finetuning.dataset.pairs import Pair
-from finetuning.model.cache_places import open_cache
 from finetuning.model.feature_cache import FeatureCache
-from finetuning.model.model import FeatureSource
+from finetuning.model.image_variants import file_of
 from finetuning.segmentation.predicting import Features
 from finetuning.segmentation.prompts import Prompt
+from finetuning.training_data.augmentation import (
+    UNCHANGED,
+    Augmentation,
+    Shown,
+    Variant,
+    turn_features,
+    visible_objects,
+)
 from finetuning.training_data.epoch_sampling import EpochSampler, Step
 from finetuning.training_data.prompt_sampling import (
     RANDOM_POINTS,
@@ -61,7 +67,7 @@ class Batch(NamedTuple):
     plan: PromptPlan
     true_masks: torch.Tensor  # PxLOSS_GRIDxLOSS_GRID uint8; 255: the mask covers all of a cell
     fraction: float  # this part of the step, as in Step
-    paths: Sequence[Path] = ()  # of the B images
+    shown: Sequence[Shown] = ()  # the B images, and how the step shows them
 
     def parts(self, at_once: int) -> Iterator[Batch]:
         """Yield parts of at most `at_once` objects, each with its fraction of the step."""
@@ -76,29 +82,11 @@ class Batch(NamedTuple):
             )
 
 
-def open_features(
-    predictor: SAM2ImagePredictor,
-    precision: torch.dtype,
-    folder: Path | None,
-    cache_in: str,
-    pairs: dict[str, list[Pair]],
-) -> FeatureSource:
-    """Encode the images that the cache folder lacks; return where to get all features.
-
-    folder: None: no cache, so the images are encoded whenever they are needed.
-    """
-    cache = None
-    if folder:
-        images = {split: [pair.image for pair in found] for split, found in pairs.items()}
-        cache = open_cache(predictor, folder, precision, images, cache_in)
-    return FeatureSource(predictor, precision, cache)
-
-
 class TrainingSet(Dataset):
     """Loads the batch of a Step.
 
-    Prompts depend only on the seed, the epoch, the step's number and the images, so neither worker
-    processes nor the cache change them.
+    Prompts and variants depend only on the seed, the epoch, the step's number and the images, so
+    neither worker processes nor the cache change them.
     """
 
     def __init__(
@@ -108,10 +96,12 @@ class TrainingSet(Dataset):
         image_size: int,
         seed: int,
         mix: PromptMix = RANDOM_POINTS,
+        augmentation: Augmentation = UNCHANGED,
     ) -> None:
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
-        self.mix = mix
+        self.mix, self.augmentation = mix, augmentation
         self._masks: dict[int, ImageMasks] = {}  # by image; filled by prepare and when needed
+        self._variant_masks: dict[tuple[int, Variant], ImageMasks] = {}  # filled when needed
 
     def prepare(self) -> dict[int, int]:
         """Read the masks; return the number of objects of each image that has any, by its index.
@@ -165,16 +155,14 @@ class TrainingSet(Dataset):
             mine, images = sum(map(len, objects)), len(indices)
             fraction = (mine + images) / (mine / fraction + images / image_fraction)
             objects = [(*chosen, BACKGROUND) for chosen in objects]
-        paths = [self.pairs[index].image for index in indices]
-        features, images = None, []
-        if self.cache is None:
-            images = [read_image(path) for path in paths]
-        elif self.cache.held_on is None:  # features held in memory are added by BatchLoader
-            features = self.cache.read(paths)
+        shown = [
+            self.augmentation.show(self.pairs[index], index, epoch, self.seed) for index in indices
+        ]
+        features, images, sizes = self._read(shown)
         image_of, prompts, true_masks = [], [], []
         for i, (index, chosen) in enumerate(zip(indices, objects, strict=True)):
-            size = images[i].shape[:2] if images else self.cache.size(paths[i])
-            for k, mask in zip(chosen, self._masks_of(index, chosen, size), strict=True):
+            masks = self._masks_of(index, chosen, sizes[i], shown[i])
+            for k, mask in zip(chosen, masks, strict=True):
                 grid = mask >= HALF
                 if not grid.any():  # objects cover the whole image: it has no background
                     continue
@@ -185,20 +173,55 @@ class TrainingSet(Dataset):
                 prompts.append(scale_prompt(prompt, grid.shape, self.image_size))
                 true_masks.append(mask * np.uint8(k != BACKGROUND))  # background: no object
         true_masks = torch.from_numpy(np.stack(true_masks))
-        return Batch(features, images, image_of, prompts, plan, true_masks, fraction, paths)
+        return Batch(features, images, image_of, prompts, plan, true_masks, fraction, shown)
+
+    def _read(
+        self, shown: list[Shown]
+    ) -> tuple[Features | None, list[np.ndarray], list[tuple[int, int]]]:
+        """Return the cached features or the images of a batch, and the (H,W) of each image file.
+
+        Features held in memory are added by BatchLoader.
+        """
+        files = [file_of(one.image) for one in shown]
+        if self.cache is not None:
+            features = None if self.cache.held_on is not None else read_features(self.cache, shown)
+            return features, [], [self.cache.size(path) for path in files]
+        images = [read_image(path) for path in files]
+        seen = [
+            one.variant.of_array(image) if one.variant else image
+            for one, image in zip(shown, images, strict=True)
+        ]
+        return None, seen, [image.shape[:2] for image in images]
 
     def _masks_of(
-        self, index: int, chosen: tuple[int, ...], size: tuple[int, int]
+        self, index: int, chosen: tuple[int, ...], size: tuple[int, int], shown: Shown
     ) -> list[np.ndarray]:
-        """Return the masks of chosen objects of an image of (H,W) on the loss grid."""
-        pair, masks = self.pairs[index], self._masks.get(index)
+        """Return the masks of chosen objects of an image of (H,W) on the loss grid, as it is shown.
+
+        Other objects replace those that the variant hides.
+        """
+        pair, variant = self.pairs[index], shown.variant
+        known, key = (self._variant_masks, (index, variant)) if variant else (self._masks, index)
+        masks, objects = known.get(key), None
+        if shown.hidden:
+            count = masks.count if masks else len(objects := read_objects(pair))
+            chosen = visible_objects(chosen, shown.hidden, count)
         new = [k for k in chosen if masks is None or k not in masks.packed]
         if new:
-            read = pack_masks(read_objects(pair), new)
-            masks = read._replace(packed=(masks.packed if masks else {}) | read.packed)
-            self._masks[index] = masks
+            objects = objects or read_objects(pair)
+            read = pack_masks(variant.of_objects(objects) if variant else objects, new)
+            packed = (masks.packed if masks else {}) | read.packed
+            masks = read._replace(packed=packed, size=objects.size)
+            if not self.augmentation.draws_anew:  # else no other epoch shows this variant
+                known[key] = masks
         require_equal_sizes(pair.image, size, pair.mask, masks.size)
-        return [masks.grid(k) for k in chosen]
+        return [shown.view.of_array(masks.grid(k)) for k in chosen]
+
+
+def read_features(cache: FeatureCache, shown: Sequence[Shown]) -> Features:
+    """Return the cached features of images as a step shows them."""
+    features = cache.read([one.image for one in shown])
+    return turn_features(features, [one.view for one in shown])
 
 
 class BatchLoader(DataLoader):
@@ -212,8 +235,9 @@ class BatchLoader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, Exception):
                 raise batch
-            is_held = cache is not None and cache.held_on is not None
-            yield batch._replace(features=cache.read(batch.paths)) if is_held else batch
+            if cache is not None and cache.held_on is not None:
+                batch = batch._replace(features=read_features(cache, batch.shown))
+            yield batch
 
 
 def make_loader(
