@@ -12,7 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,18 +31,19 @@ from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
 from finetuning.training.learner import Learner, make_learner
 from finetuning.training.recipe import Recipe
-from finetuning.training.recipe_options import RECIPE_OPTIONS
 from finetuning.training.weight_average import average_weights
 from finetuning.training_data.batches import TrainingSet, make_loader
+from finetuning.training_data.encoding import open_features
 from finetuning.training_data.epoch_sampling import EpochSampler
 from train_sam2_proper import train_one_epoch
 
 VAL, HELD_OUT = "val", "training images held out"
 TUNING = f"{HELD_OUT}, one point"  # enough to choose a learning rate
 LAST, BEST = "last epoch", "best epoch on val"
+AS_IT_IS = "as it is"
 KEY_COLUMNS = (
     "recipe", "options", "model", "data", "limit", "training images", "epochs", "lr", "seed",
-    "weights", "measured on",
+    "weights", "use", "measured on",
 )  # fmt: skip
 COSTS = ("training s", "encoded images", "measuring s")
 RUN_COLUMNS = (*KEY_COLUMNS, *MEASURES, *COSTS)
@@ -72,19 +73,17 @@ class Run(NamedTuple):
     images: int | None = None  # the first training images; None: all
     measured_on: str = VAL  # or HELD_OUT or TUNING
     weights: str = LAST  # or BEST
+    use: str = AS_IT_IS
 
     def key(self, bench: Bench) -> dict[str, str]:
         """Return the columns that identify the run: the first ones of its row."""
         recipe = self.recipe
-        options = " ".join(
-            f"--{name.replace('_', '-')} {getattr(recipe, name)}"
-            for name in RECIPE_OPTIONS
-            if name not in KEY_COLUMNS
-        )
+        values = asdict(recipe).items()
+        options = ", ".join(f"{name} {value}" for name, value in values if name not in KEY_COLUMNS)
         facts = (
             *(self.name, options, bench.model, bench.data, bench.limit or "all"),
             *(self.images or "all", recipe.epochs, recipe.lr, " ".join(map(str, self.seeds))),
-            *(self.weights, self.measured_on),
+            *(self.weights, self.use, self.measured_on),
         )
         return dict(zip(KEY_COLUMNS, map(str, facts), strict=True))
 
@@ -117,10 +116,12 @@ def do_runs(runs: list[Run], bench: Bench, description: str) -> list[dict[str, s
     missing = [planned for planned, key in zip(runs, keys, strict=True) if key not in rows]
     if not missing:
         return [rows[key] for key in keys]
+    encode(missing, bench)
     # A process does all runs that share a training
     trainings: dict[str, list[Run]] = {}
     for planned in missing:
-        trainings.setdefault(repr(planned._replace(weights=LAST)), []).append(planned)
+        training = planned._replace(weights=LAST, use=AS_IT_IS)
+        trainings.setdefault(repr(training), []).append(planned)
     os.environ["TQDM_DISABLE"] = "1"  # for the new processes, whose bars would mix
     with multiprocessing.get_context("spawn").Pool(bench.jobs, maxtasksperchild=1) as pool:
         train_and_measure_here = functools.partial(train_and_measure, bench=bench)
@@ -129,6 +130,21 @@ def do_runs(runs: list[Run], bench: Bench, description: str) -> list[dict[str, s
             rows.update({key_of(row): row for row in new})
             write_csv(path, RUN_COLUMNS, [list(row.values()) for row in rows.values()])
     return [rows[key] for key in keys]
+
+
+def encode(runs: list[Run], bench: Bench) -> None:
+    """Encode the images of the runs and their variants, before processes would do it twice."""
+    predictor, _ = load_predictor(bench.model, bench.checkpoint, bench.device)
+    encoded = set()
+    for planned in runs:
+        train, measured = split_images(planned, bench)
+        key = planned.images, planned.measured_on, planned.recipe.augmentation
+        if key not in encoded:
+            encoded.add(key)
+            pairs = {"train": train, "val": measured}
+            open_features(
+                predictor, bench.precision, bench.cache, "disk", pairs, planned.recipe.augmentation
+            )
 
 
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
@@ -193,7 +209,7 @@ def load_or_train(planned: Run, seed: int, bench: Bench, validates: bool) -> Tra
 
     validates: the weights of the best epoch are needed, too.
     """
-    planned = planned._replace(seeds=(seed,), weights=LAST)
+    planned = planned._replace(seeds=(seed,), weights=LAST, use=AS_IT_IS)
     name = hashlib.sha256(repr(planned.key(bench)).encode()).hexdigest()[:16]
     path = bench.output / "weights" / f"{name}.pt"
     if path.is_file():
@@ -214,14 +230,18 @@ def train_recipe(
     """Train a recipe; with a validation, keep the weights of the best epoch as well."""
     torch.manual_seed(recipe.seed)
     predictor, _ = load_predictor(bench.model, bench.checkpoint, bench.device)
-    cache = FeatureCache(bench.cache, predictor, bench.precision)
+    source, augmentation = open_features(
+        predictor, bench.precision, bench.cache, "disk", {"train": pairs}, recipe.augmentation
+    )
     image_size = predictor.model.image_size
-    training_set = TrainingSet(pairs, cache, image_size, recipe.seed, recipe.prompt_mix)
+    training_set = TrainingSet(
+        pairs, source.cache, image_size, recipe.seed, recipe.prompt_mix, augmentation
+    )
     objects = training_set.prepare()
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, bench.device)
     learner = make_learner(predictor, recipe, bench.precision)
-    model = Model(predictor, FeatureSource(predictor, bench.precision, cache))
+    model = Model(predictor, source)
 
     seconds, best_iou, best = 0.0, -1.0, {}
     for epoch in range(1, recipe.epochs + 1):
@@ -230,7 +250,8 @@ def train_recipe(
         seconds += clock(bench.device) - start
         if validation and (iou := validation.measure(model)["val_iou"]) > best_iou:
             best_iou, best = iou, {BEST: on_cpu(learner)}
-    return Trained({LAST: on_cpu(learner), **best}, seconds, len(pairs))
+    encoded = len(pairs) + sum(map(len, augmentation.further))
+    return Trained({LAST: on_cpu(learner), **best}, seconds, encoded)
 
 
 def on_cpu(learner: Learner) -> dict[str, torch.Tensor]:

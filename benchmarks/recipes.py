@@ -5,9 +5,10 @@
     python benchmarks/recipes.py --model mini --recipes "the default" --train-images 45 180 720
 
 Each recipe is trained with its best learning rate, the one with the highest IoU for one point on a
-held-out quarter of the training images. The default and its variants keep the default's rate. Then
-each recipe trains on all training images, or the first N, once per seed. Its last weights are
-measured on all validation images, which influenced no choice:
+held-out quarter of the training images. The default and the recipes near it keep the default's rate;
+"plain" is the default without augmentation. Then each recipe trains on all training images, or the
+first N, once per seed. Its last weights are measured on all validation images, which influenced no
+choice:
   - with one point (the deepest, as in compare_models.py, or a random one), a box, and no prompt
   - after 3 and 5 corrective clicks
   - the single mask, which other tools use, with one point and with a box
@@ -51,11 +52,12 @@ from finetuning.model.models import MODELS, ensure_checkpoint, load_predictor
 from finetuning.segmentation.predicting import encode_images
 from finetuning.training.recipe import DEFAULT, GUIDE, MINI_LR, Recipe
 
+PLAIN = replace(DEFAULT, augment="off")
 BATCH = replace(GUIDE, batch_size=4)
 DICE = replace(BATCH, dice_weight=1.0)
 COSINE = replace(DICE, schedule="cosine")
-ALWAYS = replace(DEFAULT, none_share=0.0)  # every step has a prompt
-PLAIN = replace(ALWAYS, background_share=0.0, single_weight=0.0, max_grad_norm=0.0)
+ALWAYS = replace(PLAIN, none_share=0.0)  # every step has a prompt
+MIXED = replace(ALWAYS, background_share=0.0, single_weight=0.0, max_grad_norm=0.0)
 LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 OWN = ()
 # Each recipe and its candidate learning rates; OWN: the default's learning rate for the model
@@ -65,16 +67,27 @@ COMPARED: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "+ dice": (DICE, MIDDLE),
     "+ cosine": (COSINE, HIGH),
     "+ inner points": (replace(COSINE, prompts="inner"), HIGH),
-    "+ boxes and clicks": (PLAIN, HIGH),
-    "the same, all masks": (replace(PLAIN, mask_loss="all"), HIGH),
-    "the default, but the single mask": (replace(ALWAYS, single_weight=0.0), OWN),
-    "the default, not clipped": (replace(ALWAYS, max_grad_norm=0.0), OWN),
-    "the default, but always a prompt": (ALWAYS, OWN),
-    "the default, without points on background": (replace(DEFAULT, background_share=0.0), OWN),
+    "+ boxes and clicks": (MIXED, HIGH),
+    "the same, all masks": (replace(MIXED, mask_loss="all"), HIGH),
+    # The default without augmentation, and without another part
+    "plain, but the single mask": (replace(ALWAYS, single_weight=0.0), OWN),
+    "plain, not clipped": (replace(ALWAYS, max_grad_norm=0.0), OWN),
+    "plain, but always a prompt": (ALWAYS, OWN),
+    "plain, without points on background": (replace(PLAIN, background_share=0.0), OWN),
+    "plain": (PLAIN, OWN),
+    "plain, 1 step in 10 without a prompt": (replace(PLAIN, none_share=0.1), OWN),
+    "plain, 1 step in 5 without": (replace(PLAIN, none_share=0.2), OWN),
+    "plain, half of the points with one on background": (replace(PLAIN, background_share=0.5), OWN),
+    # Augmentation: of cached features, encoded variants (auto: as many as are worth it), or both
+    "features mirrored": (replace(DEFAULT, augment=1), OWN),
+    "features turned": (replace(DEFAULT, augment=1, turns=True), OWN),
+    "variants": (replace(DEFAULT, mirror_features=False), OWN),
+    "variants, turned": (replace(DEFAULT, mirror_features=False, turns=True), OWN),
     "the default": (DEFAULT, OWN),
-    "1 step in 10 without a prompt": (replace(DEFAULT, none_share=0.1), OWN),
-    "1 step in 5 without": (replace(DEFAULT, none_share=0.2), OWN),
-    "half of the points with one on background": (replace(DEFAULT, background_share=0.5), OWN),
+    "the default, turned": (replace(DEFAULT, turns=True), OWN),
+    "the default, 2 variants": (replace(DEFAULT, augment=2), OWN),
+    "the default, 4 variants": (replace(DEFAULT, augment=4), OWN),
+    "the default, 8 variants": (replace(DEFAULT, augment=8), OWN),
 }
 TIMED_IMAGES = 5  # encoded to see how long it takes
 
