@@ -5,7 +5,7 @@
     python benchmarks/recipes.py --model mini --recipes "the default" --train-images 45 180 720
 
 Each recipe is trained with its best learning rate, the one with the highest IoU for one point on a
-held-out quarter of the training images. The default and the recipes near it keep the default's rate;
+held-out quarter of the training images. The default and those near it keep the default's rate;
 "plain" is the default without augmentation. Then each recipe trains on all training images, or the
 first N, once per seed. Its last weights are measured on all validation images, which influenced no
 choice:
