@@ -6,6 +6,7 @@
     python compare_models.py --figures 20       # more pictures
     python compare_models.py --clicks 10        # and when their masks are corrected, click by click
     python compare_models.py --mask single      # the mask that other tools take
+    python compare_models.py --tta              # both average 4 mirrored views of each image
     python compare_models.py --auto             # and how many objects are found without a prompt
     python compare_models.py --folds            # what train_sam2_proper.py --folds trained
     python compare_models.py --demo             # what train_sam2_proper.py --demo made
@@ -41,7 +42,7 @@ from finetuning.comparison.detection import AUTO_FILE, compare_automatic
 from finetuning.comparison.figures import draw_comparisons, draw_ious, remove_earlier
 from finetuning.comparison.report import format_files, format_summary, summarize, write_results
 from finetuning.comparison.report_page import Setup, write_page
-from finetuning.comparison.report_sentences import describe_empty
+from finetuning.comparison.report_sentences import describe_empty, describe_views
 from finetuning.comparison.tables import Table, format_table, print_anywhere
 from finetuning.dataset.pairs import SPLITS, Pair, keep_out, split_pairs
 from finetuning.dataset.splitting import read_folds
@@ -52,6 +53,7 @@ from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.loading import load_models
 from finetuning.model.model import Model
 from finetuning.model.models import MODELS
+from finetuning.segmentation.averaging import add_views_option, choose_views
 
 
 def choose_pairs(
@@ -198,6 +200,7 @@ def make_parser() -> ArgumentParser:
     models.add_argument(
         "--model", choices=MODELS, help="model size (default: as recorded in the fine-tuned file)"
     )
+    add_views_option(models)
     add_data_options(parser)
     add_more_options(parser)
     results = parser.add_argument_group("results")
@@ -228,6 +231,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         raise UserError("--folds measures train and val; omit --split")
     if args.folds and args.auto:
         raise UserError("--auto measures one model and --folds several; omit one of them")
+    if args.auto and args.tta:
+        raise UserError("--auto cannot average views; omit --tta or --auto")
     if args.no_mask_prompt and not args.clicks:
         raise UserError("--no-mask-prompt needs simulated clicks; add --clicks 10")
     return args
@@ -247,9 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     training = split_pairs(args.data, "train") if args.auto else []
     if not args.folds:
         require_finetuned(args.finetuned, args.demo)
-    models, files = load_models(
-        paths, args.original, args.model, device, args.device == "mps", args.precision, args.cache
-    )
+    how = device, args.device == "mps", args.precision, args.cache, choose_views(args.tta)
+    models, files = load_models(paths, args.original, args.model, *how)
     images = args.data / "images" / ("" if args.folds else split)
     print(format_files(files, images, split == "test" and not args.split))
     overlap = add_overlaps(list(map(count_overlap, pairs, files.facts)))
@@ -261,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [result for comparison in comparisons for result in comparison.results]
     runs_file = None if args.folds else args.finetuned.with_name(RUNS_FILE)
     summary = summarize(results, split, overlap, args.mask, args.seed, runs_file)
+    summary.sentences.extend(describe_views(models[0].views))
     summary.sentences.extend(describe_empty(comparisons, args.prompt, args.mask))
     print_anywhere(format_summary(summary))
 

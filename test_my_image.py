@@ -8,6 +8,7 @@
     python test_my_image.py --image my_folder                         # click in each image in turn
     python test_my_image.py --image my_folder --auto whole            # no prompt: a mask per image
     python test_my_image.py --image my_folder --auto objects          # no prompt: all objects
+    python test_my_image.py --image my_folder --auto whole --tta      # average mirrored views
     python test_my_image.py --image my_folder --auto whole --save masks,overlays,cutouts,coco
     python test_my_image.py --image scan.nii.gz --auto whole          # or DICOM, TIFF stacks
     python test_my_image.py --demo                                    # the demo's model and image
@@ -74,6 +75,7 @@ from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.loading import bands_of, load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.segmentation.automatic import ANY, Rule, SegmentedObject, rule_of
+from finetuning.segmentation.averaging import add_views_option, choose_views
 from finetuning.segmentation.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.volumes.files import name_of, volumes_at
 
@@ -192,6 +194,7 @@ def make_parser() -> ArgumentParser:
     model.add_argument(
         "--model", choices=MODELS, help="its size (default: the checkpoint's, else small)"
     )
+    add_views_option(model)
     results = parser.add_argument_group("results")
     results.add_argument(
         "--output",
@@ -226,6 +229,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("points or boxes, --prompts and --auto exclude each other; choose one of them")
     if args.auto != "objects" and (args.min_score is not None or args.min_area is not None):
         parser.error("--min-score and --min-area are for --auto objects; add it")
+    if args.auto == "objects" and args.tta:
+        parser.error("--auto objects cannot average views; omit --tta")
     args.volumes = volumes_at(args.image, args.bands)
     is_folder = args.image.is_dir() or bool(args.volumes)
     if args.given and is_folder and not args.volumes:
@@ -270,9 +275,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = choose_checkpoint(
         args.checkpoint, args.finetuned, args.original, args.model, args.demo
     )
-    opens_window = not prompts and not args.prompts and not args.auto
+    opens_window, views = not (prompts or args.prompts or args.auto), choose_views(args.tta)
     segmenters, facts = load_segmenters(
-        checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
+        checkpoint, args.model, device, args.device == "mps", args.precision, opens_window, views
     )
     tell(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
     if (bands := bands_of(facts)) and not args.bands:
@@ -289,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     with only_run_in(args.output), slices_on_disk(volumes, ranges, args.bands) as slices:
-        settings = make_settings(args.image, checkpoint, *ranges, rule)
+        settings = make_settings(args.image, checkpoint, *ranges, rule, len(views))
         settings["bands"] = list(args.bands)
         results = FolderResults(args.output, args.save, settings, args.overwrite)
         images = [*images, *slices]

@@ -108,7 +108,7 @@ class NoFeatures:
 
     precision = torch.float32
 
-    def features(self, image: Path, mask_size: tuple[int, int]) -> Features:
+    def features(self, image: Path, mask_size: tuple[int, int], _views: tuple) -> Features:
         assert image.suffix == ".jpg" and mask_size == (48, 64)
         return Features(torch.zeros(1, 1, 1, 1), [])
 

@@ -29,6 +29,9 @@ KOREAN = {
     "(the test split is the default where there is one; --split val: the validation split)": (
         "(테스트 세트가 있으면 그것으로 비교합니다. 검증 세트로 비교하려면 --split val)"
     ),
+    "averaging {count} views of each image: encoding takes {count} times as long": (
+        "이미지마다 {count}가지 뷰를 평균합니다. 인코딩 시간이 {count}배 걸립니다"
+    ),
     "\nwrote {names} and {count} picture(s) to {output}": (
         "\n저장: {names}, 그림 {count}장 (폴더: {output})"
     ),
@@ -107,6 +110,9 @@ KOREAN = {
     "the fine-tuned model in {finetuned}": (
         "객체가 없는 이미지 {count}장 중 원본은 {original}장, 파인튜닝한 모델은 {finetuned}장에서 "
         "무언가를 찾았습니다"
+    ),
+    "both models: each mask is the average for {count} mirrored views of the image": (
+        "두 모델 모두 이미지를 뒤집은 {count}가지 뷰의 마스크를 평균했습니다"
     ),
     "{count} training runs with different seeds: val IoU best {best:.4f} ± {best_spread:.4f} "
     "({lowest:.4f} to {highest:.4f}), last {last:.4f} ± {last_spread:.4f}; "

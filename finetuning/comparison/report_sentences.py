@@ -14,6 +14,7 @@ from finetuning.basics.language import say
 from finetuning.basics.run_outputs import read_runs
 from finetuning.evaluation.measuring import Comparison, Result, find_in_empty
 from finetuning.evaluation.seen_images import Overlap
+from finetuning.segmentation.views import View
 
 
 def count_sentence(results: list[Result]) -> str:
@@ -113,6 +114,14 @@ def describe_empty(comparisons: list[Comparison], prompt_kind: str, mask_kind: s
             found += find_in_empty(models, empty, mask_kind)
     counts = np.sum(found, axis=0).astype(int).tolist()  # 0 if nothing was measured
     return [empty_sentence(count, counts or [])] if count else []
+
+
+def describe_views(views: tuple[View, ...]) -> list[str]:
+    """Return a sentence that says that masks of several views were averaged, if they were."""
+    if len(views) == 1:
+        return []
+    text = "both models: each mask is the average for {count} mirrored views of the image"
+    return [say(text, count=len(views))]
 
 
 def empty_sentence(count: int, found: Sequence[int]) -> str:

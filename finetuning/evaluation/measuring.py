@@ -19,7 +19,8 @@ from finetuning.dataset.pairs import Pair
 from finetuning.evaluation.metrics import LOGGED, METRICS, Metric
 from finetuning.model.model import Model, features_for, segment_with_all
 from finetuning.model.trainable_encoder import merged_adapters
-from finetuning.segmentation.predicting import Features
+from finetuning.segmentation.averaging import ViewFeatures
+from finetuning.segmentation.features import Features
 from finetuning.segmentation.prompts import Prompt, make_prompt, prompt_from_mask
 
 AT_ONCE = {"cuda": 16}  # images, and prompts, decoded in one batch
@@ -192,7 +193,7 @@ def measure_examples(
 
 def _measure(
     models: Sequence[Model],
-    features: Sequence[Features],
+    features: Sequence[Features | ViewFeatures],
     part: Sequence[tuple[int, Example]],
     mask_kind: str,
     metrics: Mapping[str, Metric],
@@ -218,8 +219,13 @@ def _measure_mask(
 
 
 def prompts_at_once(models: Sequence[Model]) -> int:
-    """Return how many prompts are decoded in one batch on the models' device."""
-    return AT_ONCE.get(models[0].predictor.device.type, AT_ONCE_ON_CPU)
+    """Return how many prompts are decoded in one batch on the models' device.
+
+    With several views of each image there are fewer images, so that their features take no more
+    memory.
+    """
+    at_once = AT_ONCE.get(models[0].predictor.device.type, AT_ONCE_ON_CPU)
+    return max(1, at_once // len(models[0].views))
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:

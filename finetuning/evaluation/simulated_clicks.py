@@ -17,7 +17,9 @@ from finetuning.basics.cropped_masks import CroppedMask, crop_mask, crop_togethe
 from finetuning.dataset.objects import read_objects
 from finetuning.evaluation.measuring import Comparison, group_by_image
 from finetuning.model.model import features_for
-from finetuning.segmentation.predicting import Features, segment_with_logits
+from finetuning.segmentation.averaging import ViewFeatures
+from finetuning.segmentation.features import Features
+from finetuning.segmentation.predicting import segment_with_logits
 from finetuning.segmentation.prompts import Prompt, corrective_click
 
 MAX_MEASURED_CLICKS = 20  # as in RITM
@@ -25,7 +27,7 @@ MAX_MEASURED_CLICKS = 20  # as in RITM
 
 def simulate_clicks(
     predictor: SAM2ImagePredictor,
-    features: Features,
+    features: Features | ViewFeatures,
     true_mask: np.ndarray | CroppedMask,
     count: int,
     use_mask_prompt: bool,

@@ -37,6 +37,8 @@ RESULT_COLUMNS = (
 RESULTS_FILE, SETTINGS_FILE = "results.csv", "settings.json"
 GONE_FOLDER = "gone"  # in the results: the files of images that are no longer there
 RULE_SETTING = "way of finding objects"  # empty unless objects are found without a prompt
+VIEWS_SETTING = "number of averaged views"
+EARLIER_SETTINGS = {VIEWS_SETTING: 1}  # of results that an earlier version wrote
 WRITING_SHARE = 0.05  # of the time, at most: the files are written in full each time
 
 
@@ -85,16 +87,19 @@ def make_settings(
     value_range: tuple[float, float] | None,
     trained_range: tuple[float, float] | None,
     rule: Rule | None = None,
+    view_count: int = 1,
 ) -> dict[str, Any]:
     """Return the settings that a folder's results depend on, as settings.json holds them.
 
-    rule: selects the objects that are found without a prompt, if any are.
+    rule: selects the objects that are found without a prompt, if any are. view_count: of each
+    image, whose masks are averaged.
     """
     return {
         "folder": str(folder.resolve()),
         "model": content_sha256(checkpoint),
         "value range": list(value_range or trained_range or ()),
         RULE_SETTING: list(rule or ()),
+        VIEWS_SETTING: view_count,
     }
 
 
@@ -144,7 +149,7 @@ class FolderResults:
     def _changed_setting(self) -> str | None:
         """Return the name of the first setting that differs from the earlier run's, or None."""
         try:
-            earlier = json.loads(read_file(self.folder / SETTINGS_FILE))
+            earlier = EARLIER_SETTINGS | json.loads(read_file(self.folder / SETTINGS_FILE))
             return next((key for key in self.settings if earlier[key] != self.settings[key]), None)
         except (UserError, ValueError, KeyError, TypeError):
             return None  # a missing or damaged settings.json does not stop a run

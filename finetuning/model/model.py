@@ -21,14 +21,13 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.basics.cropped_masks import CroppedMask
 from finetuning.basics.image_files import require_equal_sizes
-from finetuning.model.feature_cache import CachedImage, FeatureCache, file_of, read_variant
-from finetuning.segmentation.predicting import (
-    Features,
-    encode_images,
-    segment_together,
-    segment_with_logits,
-)
+from finetuning.model.feature_cache import CachedImage, FeatureCache
+from finetuning.model.image_variants import ImageVariant, file_of, read_variant
+from finetuning.segmentation.averaging import ViewFeatures, with_views
+from finetuning.segmentation.features import Features
+from finetuning.segmentation.predicting import encode_images, segment_together, segment_with_logits
 from finetuning.segmentation.prompts import Prompt
+from finetuning.segmentation.views import UPRIGHT, View
 
 
 class FeatureSource(NamedTuple):
@@ -38,50 +37,71 @@ class FeatureSource(NamedTuple):
     precision: torch.dtype
     cache: FeatureCache | None = None
 
-    def features(self, image: CachedImage, mask_size: tuple[int, int] | None = None) -> Features:
-        """Return the float32 features of an image, on the predictor's device.
+    def features(
+        self,
+        image: CachedImage,
+        mask_size: tuple[int, int] | None = None,
+        views: tuple[View, ...] = (UPRIGHT,),
+    ) -> Features | ViewFeatures:
+        """Return the float32 features of an image, or of views of it, on the predictor's device.
 
         mask_size: the (H,W) of its mask, if it has one. Raises UserError if the image has
         another size.
         """
-        device, is_cached = self.predictor.device, self.cache is not None and image in self.cache
-        pixels = None if is_cached else read_variant(image)
-        size = self.cache.size(image) if is_cached else pixels.shape[:2]
+        variants = [image if view == UPRIGHT else ImageVariant(image, view) for view in views]
+        cached = [self.cache is not None and variant in self.cache for variant in variants]
+        pixels = None if all(cached) else read_variant(image)  # read once for all views
+        if pixels is None:
+            size = views[0].of_size(self.cache.size(variants[0]))
+        else:
+            size = pixels.shape[:2]
         require_equal_sizes(file_of(image), size, "its mask", mask_size or size)
-        if is_cached:
-            return self.cache.read([image]).to(device, torch.float32)
+        of_views = [
+            self.cache.read([variant]).to(self.predictor.device, torch.float32)
+            if is_cached
+            else self._encode(view.of_array(pixels))
+            for view, variant, is_cached in zip(views, variants, cached, strict=True)
+        ]
+        return with_views(views, of_views)
+
+    def _encode(self, image: np.ndarray) -> Features:
+        device = self.predictor.device
         with autocast(device, self.precision):
-            features = encode_images(self.predictor, [pixels])
+            features = encode_images(self.predictor, [image])
         if self.cache is not None:  # round to float16 as the cache does, so both ways agree
             features = features.to(device, torch.float16)
         return features.to(device, torch.float32).channels_last()
 
 
 class Model(NamedTuple):
-    """A model and the source of its image features."""
+    """A model and the source of its image features.
+
+    views: of each image. The masks of several views are averaged.
+    """
 
     predictor: SAM2ImagePredictor
     source: FeatureSource  # shared by models with the same encoder
+    views: tuple[View, ...] = (UPRIGHT,)
 
 
 def features_for(
     models: Sequence[Model], images: Sequence[tuple[CachedImage, tuple[int, int]]]
-) -> list[Features]:
-    """Return each model's features of B images; models with the same source share them.
+) -> list[Features | ViewFeatures]:
+    """Return each model's features of B images; models with the same source and views share them.
 
     images: each image and the (H,W) of its mask. Raises UserError if the image has
     another size.
     """
-    sources = {model.source for model in models}  # models that share a source encode once
-    features = {
-        source: Features.join([source.features(*image) for image in images]) for source in sources
-    }
-    return [features[model.source] for model in models]
+    features = {}
+    for source, views in {(model.source, model.views) for model in models}:
+        parts = [source.features(*image, views) for image in images]
+        features[source, views] = type(parts[0]).join(parts)
+    return [features[model.source, model.views] for model in models]
 
 
 def segment_with_all(
     models: Sequence[Model],
-    features: Sequence[Features],
+    features: Sequence[Features | ViewFeatures],
     prompts: list[Prompt],
     image_sizes: list[tuple[int, int]],
     mask_kind: str = "best",
@@ -105,17 +125,28 @@ def segment_with_all(
 
 
 class Segmenter:
-    """Encode an image once, then segment it with any number of prompts."""
+    """Encode an image once, then segment it with any number of prompts.
 
-    def __init__(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> None:
-        self.predictor, self.precision = predictor, precision
-        self.features: Features | None = None
+    views: of each image. The masks of several views are averaged.
+    """
+
+    def __init__(
+        self,
+        predictor: SAM2ImagePredictor,
+        precision: torch.dtype,
+        views: tuple[View, ...] = (UPRIGHT,),
+    ) -> None:
+        self.predictor, self.precision, self.views = predictor, precision, views
+        self.features: Features | ViewFeatures | None = None
         self.size = (0, 0)  # (H,W) of the image
 
     def encode(self, image: np.ndarray) -> None:
         """Encode an HxWx3 uint8 RGB image, the slow part, and keep its features."""
         with autocast(self.predictor.device, self.precision):
-            self.features = encode_images(self.predictor, [image])
+            of_views = [
+                encode_images(self.predictor, [view.of_array(image)]) for view in self.views
+            ]
+        self.features = with_views(self.views, of_views)
         self.size = image.shape[:2]
 
     def segment(

@@ -16,9 +16,10 @@ mini), C the number of channels, and (H,W) the size of an image.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
-from sam2_utils import NotFiniteError, copy_to
+from sam2_utils import NotFiniteError
 
 import numpy as np
 import torch
@@ -27,59 +28,13 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finetuning.basics.cropped_masks import CroppedMask, crop_mask
+from finetuning.segmentation.averaging import ViewFeatures, average_views
+from finetuning.segmentation.features import Features
 from finetuning.segmentation.prompts import Prompt
 
 # Below this image side, masks are upscaled whole: for an output whose width and height add up to
 # 128 or less, torch computes in another order, which changes last digits
 SMALL_SIDE = 129
-
-
-class Features(NamedTuple):
-    """The features of B images, as SAM2ImagePredictor.set_image computes them.
-
-    image_embed: BxCx(S/16)x(S/16).
-    high_res_feats: Bx(C/8)x(S/4)x(S/4) and Bx(C/4)x(S/8)x(S/8).
-    """
-
-    image_embed: torch.Tensor
-    high_res_feats: list[torch.Tensor]
-
-    @classmethod
-    def join(cls, parts: list[Features]) -> Features:
-        """Concatenate the features of several batches into one batch."""
-        if len(parts) == 1:
-            return parts[0]
-        image_embed, *high_res_feats = (
-            torch.cat(maps)
-            for maps in zip(
-                *((part.image_embed, *part.high_res_feats) for part in parts), strict=True
-            )
-        )
-        return cls(image_embed, high_res_feats)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Features:
-        """Move to a device, then convert to a dtype there: float16 halves the copied bytes."""
-        maps = (self.image_embed, *self.high_res_feats)
-        moved = [copy_to(device, feature_map).to(dtype) for feature_map in maps]
-        return Features(moved[0], moved[1:])
-
-    def channels_last(self) -> Features:
-        """Return the same values in channels-last memory order, which cached features have.
-
-        In bfloat16, another memory order changes the last digits of results.
-        """
-        maps = (self.image_embed, *self.high_res_feats)
-        ordered = [values.clone(memory_format=torch.channels_last) for values in maps]
-        return Features(ordered[0], ordered[1:])
-
-    def of(self, indices: list[int]) -> Features:
-        """Return the features of the images with these indices, which may repeat."""
-        if indices == list(range(len(self.image_embed))):
-            return self
-        image_embed, *high_res_feats = (
-            feature_map[indices] for feature_map in (self.image_embed, *self.high_res_feats)
-        )
-        return Features(image_embed, high_res_feats)
 
 
 class Prediction(NamedTuple):
@@ -268,10 +223,32 @@ def require_finite(prediction: Prediction) -> None:
         raise NotFiniteError("the model's scores are not finite (NaN); lower --lr, or use float32")
 
 
+def predict_best(
+    predictor: SAM2ImagePredictor,
+    features: Features | ViewFeatures,
+    prompts: list[Prompt],
+    image_sizes: list[tuple[int, int]],
+    mask_inputs: torch.Tensor | None = None,
+    kind: str = "best",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict and choose one mask per image; return its Bx1x(S/4)x(S/4) logits and Bx1 scores.
+
+    The arguments are those of predict_masks and choose_masks. For features of several views, each
+    view chooses its own mask, and the result is the average. Raises NotFiniteError if scores are
+    not finite.
+    """
+    if isinstance(features, ViewFeatures):
+        predict = functools.partial(predict_best, predictor, kind=kind)
+        return average_views(predict, features, prompts, image_sizes, mask_inputs)
+    prediction = predict_masks(predictor, features, prompts, image_sizes, mask_inputs=mask_inputs)
+    require_finite(prediction)
+    return choose_masks(predictor, prediction, kind)
+
+
 @torch.no_grad()
 def segment_together(
     predictor: SAM2ImagePredictor,
-    features: Features,
+    features: Features | ViewFeatures,
     prompts: list[Prompt],
     image_sizes: list[tuple[int, int]],
     kind: str = "best",
@@ -281,9 +258,7 @@ def segment_together(
     The prompts all have the same number of points. kind: as in choose_masks. Raises NotFiniteError
     if scores are not finite.
     """
-    prediction = predict_masks(predictor, features, prompts, image_sizes)
-    require_finite(prediction)
-    mask_logits, _ = choose_masks(predictor, prediction, kind)
+    mask_logits, _ = predict_best(predictor, features, prompts, image_sizes, kind=kind)
     return [
         upscale_to_mask(predictor, logits[None], size)
         for logits, size in zip(mask_logits, image_sizes, strict=True)
@@ -293,7 +268,7 @@ def segment_together(
 @torch.no_grad()
 def segment_with_logits(
     predictor: SAM2ImagePredictor,
-    features: Features,
+    features: Features | ViewFeatures,
     prompt: Prompt,
     image_size: tuple[int, int],
     mask_input: torch.Tensor | None = None,
@@ -305,8 +280,8 @@ def segment_with_logits(
     score, and its 1x1x(S/4)x(S/4) logits, clamped as SAM2ImagePredictor clamps them.
     kind: as in choose_masks. Raises NotFiniteError if the scores are not finite.
     """
-    prediction = predict_masks(predictor, features, [prompt], [image_size], mask_inputs=mask_input)
-    require_finite(prediction)
-    mask_logits, scores = choose_masks(predictor, prediction, kind)
+    mask_logits, scores = predict_best(
+        predictor, features, [prompt], [image_size], mask_input, kind
+    )
     mask = upscale_to_mask(predictor, mask_logits, image_size).full()
     return mask, float(scores), mask_logits.clamp(-32, 32)

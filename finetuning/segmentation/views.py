@@ -1,7 +1,8 @@
 """An image turned and mirrored, with its masks, features and prompts.
 
 A View is one of the 8 symmetries of a square. What is true of an image is true of each view of it,
-so training shows more of them, and their answers can be averaged.
+so training can show more of them, and the masks predicted from several views can be averaged
+(test-time augmentation).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from finetuning.segmentation.predicting import Features
+from finetuning.segmentation.features import Features
 from finetuning.segmentation.prompts import Prompt
 
 
