@@ -14,6 +14,7 @@ from finetuning.evaluation.simulated_clicks import measure_clicks
 from finetuning.model.model import Model, features_for
 from finetuning.segmentation.predicting import predict_masks
 from finetuning.segmentation.prompts import prompt_from_mask
+from finetuning.segmentation.views import UPRIGHT
 
 # The measures: each prompt's kind and which mask counts, and each number of clicks
 PROMPTED = {
@@ -54,6 +55,7 @@ def measure_background(model: Model, pairs: list[Pair]) -> float:
     background.
     """
     no_object, predictor = [], model.predictor
+    model = model._replace(views=(UPRIGHT,))  # the answer of one view
     for index, pair in enumerate(pairs):
         objects = read_objects(pair._replace(as_one=True))
         background = ~objects[0] if objects else np.ones(objects.size, bool)

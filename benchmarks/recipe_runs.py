@@ -27,8 +27,10 @@ from finetuning.basics.files import atomic_write, without_apostrophe, write_csv
 from finetuning.dataset.pairs import Pair, split_pairs
 from finetuning.evaluation.measuring import Validation
 from finetuning.model.feature_cache import FeatureCache
+from finetuning.model.image_variants import ImageVariant
 from finetuning.model.model import FeatureSource, Model
 from finetuning.model.models import load_predictor
+from finetuning.segmentation.views import MIRRORS, UPRIGHT
 from finetuning.training.learner import Learner, make_learner
 from finetuning.training.recipe import Recipe
 from finetuning.training.weight_average import average_weights
@@ -40,7 +42,8 @@ from train_sam2_proper import train_one_epoch
 VAL, HELD_OUT = "val", "training images held out"
 TUNING = f"{HELD_OUT}, one point"  # enough to choose a learning rate
 LAST, BEST = "last epoch", "best epoch on val"
-AS_IT_IS = "as it is"
+AS_IT_IS, TTA = "as it is", "tta"  # how the model is used; tta: views averaged
+USES = (AS_IT_IS, TTA)
 KEY_COLUMNS = (
     "recipe", "options", "model", "data", "limit", "training images", "epochs", "lr", "seed",
     "weights", "use", "measured on",
@@ -73,7 +76,7 @@ class Run(NamedTuple):
     images: int | None = None  # the first training images; None: all
     measured_on: str = VAL  # or HELD_OUT or TUNING
     weights: str = LAST  # or BEST
-    use: str = AS_IT_IS
+    use: str = AS_IT_IS  # one of USES
 
     def key(self, bench: Bench) -> dict[str, str]:
         """Return the columns that identify the run: the first ones of its row."""
@@ -138,13 +141,26 @@ def encode(runs: list[Run], bench: Bench) -> None:
     encoded = set()
     for planned in runs:
         train, measured = split_images(planned, bench)
-        key = planned.images, planned.measured_on, planned.recipe.augmentation
-        if key not in encoded:
-            encoded.add(key)
-            pairs = {"train": train, "val": measured}
-            open_features(
-                predictor, bench.precision, bench.cache, "disk", pairs, planned.recipe.augmentation
-            )
+        augment, pairs = planned.recipe.augmentation, {"train": train, "val": measured}
+        key = planned.images, planned.measured_on, planned.use, augment
+        if key in encoded:
+            continue
+        encoded.add(key)
+        source, _ = open_features(predictor, bench.precision, bench.cache, "disk", pairs, augment)
+        encode_views(in_use(Model(predictor, source), planned.use), measured)
+
+
+def in_use(model: Model, use: str) -> Model:
+    """Return a model as it is used, one of USES."""
+    return model._replace(views=MIRRORS) if use == TTA else model
+
+
+def encode_views(model: Model, pairs: list[Pair]) -> None:
+    """Cache the features of the images in all views, as several measures ask for them."""
+    turned = [
+        ImageVariant(pair.image, view) for pair in pairs for view in model.views if view != UPRIGHT
+    ]
+    model.source.cache.fill(turned, model.predictor, "views")
 
 
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
@@ -179,7 +195,7 @@ def train_and_measure(runs: list[Run], bench: Bench) -> list[dict[str, str]]:
         )
         _, measured = split_images(planned, bench)
         measure = measure_point if planned.measured_on == TUNING else measure_all
-        ious = measure(model, measured)
+        ious = measure(in_use(model, planned.use), measured)
         seconds = sum(each.seconds for each in trained), clock(bench.device) - start
         rows.append({
             **planned.key(bench),

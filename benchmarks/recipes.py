@@ -40,7 +40,20 @@ from sam2_utils import UserError, autocast, select_device, select_precision
 import torch
 
 from benchmarks.recipe_measures import measure_all
-from benchmarks.recipe_runs import HELD_OUT, TUNING, VAL, Bench, Run, clock, do_runs, split_images
+from benchmarks.recipe_runs import (
+    AS_IT_IS,
+    HELD_OUT,
+    TUNING,
+    USES,
+    VAL,
+    Bench,
+    Run,
+    clock,
+    do_runs,
+    encode_views,
+    in_use,
+    split_images,
+)
 from benchmarks.recipe_table import Case, draw_recipes, format_table, summarize
 from finetuning.basics.command_line import ArgumentParser, add_device_option, number, run
 from finetuning.basics.files import write_csv
@@ -120,21 +133,28 @@ def choose_learning_rates(cases: list[Case], bench: Bench) -> dict[Case, Recipe]
 
 
 def measure_cases(
-    recipes: dict[Case, Recipe], seeds: int, measured_on: str, averages: bool, bench: Bench
-) -> list[dict[str, Any]]:
-    """Return a row of the table for each case, and with averages one for its mean weights."""
+    recipes: dict[Case, Recipe], seeds: int, measured_on: str, uses: Sequence[str],
+    averages: bool, bench: Bench,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return a row of the table for each case and use, and with averages for the mean weights."""
+    all_seeds = [(seed,) for seed in range(seeds)]
     each = {
-        case: [Run(case.name, recipe, (seed,), case.images, measured_on) for seed in range(seeds)]
+        (case, use): [
+            Run(case.name, recipe, of_run, case.images, measured_on, use=use)
+            for of_run in all_seeds
+        ]
         for case, recipe in recipes.items()
+        for use in uses
     }
     do_runs([planned for runs in each.values() for planned in runs], bench, "Training")
     rows = []
-    for case, runs in each.items():
+    for (case, use), runs in each.items():
+        name = case.name if use == AS_IT_IS else f"{case.name}, {use}"
         lr = recipes[case].lr
-        rows.append(summarize(case.name, case, lr, do_runs(runs, bench, "Training")))
+        rows.append(summarize(name, case, lr, do_runs(runs, bench, "Training")))
         if averages:
             together = [runs[0]._replace(seeds=tuple(range(seeds)))]
-            name = f"{case.name}, mean weights of {seeds} seeds"
+            name += f", mean weights of {seeds} seeds"
             rows.append(summarize(name, case, lr, do_runs(together, bench, "Averaging")))
     return rows
 
@@ -204,6 +224,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--epochs", nargs="+", type=at_least_1, default=[10], metavar="N", help="of each recipe"
     )
     parser.add_argument(
+        "--uses", nargs="+", choices=USES, default=[AS_IT_IS],
+        help="how the models are used; tta: as compare_models.py --tta does",
+    )  # fmt: skip
+    parser.add_argument(
         "--average", action="store_true", help="also measure the mean of the seeds' weights"
     )
     parser.add_argument(
@@ -225,11 +249,15 @@ def main(argv: list[str] | None = None) -> None:
         for epochs in args.epochs
     ]
     _, measured = split_images(Run("", DEFAULT, measured_on=measured_on), bench)
-    original = measure_all(model, measured)
-    summaries = [summarize("original, not fine-tuned", None, None, [original])]
+    summaries = []
+    for use in args.uses:
+        original = in_use(model, use)
+        encode_views(original, measured)
+        name = "original, not fine-tuned" + f", {use}" * (use != AS_IT_IS)
+        summaries.append(summarize(name, None, None, [measure_all(original, measured)]))
     recipes = choose_learning_rates(cases, bench)
     averages = args.average and args.seeds > 1
-    summaries += measure_cases(recipes, args.seeds, measured_on, averages, bench)
+    summaries += measure_cases(recipes, args.seeds, measured_on, args.uses, averages, bench)
 
     title = (
         f"SAM 2.1 {args.model}, {args.data}: {len(pairs['train'])} training images, {args.seeds} "

@@ -1,5 +1,6 @@
 """The benchmark of the recipes: it goes on where it was stopped, and asks about background."""
 
+import csv
 import math
 from argparse import Namespace
 from dataclasses import replace
@@ -10,7 +11,8 @@ import pytest
 import torch
 from conftest import CPU, write_data
 
-from benchmarks import recipe_measures, recipe_runs
+from benchmarks import masks_needed, recipe_measures, recipe_runs
+from benchmarks.masks_needed import find_needed
 from benchmarks.recipe_measures import BACKGROUND_POINTS, MEASURES, measure_background
 from benchmarks.recipe_runs import (
     BEST,
@@ -19,9 +21,11 @@ from benchmarks.recipe_runs import (
     LAST,
     RUN_COLUMNS,
     TUNING,
+    USES,
     VAL,
     Bench,
     Run,
+    encode,
     key_of,
     read_rows,
     split_images,
@@ -35,7 +39,7 @@ from finetuning.model.feature_cache import FeatureCache
 from finetuning.model.model import Model
 from finetuning.model.models import load_predictor
 from finetuning.segmentation.predicting import Features, Prediction
-from finetuning.training.recipe import GUIDE
+from finetuning.training.recipe import DEFAULT, GUIDE
 
 
 def make_bench(folder: Path, checkpoint: Path = Path("a.pt")) -> Bench:
@@ -101,6 +105,55 @@ def test_more_training_images_than_there_are_end_with_a_message(run_script, tmp_
     options = "--model", "mini", "--checkpoint", random_mini, "--device", "cpu"
     outcome = run_script(main, *options, "--train-images", 2, 4)
     assert outcome.status == 2 and "there are 3 training images" in outcome.err
+
+
+def test_variants_of_images_are_encoded_once_and_counted(tmp_path, random_mini, monkeypatch):
+    write_data(tmp_path / "data", train=2, val=1)
+    bench = make_bench(tmp_path, random_mini)
+    recipe = replace(DEFAULT, epochs=1, lr=1e-3, augment=3)
+    runs = [Run("3 variants", recipe, (0,), use=use) for use in USES]
+    encode(runs, bench)
+    files = {*bench.cache.glob("*.safetensors")}
+    assert len(files) == 2 * 3 + 1 + 3  # variants; the val image, and its other views
+    monkeypatch.setattr(recipe_runs, "measure_all", recipe_measures.measure_point)
+    rows = train_and_measure(runs, bench)
+    assert {*bench.cache.glob("*.safetensors")} == files
+    assert [(row["use"], row["encoded images"]) for row in rows] == [(use, "6") for use in USES]
+
+
+def test_masks_needed_are_the_fewest_from_which_on_the_goal_is_reached():
+    assert find_needed({45: 0.6, 90: 0.65, 180: 0.7}, 0.65) == 90
+    assert find_needed({45: 0.7, 90: 0.6, 180: 0.7}, 0.65) == 180  # 45 was luck
+    assert find_needed({45: 0.6}, 0.65) is None
+
+
+def test_masks_needed_says_how_many_and_how_long(run_script, tmp_path, random_mini, monkeypatch):
+    write_data(tmp_path / "data", train=4, val=2)
+    reached = {"all": 0.6, "2": 0.5, "3": 0.7}
+
+    def pretend(runs, bench, _):
+        keys = [planned.key(bench) for planned in runs]
+        return [
+            {**key, "one point": reached[key["training images"]], "encoded images": "8"}
+            for key in keys
+        ]
+
+    monkeypatch.setattr(masks_needed, "do_runs", pretend)
+    options = "--model", "mini", "--checkpoint", random_mini, "--device", "cpu", "--epochs", 10
+    seconds = "--guide-step", 5, "--encode", 3, "--step", 0.2
+    outcome = run_script(masks_needed.main, *options, *seconds, "--train-images", 2, 3)
+    assert outcome.status == 0, outcome.err
+    assert "reaches 0.6000 with 4 masks; the default needs 3 of them" in outcome.out
+    rows = read_table(Path("output/recipes/masks_needed.csv"))
+    guide, default = rows[0], rows[-1]
+    assert float(guide["hours"]) == pytest.approx(4 * 20 * 5 / 3600)
+    assert float(default["hours"]) == pytest.approx((8 * 3 + 3 * 10 * 0.2) / 3600)
+    assert float(default["times faster"]) == pytest.approx(400 / 30)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 class NoFeatures:
