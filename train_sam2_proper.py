@@ -17,7 +17,7 @@ The image encoder stays frozen, so each image is encoded once and cached in outp
 with --train-encoder). Each step prompts SAM 2 with a point, a box, or clicks that correct its own
 mask, and trains the masks and scores that it answers with. The results are in output/: sam2_best.pt
 (the best on val; the original if no epoch is better), sam2_final.pt, train_log.csv and
-learning_curve.png.
+learning_curve.png, and augmentation.png, which shows what the model is shown.
 """
 
 import time
@@ -31,6 +31,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.basics import command_line, distributed
+from finetuning.basics.run_outputs import AUGMENTATION_FILE
 from finetuning.evaluation import measuring
 from finetuning.model.loading import trusted_device
 from finetuning.model.model import Model
@@ -56,6 +57,7 @@ from finetuning.training.learning_rate_trial import try_learning_rates
 from finetuning.training.losses import batch_loss
 from finetuning.training.recipe import Recipe
 from finetuning.training_data import batches
+from finetuning.training_data.augmentation_picture import draw_augmentation
 from finetuning.training_data.encoding import open_features
 from finetuning.training_data.epoch_sampling import EpochSampler
 from finetuning.training_data.prompt_sampling import add_clicks
@@ -212,6 +214,8 @@ def train(
 
     # The epochs
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
+    if not state and recipe.augment != "off" and distributed.rank() == 0:
+        draw_augmentation(output / AUGMENTATION_FILE, training_set, sampler, recipe.epochs)
     loader = batches.make_loader(training_set, sampler, predictor.device)
     fit(learner, model, loader, validation, recipe, log, settings, output)
     return log

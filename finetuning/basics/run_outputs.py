@@ -12,8 +12,9 @@ STATE_FILE, BEST_FILE = "train_state.pt", "sam2_best.pt"
 
 FINAL_FILE, MEAN_FILE = "sam2_final.pt", "sam2_mean.pt"  # the mean: of --runs
 LOG_FILES = ("train_log.csv", "learning_curve.png")
+AUGMENTATION_FILE = "augmentation.png"  # of a run that augments
 MODEL_FILES = (BEST_FILE, FINAL_FILE)
-RESULT_FILES = (*MODEL_FILES, *LOG_FILES)  # all but the training state
+RESULT_FILES = (*MODEL_FILES, *LOG_FILES, AUGMENTATION_FILE)  # all but the training state
 
 RUNS_FILE, FOLDS_FILE = "runs.csv", "folds.csv"
 MAX_RUNS = 10_000  # a table with more rows is not one of runs

@@ -141,7 +141,8 @@ def choose_thresholds(training: Training, device: torch.device, precision: torch
 
 
 def describe_results(output: Path) -> str:
-    return f"wrote {', '.join(RESULT_FILES)} to {output}"
+    written = [name for name in RESULT_FILES if (output / name).is_file()]
+    return f"wrote {', '.join(written)} to {output}"
 
 
 def next_command(output: Path, data: Path, folds: int | None = None) -> str:

@@ -1,6 +1,7 @@
 """What training shows the model: images, prompts and true masks.
 
 augmentation: training images varied: mirrored, turned, cropped, recoloured
+augmentation_picture: augmentation.png
 batches: the training data, as batches for the decoder
 encoding: encode the images of a training and their variants
 epoch_sampling: the steps of an epoch: which images and objects, in random order
