@@ -252,8 +252,11 @@ def main(argv: list[str] | None = None) -> None:
     training = split_pairs(args.data, "train") if args.auto else []
     if not args.folds:
         require_finetuned(args.finetuned, args.demo)
-    how = device, args.device == "mps", args.precision, args.cache, choose_views(args.tta)
-    models, files = load_models(paths, args.original, args.model, *how)
+    models, files = load_models(
+        paths, args.original, args.model, device, args.device == "mps", args.precision, args.cache
+    )
+    views = choose_views(args.tta)
+    models = [model._replace(views=views) for model in models]
     images = args.data / "images" / ("" if args.folds else split)
     print(format_files(files, images, split == "test" and not args.split))
     overlap = add_overlaps(list(map(count_overlap, pairs, files.facts)))
@@ -265,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [result for comparison in comparisons for result in comparison.results]
     runs_file = None if args.folds else args.finetuned.with_name(RUNS_FILE)
     summary = summarize(results, split, overlap, args.mask, args.seed, runs_file)
-    summary.sentences.extend(describe_views(models[0].views))
+    summary.sentences.extend(describe_views(views))
     summary.sentences.extend(describe_empty(comparisons, args.prompt, args.mask))
     print_anywhere(format_summary(summary))
 

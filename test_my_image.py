@@ -47,6 +47,7 @@ from finetuning.basics.image_files import read_image, read_mask
 from finetuning.inference.coco_files import coco_files, require_pycocotools
 from finetuning.inference.folder_results import (
     RESULTS_FILE,
+    VIEWS_SETTING,
     FolderResults,
     make_settings,
     utf8_name,
@@ -277,8 +278,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     opens_window, views = not (prompts or args.prompts or args.auto), choose_views(args.tta)
     segmenters, facts = load_segmenters(
-        checkpoint, args.model, device, args.device == "mps", args.precision, opens_window, views
+        checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
     )
+    for segmenter in segmenters.values():
+        segmenter.views = views
     tell(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
     if (bands := bands_of(facts)) and not args.bands:
         tell(f'warning: this model was trained with --bands "{bands}"; add it for such files')
@@ -294,8 +297,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     with only_run_in(args.output), slices_on_disk(volumes, ranges, args.bands) as slices:
-        settings = make_settings(args.image, checkpoint, *ranges, rule, len(views))
-        settings["bands"] = list(args.bands)
+        settings = make_settings(args.image, checkpoint, *ranges, rule)
+        settings |= {"bands": list(args.bands), VIEWS_SETTING: len(views)}
         results = FolderResults(args.output, args.save, settings, args.overwrite)
         images = [*images, *slices]
         tally = segment_folder(

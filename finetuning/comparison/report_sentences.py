@@ -120,8 +120,12 @@ def describe_views(views: tuple[View, ...]) -> list[str]:
     """Return a sentence that says that masks of several views were averaged, if they were."""
     if len(views) == 1:
         return []
-    text = "both models: each mask is the average for {count} mirrored views of the image"
-    return [say(text, count=len(views))]
+    return [
+        say(
+            "both models: each mask is the average for {count} mirrored views of the image",
+            count=len(views),
+        )
+    ]
 
 
 def empty_sentence(count: int, found: Sequence[int]) -> str:

@@ -87,19 +87,16 @@ def make_settings(
     value_range: tuple[float, float] | None,
     trained_range: tuple[float, float] | None,
     rule: Rule | None = None,
-    view_count: int = 1,
 ) -> dict[str, Any]:
     """Return the settings that a folder's results depend on, as settings.json holds them.
 
-    rule: selects the objects that are found without a prompt, if any are. view_count: of each
-    image, whose masks are averaged.
+    rule: selects the objects that are found without a prompt, if any are.
     """
     return {
         "folder": str(folder.resolve()),
         "model": content_sha256(checkpoint),
         "value range": list(value_range or trained_range or ()),
         RULE_SETTING: list(rule or ()),
-        VIEWS_SETTING: view_count,
     }
 
 

@@ -32,7 +32,6 @@ from finetuning.model.models import (
 )
 from finetuning.segmentation.predicting import encode_images, predict_masks
 from finetuning.segmentation.prompts import make_prompt
-from finetuning.segmentation.views import UPRIGHT, View
 
 # Largest relative difference from the CPU; in float32, correct devices differ by less than 0.001
 MPS_TOLERANCE = 0.02
@@ -63,14 +62,12 @@ def load_models(
     insists_on_mps: bool,
     precision_name: str,
     cache_folder: Path | None,
-    views: tuple[View, ...] = (UPRIGHT,),
 ) -> tuple[list[Model], Files]:
     """Load the original and the fine-tuned models, which must have the same size.
 
     The first fine-tuned file decides the input size of all. It also supplies what is not given: the
     original (the file that training started from), the precision ("auto") and the cache folder.
-    All models are on one device: the CPU if MPS computes wrongly, unless insists_on_mps. All
-    average the masks of these views of each image.
+    All models are on one device: the CPU if MPS computes wrongly, unless insists_on_mps.
 
     Returns the original followed by the fine-tuned models, and their files. Raises UserError if the
     original is missing or has changed since training.
@@ -95,10 +92,10 @@ def load_models(
         if hash_encoder(predictor.model) == frozen:
             predictor.model.image_encoder = original.model.image_encoder
             source = cached
-        models.append(Model(predictor, source, views))
+        models.append(Model(predictor, source))
     # Treat all models alike: if no fine-tuned one uses the cache, the original does not either
     is_shared = any(model.source is cached for model in models)
-    models.insert(0, Model(original, cached if is_shared else own, views))
+    models.insert(0, Model(original, cached if is_shared else own))
     starts = {setting(file_facts, "checkpoint_sha256") for file_facts in all_facts}
     return models, Files(
         *(name, checkpoint, finetuned_files, all_facts, size, is_published(checkpoint, name)),
@@ -133,26 +130,23 @@ def load_segmenters(
     insists_on_mps: bool,
     precision_name: str,
     with_original: bool,
-    views: tuple[View, ...] = (UPRIGHT,),
 ) -> tuple[dict[str, Segmenter], dict[str, Any]]:
     """Load a model and, with_original, the file that its training started from, if it is at hand.
 
     Returns the segmenters by name ("original", "fine-tuned") and the values beside the weights in
-    the checkpoint. All are on the CPU if MPS computes wrongly, unless insists_on_mps; all average
-    the masks of these views of each image.
+    the checkpoint. All are on the CPU if MPS computes wrongly, unless insists_on_mps.
     """
     predictor, facts = load_predictor(model_name, checkpoint, device)
     device = trusted_device(predictor, device, insists_on_mps)
     precision, original = select_precision(precision_name, device), locate_original(facts)
     is_original = original is not None and original.samefile(checkpoint)
-    name = "original" if is_original else "fine-tuned"
-    segmenters = {name: Segmenter(predictor, precision, views)}
+    segmenters = {"original" if is_original else "fine-tuned": Segmenter(predictor, precision)}
     if with_original and original and not is_original:
         with contextlib.suppress(UserError):  # that path may hold another model by now
             predictor, _ = load_predictor(
                 facts["model_name"], original, device, predictor.model.image_size
             )
-            segmenters["original"] = Segmenter(predictor, precision, views)
+            segmenters["original"] = Segmenter(predictor, precision)
     return segmenters, facts
 
 

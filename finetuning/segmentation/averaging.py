@@ -17,7 +17,7 @@ from finetuning.segmentation.features import Features
 from finetuning.segmentation.prompts import Prompt
 from finetuning.segmentation.views import MIRRORS, UPRIGHT, View
 
-MOST_CERTAIN = 20.0  # logits are clamped to this before averaging: no view outvotes the others
+MOST_CERTAIN = 32.0  # as SAM2ImagePredictor clamps logits: no view outvotes all others
 
 
 class ViewFeatures(NamedTuple):
@@ -88,7 +88,10 @@ def choose_views(tta: bool) -> tuple[View, ...]:
     """Return the views of each image whose masks are averaged; print what several cost."""
     if not tta:
         return (UPRIGHT,)
-    count = len(MIRRORS)
-    text = "averaging {count} views of each image: encoding takes {count} times as long"
-    print(say(text, count=count))
+    print(
+        say(
+            "averaging {count} views of each image: encoding takes {count} times as long",
+            count=len(MIRRORS),
+        )
+    )
     return MIRRORS
