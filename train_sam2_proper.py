@@ -38,7 +38,14 @@ from finetuning.model.model import Model
 from finetuning.model.models import load_predictor
 from finetuning.model.trainable_encoder import encode_with_gradients
 from finetuning.segmentation.predicting import encode_images, predict_masks
-from finetuning.training import earlier_runs, options, repeats, run_files, training_log
+from finetuning.training import (
+    earlier_runs,
+    options,
+    repeats,
+    run_files,
+    training_log,
+    weight_average,
+)
 from finetuning.training.learner import (
     Learner,
     make_learner,
@@ -214,6 +221,19 @@ def train(
     return log
 
 
+def average(
+    predictor: SAM2ImagePredictor,
+    trainings: list[repeats.Training],
+    machine: options.Machine,
+    output: Path,
+) -> None:
+    """Validate the mean of the runs' weights; save it if it is better than each of them."""
+    model, _, validation = open_data(predictor, trainings[0], machine)
+    if distributed.rank() == 0:
+        runs = [training.output for training in trainings]
+        print(weight_average.keep_mean(model, validation, output, runs))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = options.parse_args(argv, __doc__)
     device = distributed.local_device(sam2_utils.select_device(args.device, args.threads))
@@ -260,6 +280,9 @@ def main(argv: list[str] | None = None) -> None:
                 command_line.tell(repeats.describe_results(training.output))
             if distributed.rank() == 0 and len(logs) > 1:
                 print(repeats.conclude_repeats(args.output, trainings, logs, args.folds))
+            if len(logs) > 1 and not args.folds:
+                predictor, _ = load_predictor(args.model, checkpoint, device, args.image_size)
+                average(predictor, trainings, machine, args.output)
             if args.cache:
                 command_line.tell(
                     f"the features in {args.cache} may be deleted; another run will recompute them"

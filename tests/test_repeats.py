@@ -2,21 +2,27 @@
 
 import csv
 import re
+from argparse import Namespace
 from pathlib import Path
 
 from sam2_utils import UserError
 
 import pytest
 import torch
-from conftest import snapshot, write_data
+from conftest import CPU, snapshot, write_data
 
+import compare_models
 import train_sam2_proper
 from finetuning.basics.csv_files import read_with_digest, write_with_digest
 from finetuning.dataset.pairs import split_pairs
+from finetuning.evaluation.measuring import Validation
 from finetuning.model.checkpoints import load_checkpoint
+from finetuning.model.model import FeatureSource, Model
+from finetuning.model.models import load_predictor
 from finetuning.training import repeats
 from finetuning.training.recipe import Recipe
 from finetuning.training.repeats import plan_trainings
+from finetuning.training.weight_average import keep_mean
 from train_sam2_proper import main
 
 
@@ -94,6 +100,72 @@ def test_a_new_command_is_not_resumed_with_the_runs_of_an_earlier_one(train, mon
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+def test_the_mean_of_the_runs_is_saved_only_if_it_is_better_than_each(train):
+    assert train("--epochs", 1, "--runs", 2).status == 0
+    runs = [Path("output"), Path("output/run_2")]
+    best = [load_checkpoint(folder / "sam2_best.pt") for folder in runs]
+    highest = max(facts["val_iou"] for facts in best)
+    Path("output/sam2_mean.pt").unlink(missing_ok=True)
+    predictor, _ = load_predictor("mini", runs[0] / "sam2_best.pt", CPU)
+    model = Model(predictor, FeatureSource(predictor, torch.float32))
+
+    for reached in (highest + 0.01, highest):
+        validation = Namespace(measure=lambda _, reached=reached: {"val_iou": reached})
+        line = keep_mean(model, validation, Path("output"), runs)
+        assert ("not kept" in line) == (reached == highest)
+        assert Path("output/sam2_mean.pt").exists() == (reached > highest)
+        if reached > highest:
+            mean = load_checkpoint(Path("output/sam2_mean.pt"))
+    first, second = (facts["model"] for facts in best)
+    for name, weight in mean["model"].items():
+        assert torch.allclose(weight, (first[name] + second[name]) / 2, atol=1e-6), name
+    frozen = [name for name in first if torch.equal(first[name], second[name])]
+    assert len(frozen) > 100 and all(torch.equal(mean["model"][x], first[x]) for x in frozen)
+    assert mean["val_iou"] == highest + 0.01 and mean["model_name"] == "mini"
+    assert mean["settings"] in [facts["settings"] for facts in best]  # with the seen images
+
+
+def test_the_mean_of_the_runs_is_validated_as_they_are_also_after_an_interruption(
+    train, run_script, monkeypatch
+):
+    """The mean's validation is pretended to be better than it is, so that it is always saved."""
+
+    def measure_better(validation, model, measure=Validation.measure):
+        wishful = 0.5 * state.is_averaging
+        return {name: value + wishful for name, value in measure(validation, model).items()}
+
+    def average(*arguments, average=train_sam2_proper.average):
+        state.is_averaging = True
+        average(*arguments)
+        state.is_averaging = False
+
+    state = Namespace(is_averaging=False)
+    monkeypatch.setattr(Validation, "measure", measure_better)
+    monkeypatch.setattr(train_sam2_proper, "average", average)
+    outcome = train("--epochs", 1, "--runs", 2)
+    assert outcome.status == 0, outcome.err
+    mean = load_checkpoint(Path("output/sam2_mean.pt"))
+    assert f"mean weights of the 2 runs: val IoU {mean['val_iou']:.4f}, above" in outcome.out
+    assert "next: python compare_models.py --finetuned output/sam2_mean.pt" in outcome.out
+    compared = run_script(compare_models.main, "--finetuned", "output/sam2_mean.pt")
+    assert f"{mean['val_iou'] - 0.5:.2%}" in compared.out, compared
+
+    with monkeypatch.context() as patch:  # stopped before the mean
+        patch.setattr(train_sam2_proper, "average", interrupt)
+        assert train("--epochs", 1, "--runs", 2, "--resume").status == 130
+    assert not Path("output/sam2_mean.pt").exists()
+    assert train("--epochs", 1, "--runs", 2, "--resume").status == 0
+    again = load_checkpoint(Path("output/sam2_mean.pt"))
+    assert same(mean["model"], again["model"]) and mean["val_iou"] == again["val_iou"]
+
+    # It belongs to the run: it is no start of another one in its place, and moves aside with it
+    started = train("--epochs", 1, "--checkpoint", "output/sam2_mean.pt")
+    assert started.status == 2 and "belongs to the earlier run" in started.err
+    assert train("--epochs", 1).status == 0
+    assert not Path("output/sam2_mean.pt").exists()
+    assert same(mean["model"], weights("output/earlier_1/sam2_mean.pt"))
 
 
 def test_each_image_is_the_val_of_one_fold_and_trained_on_in_the_others(tmp_path):

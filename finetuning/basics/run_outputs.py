@@ -10,7 +10,7 @@ from finetuning.basics.csv_files import read_with_digest
 
 STATE_FILE, BEST_FILE = "train_state.pt", "sam2_best.pt"
 
-FINAL_FILE = "sam2_final.pt"
+FINAL_FILE, MEAN_FILE = "sam2_final.pt", "sam2_mean.pt"  # the mean: of --runs
 LOG_FILES = ("train_log.csv", "learning_curve.png")
 AUGMENTATION_FILE = "augmentation.png"  # of a run that augments
 MODEL_FILES = (BEST_FILE, FINAL_FILE)

@@ -10,4 +10,5 @@ recipe_options: the options that change single values of it
 repeats: several trainings by one command: --runs and --folds
 run_files: what a run saves, and how it is resumed
 training_log: training statistics, train_log.csv, the learning curve
+weight_average: the mean of the weights of --runs
 """

@@ -10,9 +10,15 @@ from sam2_utils import UserError
 
 from finetuning.basics.command_line import quote_command, tell
 from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, lies_in, only_run_in
-from finetuning.basics.run_outputs import FOLDS_FILE, RESULT_FILES, RUNS_FILE, STATE_FILE
+from finetuning.basics.run_outputs import (
+    FOLDS_FILE,
+    MEAN_FILE,
+    RESULT_FILES,
+    RUNS_FILE,
+    STATE_FILE,
+)
 
-RUN_FILES = {*RESULT_FILES, STATE_FILE, RUNS_FILE, FOLDS_FILE}
+RUN_FILES = {*RESULT_FILES, STATE_FILE, RUNS_FILE, FOLDS_FILE, MEAN_FILE}
 REPEAT_FOLDER = re.compile(r"(run|fold)_\d+")
 EARLIER_FOLDER = re.compile(r"earlier_(\d+)")
 

@@ -121,7 +121,8 @@ def add_file_options(parser: ArgumentParser) -> None:
         "--runs",
         type=number(int, at_least=1),
         default=1,
-        help="train this many times, with successive seeds",
+        help="train this many times, with successive seeds; the mean of their weights is saved if "
+        "it is better on val",
     )
     repeats.add_argument(
         "--folds",

@@ -20,6 +20,7 @@ from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT, content_sha256, only
 from finetuning.basics.run_outputs import (
     BEST_FILE,
     FOLDS_FILE,
+    MEAN_FILE,
     MODEL_FILES,
     RESULT_FILES,
     RUN_COLUMNS,
@@ -98,8 +99,9 @@ def which_resume(trainings: Sequence[Training], resume: bool) -> list[bool]:
 
 
 def forget_conclusion(output: Path, folds: int | None) -> None:
-    """Remove the table of the repeats in this folder: resuming makes it outdated."""
-    (output / (FOLDS_FILE if folds else RUNS_FILE)).unlink(missing_ok=True)
+    """Remove the table of the repeats, and the mean model: resuming makes them outdated."""
+    for name in [FOLDS_FILE] if folds else [RUNS_FILE, MEAN_FILE]:
+        (output / name).unlink(missing_ok=True)
 
 
 def describe_training(training: Training, data: Path) -> str:
@@ -144,10 +146,13 @@ def describe_results(output: Path) -> str:
 
 
 def next_command(output: Path, data: Path, folds: int | None = None) -> str:
-    """Return the command that compares the trained models with the original."""
-    if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds:
+    """Return the command that compares the best model, or those of all folds, with the original."""
+    mean = output / MEAN_FILE
+    is_kept = not folds and mean.is_file()
+    if (output, data) == (DEMO_OUTPUT, DEMO_DATA) and not folds and not is_kept:
         return "python compare_models.py --demo"
-    model = ["--folds", output] if folds else ["--finetuned", output / BEST_FILE]
+    finetuned = mean if is_kept else output / BEST_FILE
+    model = ["--folds", output] if folds else ["--finetuned", finetuned]
     other_data = ["--data", data] if data != Path("data") else []
     return quote_command(["python", "compare_models.py", *map(str, [*model, *other_data])])
 
