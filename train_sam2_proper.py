@@ -30,10 +30,16 @@ from tqdm import tqdm
 
 from finetuning.basics import command_line, distributed
 from finetuning.evaluation import measuring
-from finetuning.model.loading import trusted_device
+from finetuning.model.loading import cleaning_of, trusted_device
 from finetuning.model.model import Model
 from finetuning.model.models import load_predictor
 from finetuning.model.trainable_encoder import encode_with_gradients
+from finetuning.segmentation.clean_masks import (
+    CLEANING,
+    NO_CLEANING,
+    Cleaning,
+    describe_cleaning,
+)
 from finetuning.segmentation.predicting import encode_images, predict_masks
 from finetuning.training import earlier_runs, options, repeats, run_files, training_log
 from finetuning.training.learner import (
@@ -47,6 +53,7 @@ from finetuning.training.learning_rate_trial import try_learning_rates
 from finetuning.training.losses import batch_loss
 from finetuning.training.recipe import Recipe
 from finetuning.training_data import batches
+from finetuning.training_data.cleaning_choice import choose_cleaning
 from finetuning.training_data.epoch_sampling import EpochSampler
 from finetuning.training_data.prompt_sampling import add_clicks
 
@@ -139,7 +146,10 @@ def fit(
 
 
 def open_data(
-    predictor: SAM2ImagePredictor, training: repeats.Training, machine: options.Machine
+    predictor: SAM2ImagePredictor,
+    training: repeats.Training,
+    machine: options.Machine,
+    cleaning: Cleaning,
 ) -> tuple[Model, batches.TrainingSet, measuring.Validation]:
     """Encode the images, once each as the encoder is frozen; return the model and its data."""
     _, recipe, pairs, _ = training
@@ -152,7 +162,7 @@ def open_data(
     )
     without_prompt = recipe.none_share > 0
     validation = measuring.Validation(pairs["val"], without_prompt, most=measuring.MOST_OBJECTS)
-    return Model(predictor, source), training_set, validation
+    return Model(predictor, source, cleaning=cleaning), training_set, validation
 
 
 def train(
@@ -172,7 +182,14 @@ def train(
     torch.manual_seed(recipe.seed)
     state = run_files.load_state(output, settings) if resume else None
 
-    model, training_set, validation = open_data(predictor, training, machine)
+    # How masks are cleaned: as the training masks allow, and for a whole run in the same way
+    cleaning = cleaning_of(state) if state else NO_CLEANING
+    if recipe.clean == "auto":
+        cleaning = cleaning if state else choose_cleaning(training.pairs["train"])
+        print(f"cleaning: {describe_cleaning(cleaning)} (--clean off)")
+    settings = {**settings, CLEANING: cleaning._asdict()}
+
+    model, training_set, validation = open_data(predictor, training, machine, cleaning)
     objects = training_set.prepare()  # their number, by the index of their image
 
     # Epoch 0 is the original model

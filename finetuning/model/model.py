@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.basics.cropped_masks import CroppedMask
+from finetuning.basics.cropped_masks import CroppedMask, crop_mask
 from finetuning.basics.image_files import require_equal_sizes
 from finetuning.model.feature_cache import CachedImage, FeatureCache, file_of, read_variant
+from finetuning.segmentation.clean_masks import NO_CLEANING, Cleaning, clean
 from finetuning.segmentation.predicting import (
     Features,
     encode_images,
@@ -58,10 +59,11 @@ class FeatureSource(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model and the source of its image features."""
+    """A model, the source of its image features, and how its masks are cleaned."""
 
     predictor: SAM2ImagePredictor
     source: FeatureSource  # shared by models with the same encoder
+    cleaning: Cleaning = NO_CLEANING
 
 
 def features_for(
@@ -98,17 +100,21 @@ def segment_with_all(
     for model, model_features in zip(models, features, strict=True):
         predictor = model.predictor
         with autocast(predictor.device, model.source.precision):
-            masks.append(
-                segment_together(predictor, model_features, prompts, image_sizes, mask_kind)
-            )
+            found = segment_together(predictor, model_features, prompts, image_sizes, mask_kind)
+        masks.append([clean(*one, model.cleaning) for one in zip(found, prompts, strict=True)])
     return masks
 
 
 class Segmenter:
     """Encode an image once, then segment it with any number of prompts."""
 
-    def __init__(self, predictor: SAM2ImagePredictor, precision: torch.dtype) -> None:
-        self.predictor, self.precision = predictor, precision
+    def __init__(
+        self,
+        predictor: SAM2ImagePredictor,
+        precision: torch.dtype,
+        cleaning: Cleaning = NO_CLEANING,
+    ) -> None:
+        self.predictor, self.precision, self.cleaning = predictor, precision, cleaning
         self.features: Features | None = None
         self.size = (0, 0)  # (H,W) of the image
 
@@ -124,7 +130,10 @@ class Segmenter:
         """Segment the encoded image with a prompt.
 
         Returns the HxW bool mask, its score, and its logits, which can be the mask_input of the
-        next call to correct this mask.
+        next call to correct this mask; they are not cleaned.
         """
         with autocast(self.predictor.device, self.precision):
-            return segment_with_logits(self.predictor, self.features, prompt, self.size, mask_input)
+            mask, score, logits = segment_with_logits(
+                self.predictor, self.features, prompt, self.size, mask_input
+            )
+        return clean(crop_mask(mask), prompt, self.cleaning).full(), score, logits

@@ -1,6 +1,7 @@
 """From image features and prompts to masks.
 
 automatic: find all objects of an image without a prompt
+clean_masks: drop small parts of a mask and fill small holes
 drawing: draw masks and prompts on an image
 predicting: from features and prompts to masks and scores: the one path
 prompts: points and boxes, and clicks that correct a mask

@@ -63,6 +63,12 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "that no object is there (0: it forgets this)",
         {"type": number(float, at_least=0, below=1)},
     ),
+    (
+        "clean",
+        "auto: predicted masks lose small parts without a click and small holes, as far as the "
+        "training masks have none; kept in the model's file",
+        {"choices": ("auto", "off")},
+    ),
     ("seed", "seed of the image order and the prompts", {"type": seed}),
 )
 RECIPE_OPTIONS = tuple(name for name, *_ in OPTIONS)

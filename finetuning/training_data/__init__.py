@@ -1,6 +1,7 @@
 """What training shows the model: images, prompts and true masks.
 
 batches: the training data, as batches for the decoder
+cleaning_choice: which parts and holes of masks are too small to be true
 epoch_sampling: the steps of an epoch: which images and objects, in random order
 prompt_sampling: random prompts, and clicks that correct the model's answers
 training_masks: the true masks of training, on the grid of the loss
