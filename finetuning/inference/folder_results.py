@@ -38,6 +38,7 @@ RESULT_COLUMNS = (
 RESULTS_FILE, SETTINGS_FILE = "results.csv", "settings.json"
 GONE_FOLDER = "gone"  # in the results: the files of images that are no longer there
 RULE_SETTING = "way of finding objects"  # empty unless objects are found without a prompt
+CLEAN_SETTING = "way of cleaning masks (--clean)"
 WRITING_SHARE = 0.05  # of the time, at most: the files are written in full each time
 
 
@@ -97,7 +98,7 @@ def make_settings(
         "model": content_sha256(checkpoint),
         "value range": list(value_range or trained_range or ()),
         RULE_SETTING: list(rule or ()),
-        "way of cleaning masks (--clean)": list(cleaning),
+        CLEAN_SETTING: list(cleaning),
     }
 
 
@@ -148,6 +149,7 @@ class FolderResults:
         """Return the name of the first setting that differs from the earlier run's, or None."""
         try:
             earlier = json.loads(read_file(self.folder / SETTINGS_FILE))
+            earlier = {CLEAN_SETTING: list(NO_CLEANING)} | earlier  # versions before cleaned none
             return next((key for key in self.settings if earlier[key] != self.settings[key]), None)
         except (UserError, ValueError, KeyError, TypeError):
             return None  # a missing or damaged settings.json does not stop a run

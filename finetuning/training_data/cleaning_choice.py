@@ -22,6 +22,8 @@ DRAW_SEED = 42  # of what is read: every run chooses the same, whatever its --se
 # From strong to weak, as in Cleaning. No hole above a tenth of its object is filled: on objects
 # without a hole it is not the kind of error that models make
 MIN_PARTS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+# Without a prompt, larger parts stay: no click or box tells which of them is meant
+WHOLE_MIN_PARTS = (0.1, 0.05, 0.02, 0.01)
 MAX_HOLES = (0.1, 0.05, 0.02, 0.01, 0.005)
 CHANGE = 0.01  # of its area: an object that loses or gains more than that is changed
 MOST_CHANGED = 0.01  # share of the objects that the choice may change
@@ -63,11 +65,10 @@ def _choose(pairs: list[Pair]) -> Cleaning:
     if not objects:
         return NO_CLEANING
     return Cleaning(
-        *(
-            strongest(candidates, change, shapes)
-            for shapes in (objects, wholes)
-            for candidates, change in ((MIN_PARTS, Shape.dropped), (MAX_HOLES, Shape.filled))
-        )
+        min_part=strongest(MIN_PARTS, Shape.dropped, objects),
+        max_hole=strongest(MAX_HOLES, Shape.filled, objects),
+        whole_min_part=strongest(WHOLE_MIN_PARTS, Shape.dropped, wholes),
+        whole_max_hole=strongest(MAX_HOLES, Shape.filled, wholes),
     )
 
 
