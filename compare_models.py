@@ -42,7 +42,11 @@ from finetuning.comparison.detection import AUTO_FILE, compare_automatic
 from finetuning.comparison.figures import draw_comparisons, draw_ious, remove_earlier
 from finetuning.comparison.report import format_files, format_summary, summarize, write_results
 from finetuning.comparison.report_page import Setup, write_page
-from finetuning.comparison.report_sentences import describe_empty, describe_views
+from finetuning.comparison.report_sentences import (
+    cleaning_sentences,
+    describe_empty,
+    describe_views,
+)
 from finetuning.comparison.tables import Table, format_table, print_anywhere
 from finetuning.dataset.pairs import SPLITS, Pair, keep_out, split_pairs
 from finetuning.dataset.splitting import read_folds
@@ -54,6 +58,7 @@ from finetuning.model.loading import load_models
 from finetuning.model.model import Model
 from finetuning.model.models import MODELS
 from finetuning.segmentation.averaging import add_views_option, choose_views
+from finetuning.segmentation.clean_masks import NO_CLEANING, add_clean_option
 
 
 def choose_pairs(
@@ -84,13 +89,15 @@ def measure_all(
 ) -> list[Comparison]:
     """Measure the original, the first model, and each fine-tuned model on the latter's pairs.
 
-    Raises UserError if no image has an object.
+    Both models' masks are cleaned as the fine-tuned model's file says. Raises UserError if no image
+    has an object.
     """
     original, *finetuned = models
     comparisons: list[Comparison] = []
     done = 0
     for model, own_pairs in zip(finetuned, pairs, strict=True):
-        both, how = [original, model], (prompt_kind, mask_kind, seed, "Comparing")
+        both = [original._replace(cleaning=model.cleaning), model]
+        how = (prompt_kind, mask_kind, seed, "Comparing")
         # Images are numbered across all folds, since the number seeds the random points
         results = measure(both, own_pairs, *how, first_index=done)
         comparisons.append(Comparison(both, own_pairs, results))
@@ -139,6 +146,7 @@ def add_data_options(parser: ArgumentParser) -> None:
         help="best: the one of three masks that the model scores highest; single: the single mask "
         "that video and other tools use, or the best if the single mask is not stable",
     )
+    add_clean_option(data)
     data.add_argument(
         "--allow-seen", action="store_true", help="also measure test images that were trained on"
     )
@@ -257,6 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     views = choose_views(args.tta)
     models = [model._replace(views=views) for model in models]
+    if args.clean == "off":
+        models = [model._replace(cleaning=NO_CLEANING) for model in models]
     images = args.data / "images" / ("" if args.folds else split)
     print(format_files(files, images, split == "test" and not args.split))
     overlap = add_overlaps(list(map(count_overlap, pairs, files.facts)))
@@ -269,6 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     runs_file = None if args.folds else args.finetuned.with_name(RUNS_FILE)
     summary = summarize(results, split, overlap, args.mask, args.seed, runs_file)
     summary.sentences.extend(describe_views(views))
+    summary.sentences.extend(cleaning_sentences(comparisons))
     summary.sentences.extend(describe_empty(comparisons, args.prompt, args.mask))
     print_anywhere(format_summary(summary))
 

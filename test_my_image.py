@@ -63,6 +63,7 @@ from finetuning.inference.segmenting import (
     SegmentationMethod,
     print_tally,
     read_like_training,
+    resolve_rule,
     segment_folder,
 )
 from finetuning.inference.volume_results import (
@@ -75,8 +76,9 @@ from finetuning.inference.volume_results import (
 from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.loading import bands_of, load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
-from finetuning.segmentation.automatic import ANY, Rule, SegmentedObject, rule_of
+from finetuning.segmentation.automatic import SegmentedObject
 from finetuning.segmentation.averaging import add_views_option, choose_views
+from finetuning.segmentation.clean_masks import NO_CLEANING, add_clean_option, describe_cleaning
 from finetuning.segmentation.prompts import Prompt, make_prompt, prompt_from_mask
 from finetuning.volumes.files import name_of, volumes_at
 
@@ -105,26 +107,6 @@ def choose_checkpoint(
         command = "python train_sam2_proper.py" + " --demo" * is_demo
         raise UserError(f"no fine-tuned model at {finetuned}; run: {command}, or use --original")
     return file or finetuned
-
-
-def resolve_rule(
-    facts: dict[str, Any], checkpoint: Path, min_score: float | None, min_area: float | None
-) -> Rule:
-    """Return which masks --auto objects keeps: by the options, else the checkpoint, else SAM 2."""
-    rule = rule_of(facts)
-    if not rule and min_score is not None:
-        rule = ANY  # the user's threshold replaces all of SAM 2's
-    elif not rule:
-        rule = Rule()
-        tell(
-            f"warning: {checkpoint} has no thresholds for --auto objects, so SAM 2's own are used; "
-            "repeat the training command with --resume --choose-thresholds, or give --min-score"
-        )
-    given = {"min_score": min_score, "min_area": min_area}
-    rule = rule._replace(**{name: value for name, value in given.items() if value is not None})
-    area = f"{rule.min_area:.2%} of the image"
-    print(f"kept:    masks with a score above {rule.min_score:.3g} and an area of {area} or more")
-    return rule
 
 
 def segment_one(
@@ -209,6 +191,7 @@ def make_parser() -> ArgumentParser:
         default="masks,overlays",
         help=f"which files to write: {','.join(RESULT_KINDS)}",
     )
+    add_clean_option(results)
     results.add_argument("--overwrite", action="store_true", help="for a folder: redo all images")
     machine = parser.add_argument_group("the machine")
     add_device_option(machine)
@@ -288,6 +271,13 @@ def main(argv: list[str] | None = None) -> None:
     ranges, rule = (args.value_range, value_range_of(facts)), None
     if args.auto == "objects":
         rule = resolve_rule(facts, checkpoint, args.min_score, args.min_area)
+    cleaning = next(iter(segmenters.values())).cleaning
+    if args.clean == "off" or rule:  # SAM 2's mask generator has its own ways
+        cleaning = NO_CLEANING
+    if cleaning != NO_CLEANING:
+        print(f"cleaned: {describe_cleaning(cleaning)} (--clean off)")
+    for segmenter in segmenters.values():
+        segmenter.cleaning = cleaning
     method = SegmentationMethod(segmenters, rule, opens_window)
 
     if not is_folder:
@@ -297,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     with only_run_in(args.output), slices_on_disk(volumes, ranges, args.bands) as slices:
-        settings = make_settings(args.image, checkpoint, *ranges, rule)
+        settings = make_settings(args.image, checkpoint, *ranges, rule, cleaning)
         settings |= {"bands": list(args.bands), VIEWS_SETTING: len(views)}
         results = FolderResults(args.output, args.save, settings, args.overwrite)
         images = [*images, *slices]

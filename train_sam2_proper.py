@@ -33,10 +33,16 @@ from tqdm import tqdm
 from finetuning.basics import command_line, distributed
 from finetuning.basics.run_outputs import AUGMENTATION_FILE
 from finetuning.evaluation import measuring
-from finetuning.model.loading import trusted_device
+from finetuning.model.loading import cleaning_of, trusted_device
 from finetuning.model.model import Model
 from finetuning.model.models import load_predictor
 from finetuning.model.trainable_encoder import encode_with_gradients
+from finetuning.segmentation.clean_masks import (
+    CLEANING,
+    NO_CLEANING,
+    Cleaning,
+    describe_cleaning,
+)
 from finetuning.segmentation.predicting import encode_images, predict_masks
 from finetuning.training import (
     earlier_runs,
@@ -58,6 +64,7 @@ from finetuning.training.losses import batch_loss
 from finetuning.training.recipe import Recipe
 from finetuning.training_data import batches
 from finetuning.training_data.augmentation_picture import draw_augmentation
+from finetuning.training_data.cleaning_choice import choose_cleaning
 from finetuning.training_data.encoding import open_features
 from finetuning.training_data.epoch_sampling import EpochSampler
 from finetuning.training_data.prompt_sampling import add_clicks
@@ -151,7 +158,10 @@ def fit(
 
 
 def open_data(
-    predictor: SAM2ImagePredictor, training: repeats.Training, machine: options.Machine
+    predictor: SAM2ImagePredictor,
+    training: repeats.Training,
+    machine: options.Machine,
+    cleaning: Cleaning,
 ) -> tuple[Model, batches.TrainingSet, measuring.Validation]:
     """Encode the images, once each as the encoder is frozen; return the model and its data."""
     _, recipe, pairs, _ = training
@@ -164,7 +174,7 @@ def open_data(
     )
     without_prompt = recipe.none_share > 0
     validation = measuring.Validation(pairs["val"], without_prompt, most=measuring.MOST_OBJECTS)
-    return Model(predictor, source), training_set, validation
+    return Model(predictor, source, cleaning=cleaning), training_set, validation
 
 
 def train(
@@ -188,8 +198,16 @@ def train(
     if state:
         recipe = replace(recipe, augment=state["settings"]["augment"])
         training = training._replace(recipe=recipe)
-    model, training_set, validation = open_data(predictor, training, machine)
-    settings = {**settings, "augment": training_set.augmentation.augment.number}
+
+    # How masks are cleaned: as the training masks allow, and for a whole run in the same way
+    cleaning = cleaning_of(state) if state else NO_CLEANING
+    if recipe.clean == "auto":
+        cleaning = cleaning if state else choose_cleaning(training.pairs["train"])
+        print(f"cleaning: {describe_cleaning(cleaning)} (--clean off)")
+
+    model, training_set, validation = open_data(predictor, training, machine, cleaning)
+    number = training_set.augmentation.augment.number
+    settings = {**settings, "augment": number, CLEANING: cleaning._asdict()}
     objects = training_set.prepare()  # their number, by the index of their image
 
     # Epoch 0 is the original model

@@ -35,6 +35,17 @@ KOREAN = {
     "\nwrote {names} and {count} picture(s) to {output}": (
         "\n저장: {names}, 그림 {count}장 (폴더: {output})"
     ),
+    # How masks are cleaned
+    "the masks of both models are cleaned (--clean off): {changes}": (
+        "두 모델의 마스크를 모두 정리했습니다(끄기: --clean off): {changes}"
+    ),
+    "{changes}; without a prompt, {whole}": "{changes}; 프롬프트가 없으면 {whole}",
+    "masks keep their largest part and those with a click": "가장 큰 조각과 클릭한 조각만 남김",
+    "parts without a click below {share} of the largest are dropped": (
+        "클릭하지 않은 조각은 가장 큰 조각의 {share}보다 작으면 지움"
+    ),
+    "holes up to {share} of the mask are filled": "마스크 면적의 {share} 이하인 구멍을 메움",
+    "masks stay as they are": "마스크를 그대로 둠",
     # The box
     "mean IoU ({measured})": "평균 IoU ({measured})",
     "{split}, single mask": "{split}, 단일 마스크",

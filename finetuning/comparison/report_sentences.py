@@ -14,6 +14,7 @@ from finetuning.basics.language import say
 from finetuning.basics.run_outputs import read_runs
 from finetuning.evaluation.measuring import Comparison, Result, find_in_empty
 from finetuning.evaluation.seen_images import Overlap
+from finetuning.segmentation.clean_masks import NO_CLEANING, describe_cleaning
 from finetuning.segmentation.views import View
 
 
@@ -97,6 +98,19 @@ def split_sentences(split: str, overlap: Overlap) -> list[str]:
         )
         sentences.append(text)
     return sentences
+
+
+def cleaning_sentences(comparisons: list[Comparison]) -> list[str]:
+    """Return how the masks are cleaned; the models of folds may differ in that."""
+    found = dict.fromkeys(comparison.models[-1].cleaning for comparison in comparisons)
+    return [
+        say(
+            "the masks of both models are cleaned (--clean off): {changes}",
+            changes=describe_cleaning(cleaning),
+        )
+        for cleaning in found
+        if cleaning != NO_CLEANING
+    ]
 
 
 def describe_empty(comparisons: list[Comparison], prompt_kind: str, mask_kind: str) -> list[str]:

@@ -18,6 +18,7 @@ from finetuning.dataset.objects import read_objects
 from finetuning.evaluation.measuring import Comparison, group_by_image
 from finetuning.model.model import features_for
 from finetuning.segmentation.averaging import ViewFeatures
+from finetuning.segmentation.clean_masks import NO_CLEANING, Cleaning, clean
 from finetuning.segmentation.features import Features
 from finetuning.segmentation.predicting import segment_with_logits
 from finetuning.segmentation.prompts import Prompt, corrective_click
@@ -32,6 +33,7 @@ def simulate_clicks(
     count: int,
     use_mask_prompt: bool,
     kind: str = "best",
+    cleaning: Cleaning = NO_CLEANING,
 ) -> list[float]:
     """Return the IoU on one object after 1, 2, ... `count` clicks; each mask uses all so far.
 
@@ -40,6 +42,7 @@ def simulate_clicks(
       true_mask: cropped, or HxW bool; not empty.
       use_mask_prompt: also give the model the logits of its previous mask.
       kind: which of the model's masks, as in choose_masks.
+      cleaning: of each mask, but not of the logits that are given to the model.
 
     No pixel is clicked twice. Once a mask is perfect, or wrong only in clicked pixels, the clicks
     end, and its IoU counts for the remaining ones.
@@ -60,7 +63,8 @@ def simulate_clicks(
         mask, _, logits = segment_with_logits(
             predictor, features, prompt, true_mask.size, previous, kind
         )
-        crops, left, top = crop_together(crop_mask(mask), true_mask)
+        cleaned = clean(crop_mask(mask), prompt, cleaning)
+        crops, left, top = crop_together(cleaned, true_mask)
         ious.append(float(calculate_iou(*crops)))
     return ious + ious[-1:] * (count - len(ious))
 
@@ -81,7 +85,13 @@ def measure_clicks(
             for model_ious, model, features in zip(ious, models, all_features, strict=True):
                 with autocast(model.predictor.device, model.source.precision):
                     model_ious[row] = simulate_clicks(
-                        model.predictor, features, true_mask, count, use_mask_prompt, mask_kind
+                        model.predictor,
+                        features,
+                        true_mask,
+                        count,
+                        use_mask_prompt,
+                        mask_kind,
+                        model.cleaning,
                     )
             row += 1
     return ious

@@ -27,6 +27,7 @@ from finetuning.basics.image_files import IMAGE_SUFFIXES
 from finetuning.inference.coco_files import coco_files
 from finetuning.inference.result_files import IMAGE_ENDINGS, file_names, write_files
 from finetuning.segmentation.automatic import Rule, SegmentedObject
+from finetuning.segmentation.clean_masks import NO_CLEANING, Cleaning
 from finetuning.segmentation.prompts import Prompt, mask_box, prompt_text
 
 EARLIER_COLUMNS = ("image", "object", "prompt", "score", "area", "box", "files", "error")
@@ -38,7 +39,9 @@ RESULTS_FILE, SETTINGS_FILE = "results.csv", "settings.json"
 GONE_FOLDER = "gone"  # in the results: the files of images that are no longer there
 RULE_SETTING = "way of finding objects"  # empty unless objects are found without a prompt
 VIEWS_SETTING = "number of averaged views"
-EARLIER_SETTINGS = {VIEWS_SETTING: 1}  # of results that an earlier version wrote
+CLEAN_SETTING = "way of cleaning masks (--clean)"
+# Of results that an earlier version wrote
+EARLIER_SETTINGS = {VIEWS_SETTING: 1, CLEAN_SETTING: list(NO_CLEANING)}
 WRITING_SHARE = 0.05  # of the time, at most: the files are written in full each time
 
 
@@ -87,16 +90,18 @@ def make_settings(
     value_range: tuple[float, float] | None,
     trained_range: tuple[float, float] | None,
     rule: Rule | None = None,
+    cleaning: Cleaning = NO_CLEANING,
 ) -> dict[str, Any]:
     """Return the settings that a folder's results depend on, as settings.json holds them.
 
-    rule: selects the objects that are found without a prompt, if any are.
+    rule: selects the objects that are found without a prompt, if any are. cleaning: of the masks.
     """
     return {
         "folder": str(folder.resolve()),
         "model": content_sha256(checkpoint),
         "value range": list(value_range or trained_range or ()),
         RULE_SETTING: list(rule or ()),
+        CLEAN_SETTING: list(cleaning),
     }
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sam2_utils import UserError
 
@@ -22,7 +22,7 @@ from finetuning.inference.folder_results import GONE_FOLDER, FolderImage, Folder
 from finetuning.inference.given_prompts import check_inside
 from finetuning.inference.window import ask_in_window
 from finetuning.model.model import Segmenter
-from finetuning.segmentation.automatic import Rule, SegmentedObject, find_objects
+from finetuning.segmentation.automatic import ANY, Rule, SegmentedObject, find_objects, rule_of
 from finetuning.segmentation.prompts import Prompt, make_prompt
 
 READ_AHEAD = 2  # images that are read while the model computes
@@ -51,6 +51,26 @@ def read_like_training(
     trained_range, the range of the training.
     """
     return read_image(path, value_range or trained_range)
+
+
+def resolve_rule(
+    facts: dict[str, Any], checkpoint: Path, min_score: float | None, min_area: float | None
+) -> Rule:
+    """Return which masks --auto objects keeps: by the options, else the checkpoint, else SAM 2."""
+    rule = rule_of(facts)
+    if not rule and min_score is not None:
+        rule = ANY  # the user's threshold replaces all of SAM 2's
+    elif not rule:
+        rule = Rule()
+        tell(
+            f"warning: {checkpoint} has no thresholds for --auto objects, so SAM 2's own are used; "
+            "repeat the training command with --resume --choose-thresholds, or give --min-score"
+        )
+    given = {"min_score": min_score, "min_area": min_area}
+    rule = rule._replace(**{name: value for name, value in given.items() if value is not None})
+    area = f"{rule.min_area:.2%} of the image"
+    print(f"kept:    masks with a score above {rule.min_score:.3g} and an area of {area} or more")
+    return rule
 
 
 def segment_prompts(

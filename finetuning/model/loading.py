@@ -30,6 +30,7 @@ from finetuning.model.models import (
     locate_original,
     make_predictor,
 )
+from finetuning.segmentation.clean_masks import CLEANING, Cleaning, cleaning_from
 from finetuning.segmentation.predicting import encode_images, predict_masks
 from finetuning.segmentation.prompts import make_prompt
 
@@ -69,7 +70,8 @@ def load_models(
     original (the file that training started from), the precision ("auto") and the cache folder.
     All models are on one device: the CPU if MPS computes wrongly, unless insists_on_mps.
 
-    Returns the original followed by the fine-tuned models, and their files. Raises UserError if the
+    Returns the original followed by the fine-tuned models, and their files. Masks of the original
+    are cleaned as those of the first fine-tuned model. Raises UserError if the
     original is missing or has changed since training.
     """
     first, facts = load_predictor(model_name, finetuned_files[0], device)
@@ -92,10 +94,11 @@ def load_models(
         if hash_encoder(predictor.model) == frozen:
             predictor.model.image_encoder = original.model.image_encoder
             source = cached
-        models.append(Model(predictor, source))
+        models.append(Model(predictor, source, cleaning=cleaning_of(file_facts)))
     # Treat all models alike: if no fine-tuned one uses the cache, the original does not either
     is_shared = any(model.source is cached for model in models)
-    models.insert(0, Model(original, cached if is_shared else own))
+    source = cached if is_shared else own
+    models.insert(0, Model(original, source, cleaning=models[0].cleaning))
     starts = {setting(file_facts, "checkpoint_sha256") for file_facts in all_facts}
     return models, Files(
         *(name, checkpoint, finetuned_files, all_facts, size, is_published(checkpoint, name)),
@@ -123,6 +126,11 @@ def bands_of(facts: dict[str, Any]) -> str:
     return ",".join(map(str, setting(facts, "bands", list) or []))
 
 
+def cleaning_of(facts: dict[str, Any]) -> Cleaning:
+    """Return how the masks of a model are cleaned; files of other programs say nothing of it."""
+    return cleaning_from(setting(facts, CLEANING, dict))
+
+
 def load_segmenters(
     checkpoint: Path,
     model_name: str | None,
@@ -140,13 +148,14 @@ def load_segmenters(
     device = trusted_device(predictor, device, insists_on_mps)
     precision, original = select_precision(precision_name, device), locate_original(facts)
     is_original = original is not None and original.samefile(checkpoint)
-    segmenters = {"original" if is_original else "fine-tuned": Segmenter(predictor, precision)}
+    name, cleaning = "original" if is_original else "fine-tuned", cleaning_of(facts)
+    segmenters = {name: Segmenter(predictor, precision, cleaning=cleaning)}
     if with_original and original and not is_original:
         with contextlib.suppress(UserError):  # that path may hold another model by now
             predictor, _ = load_predictor(
                 facts["model_name"], original, device, predictor.model.image_size
             )
-            segmenters["original"] = Segmenter(predictor, precision)
+            segmenters["original"] = Segmenter(predictor, precision, cleaning=cleaning)
     return segmenters, facts
 
 

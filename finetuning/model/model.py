@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from finetuning.basics.cropped_masks import CroppedMask
+from finetuning.basics.cropped_masks import CroppedMask, crop_mask
 from finetuning.basics.image_files import require_equal_sizes
 from finetuning.model.feature_cache import CachedImage, FeatureCache
 from finetuning.model.image_variants import ImageVariant, file_of, read_variant
 from finetuning.segmentation.averaging import ViewFeatures, with_views
+from finetuning.segmentation.clean_masks import NO_CLEANING, Cleaning, clean
 from finetuning.segmentation.features import Features
 from finetuning.segmentation.predicting import encode_images, segment_together, segment_with_logits
 from finetuning.segmentation.prompts import Prompt
@@ -74,7 +75,7 @@ class FeatureSource(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model and the source of its image features.
+    """A model, the source of its image features, and what is done with its masks.
 
     views: of each image. The masks of several views are averaged.
     """
@@ -82,6 +83,7 @@ class Model(NamedTuple):
     predictor: SAM2ImagePredictor
     source: FeatureSource  # shared by models with the same encoder
     views: tuple[View, ...] = (UPRIGHT,)
+    cleaning: Cleaning = NO_CLEANING
 
 
 def features_for(
@@ -118,9 +120,8 @@ def segment_with_all(
     for model, model_features in zip(models, features, strict=True):
         predictor = model.predictor
         with autocast(predictor.device, model.source.precision):
-            masks.append(
-                segment_together(predictor, model_features, prompts, image_sizes, mask_kind)
-            )
+            found = segment_together(predictor, model_features, prompts, image_sizes, mask_kind)
+        masks.append([clean(*one, model.cleaning) for one in zip(found, prompts, strict=True)])
     return masks
 
 
@@ -135,8 +136,10 @@ class Segmenter:
         predictor: SAM2ImagePredictor,
         precision: torch.dtype,
         views: tuple[View, ...] = (UPRIGHT,),
+        cleaning: Cleaning = NO_CLEANING,
     ) -> None:
-        self.predictor, self.precision, self.views = predictor, precision, views
+        self.predictor, self.precision = predictor, precision
+        self.views, self.cleaning = views, cleaning
         self.features: Features | ViewFeatures | None = None
         self.size = (0, 0)  # (H,W) of the image
 
@@ -155,7 +158,10 @@ class Segmenter:
         """Segment the encoded image with a prompt.
 
         Returns the HxW bool mask, its score, and its logits, which can be the mask_input of the
-        next call to correct this mask.
+        next call to correct this mask; they are not cleaned.
         """
         with autocast(self.predictor.device, self.precision):
-            return segment_with_logits(self.predictor, self.features, prompt, self.size, mask_input)
+            mask, score, logits = segment_with_logits(
+                self.predictor, self.features, prompt, self.size, mask_input
+            )
+        return clean(crop_mask(mask), prompt, self.cleaning).full(), score, logits

@@ -43,6 +43,9 @@ class Recipe:
     dice_weight: float = 1.0  # relative to cross-entropy
     score_weight: float = 0.05  # relative to the mask loss
 
+    # The masks: auto: their small parts and holes go, as chosen on the training masks; or off
+    clean: str = "auto"
+
     # The image encoder
     train_encoder: str = "none"  # or lora or full
     encoder_lr: float | None = None  # set unless train_encoder is none
@@ -75,6 +78,7 @@ GUIDE = Recipe(
     augment="off",
     single_weight=0.0,
     dice_weight=0.0,
+    clean="off",
 )
 RECIPES = {"default": DEFAULT, "guide": GUIDE}
 MINI_LR = 3e-4  # default recipe: mini was pretrained for only an hour and has less to forget

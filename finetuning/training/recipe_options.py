@@ -84,6 +84,12 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "the images have no upright (cells, satellite images): augmentation also turns them",
         {"action": "store_true"},
     ),
+    (
+        "clean",
+        "auto: predicted masks lose small parts without a click and small holes, as far as the "
+        "training masks have none; kept in the model's file",
+        {"choices": ("auto", "off")},
+    ),
     ("seed", "seed of the image order and the prompts", {"type": seed}),
 )
 RECIPE_OPTIONS = tuple(name for name, *_ in OPTIONS)

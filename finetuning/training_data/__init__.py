@@ -3,6 +3,7 @@
 augmentation: training images varied: mirrored, turned, cropped, recoloured
 augmentation_picture: augmentation.png
 batches: the training data, as batches for the decoder
+cleaning_choice: which parts and holes of masks are too small to be true
 encoding: encode the images of a training and their variants
 epoch_sampling: the steps of an epoch: which images and objects, in random order
 prompt_sampling: random prompts, and clicks that correct the model's answers
