@@ -19,6 +19,7 @@ mask, and trains the masks and scores that it answers with. The results are in o
 learning_curve.png.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from finetuning.training.recipe import Recipe
 from finetuning.training_data import batches
 from finetuning.training_data.epoch_sampling import EpochSampler
 from finetuning.training_data.prompt_sampling import add_clicks
+from finetuning.training_data.thin_objects import choose_loss_grid
 
 
 def train_one_epoch(
@@ -66,7 +68,7 @@ def train_one_epoch(
     loader.sampler.epoch = epoch
     learns = recipe.train_encoder != "none"
     encode = encode_with_gradients if learns else encode_images
-    input_size, steps = (predictor.model.image_size,) * 2, recipe.epochs * len(loader)
+    steps = recipe.epochs * len(loader)
     report = training_log.EpochReport(epoch, predictor.device)
     progress = tqdm(loader, desc=f"Epoch {epoch}/{recipe.epochs}", unit="step", leave=False)
     for step, batch in enumerate(progress, start=(epoch - 1) * len(loader)):
@@ -81,12 +83,13 @@ def train_one_epoch(
             with sam2_utils.autocast(predictor.device, learner.precision):
                 # The prompts: a point or a box, perhaps with clicks that correct the answers
                 features = image_features.of(part.image_of)
+                sizes = part.prompt_sizes(predictor.model.image_size)
+                shown = (part.prompts, part.true_masks, part.plan)
                 prompts, mask_inputs = add_clicks(
-                    predictor, features, part.prompts, part.true_masks, part.plan, learner.decoder
+                    predictor, features, *shown, learner.decoder, sizes
                 )
 
                 # Prompt encoder and mask decoder, with gradients
-                sizes = [input_size] * len(prompts)
                 prediction = predict_masks(
                     predictor, features, prompts, sizes, learner.decoder, mask_inputs
                 )
@@ -148,7 +151,7 @@ def open_data(
     )
     size = predictor.model.image_size
     training_set = batches.TrainingSet(
-        pairs["train"], source.cache, size, recipe.seed, recipe.prompt_mix
+        pairs["train"], source.cache, size, recipe.seed, recipe.prompt_mix, recipe.loss_grid
     )
     without_prompt = recipe.none_share > 0
     validation = measuring.Validation(pairs["val"], without_prompt, most=measuring.MOST_OBJECTS)
@@ -171,6 +174,13 @@ def train(
     recipe, output = training.recipe, training.output
     torch.manual_seed(recipe.seed)
     state = run_files.load_state(output, settings) if resume else None
+
+    # The grid of the loss: given, found by an interrupted run, or found now
+    if recipe.loss_grid == "auto":
+        grid = state["settings"]["loss_grid"] if state else None
+        grid = grid or choose_loss_grid(training.pairs["train"])
+        recipe = dataclasses.replace(recipe, loss_grid=grid)
+        training, settings = training._replace(recipe=recipe), {**settings, "loss_grid": grid}
 
     model, training_set, validation = open_data(predictor, training, machine)
     objects = training_set.prepare()  # their number, by the index of their image

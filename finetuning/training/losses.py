@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sam2_utils import calculate_iou, copy_to
 
 import torch
@@ -93,19 +95,39 @@ def dice_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 def batch_loss(
     predictor: SAM2ImagePredictor,
     prediction: Prediction,
-    true_masks: torch.Tensor,
+    true_masks: Sequence[torch.Tensor],
     recipe: Recipe,
     has_background: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the mean loss of P objects, and the values to report of each, on the device.
 
-    true_masks: PxHxW uint8 on any device; 255: the mask covers all of a cell. has_background: as
-    in image_losses.
+    true_masks: P masks, HxW uint8 on any device, perhaps of several sizes; 255: the mask covers
+    all of a cell. has_background: as in image_losses. Objects whose masks have the same size are
+    computed together, and come together in the report.
     """
-    logits, size = prediction.mask_logits, true_masks.shape[-2:]
-    if logits.shape[-2:] != size:
-        logits = upscale_masks(predictor, logits, size)
-    covered = copy_to(logits.device, true_masks).float() / 255
-    prediction = prediction._replace(mask_logits=logits)
-    losses, report = image_losses(prediction, covered, recipe, has_background)
-    return losses.mean(), report
+    losses, reports = [], []
+    for rows in rows_by_size(true_masks):
+        masks = true_masks
+        if not isinstance(masks, torch.Tensor):
+            masks = torch.stack([masks[row] for row in rows])
+        found = Prediction(
+            *(values if len(rows) == len(values) else values[rows] for values in prediction)
+        )
+        logits, size = found.mask_logits, masks.shape[-2:]
+        if logits.shape[-2:] != size:
+            logits = upscale_masks(predictor, logits, size)
+        covered = copy_to(logits.device, masks).float() / 255
+        found = found._replace(mask_logits=logits)
+        loss, report = image_losses(found, covered, recipe, has_background)
+        losses.append(loss)
+        reports.append(report)
+    report = {name: torch.cat([one[name] for one in reports]) for name in reports[0]}
+    return torch.cat(losses).mean(), report
+
+
+def rows_by_size(masks: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Return the numbers of the masks of each size, HxW."""
+    rows: dict[torch.Size, list[int]] = {}
+    for row, mask in enumerate(masks):
+        rows.setdefault(mask.shape, []).append(row)
+    return list(rows.values())

@@ -79,6 +79,7 @@ def parse_args(argv: list[str] | None, docstring: str = "") -> Namespace:
         single_weight=args.single_weight,
         dice_weight=args.dice_weight,
         score_weight=args.score_weight,
+        loss_grid=args.loss_grid,
         train_encoder=args.train_encoder,
         encoder_lr=encoder_lr,
         lora_rank=lora_rank,
