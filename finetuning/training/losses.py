@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sam2_utils import calculate_iou, copy_to
+from sam2_utils import copy_to
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ def image_losses(
 
     seg_loss: the mask_losses of the first, the best or all of the three masks (recipe.mask_loss).
     score_loss: the mean of |predicted score - actual IoU of the thresholded mask| over all three,
-    so that choosing by score works. The guide's loss is that of the first mask without dice.
+    so that choosing by score works; see coverage_iou. The guide's loss is that of the first mask without dice.
     With recipe.single_weight, the mask and score of the single mask, which other tools use, learn
     the same way. In steps with points on background, the object score learns too: whether there is
     an object (cross-entropy, weighted like a score). Other steps would teach it to always say yes.
@@ -36,7 +36,7 @@ def image_losses(
     """
     mask_logits, iou_scores, object_logits = prediction
     exists = (true_mask.amax((-2, -1)) > 0).float()  # of each object
-    actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5) * exists[..., None]
+    actual_iou = coverage_iou(mask_logits > 0, true_mask) * exists[..., None]
     score_losses = (iou_scores - actual_iou).abs()
 
     # The three masks
@@ -64,6 +64,17 @@ def image_losses(
         "train_iou": train_iou.squeeze(-1),
     }
     return loss, report
+
+
+def coverage_iou(predicted: torch.Tensor, true_mask: torch.Tensor) -> torch.Tensor:
+    """Return the IoU of each mask, ...xC: predicted ...xCxHxW bool, true_mask as in image_losses.
+
+    A cell counts by its covered part. If it counted wholly or not at all, the IoU of thin objects
+    would be far from the one at full resolution.
+    """
+    predicted, truth = predicted.to(true_mask.dtype), true_mask.unsqueeze(-3)
+    overlap = (predicted * truth).sum((-2, -1))
+    return overlap / (predicted.sum((-2, -1)) + truth.sum((-2, -1)) - overlap + 1e-6)
 
 
 def mask_losses(
