@@ -20,8 +20,8 @@ mask, and trains the masks and scores that it answers with. The results are in o
 learning_curve.png, and augmentation.png, which shows what the model is shown.
 """
 
+import dataclasses
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import sam2_utils
@@ -33,16 +33,11 @@ from tqdm import tqdm
 from finetuning.basics import command_line, distributed
 from finetuning.basics.run_outputs import AUGMENTATION_FILE
 from finetuning.evaluation import measuring
-from finetuning.model.loading import cleaning_of, trusted_device
+from finetuning.model.loading import trusted_device
 from finetuning.model.model import Model
 from finetuning.model.models import load_predictor
 from finetuning.model.trainable_encoder import encode_with_gradients
-from finetuning.segmentation.clean_masks import (
-    CLEANING,
-    NO_CLEANING,
-    Cleaning,
-    describe_cleaning,
-)
+from finetuning.segmentation.clean_masks import CLEANING, NO_CLEANING, Cleaning
 from finetuning.segmentation.predicting import encode_images, predict_masks
 from finetuning.training import (
     earlier_runs,
@@ -52,6 +47,7 @@ from finetuning.training import (
     training_log,
     weight_average,
 )
+from finetuning.training.auto_values import resolve_auto
 from finetuning.training.learner import (
     Learner,
     make_learner,
@@ -64,7 +60,6 @@ from finetuning.training.losses import batch_loss
 from finetuning.training.recipe import Recipe
 from finetuning.training_data import batches
 from finetuning.training_data.augmentation_picture import draw_augmentation
-from finetuning.training_data.cleaning_choice import choose_cleaning
 from finetuning.training_data.encoding import open_features
 from finetuning.training_data.epoch_sampling import EpochSampler
 from finetuning.training_data.prompt_sampling import add_clicks
@@ -85,7 +80,7 @@ def train_one_epoch(
     loader.sampler.epoch = epoch
     learns = recipe.train_encoder != "none"
     encode = encode_with_gradients if learns else encode_images
-    input_size, steps = (predictor.model.image_size,) * 2, recipe.epochs * len(loader)
+    steps = recipe.epochs * len(loader)
     report = training_log.EpochReport(epoch, predictor.device)
     progress = tqdm(loader, desc=f"Epoch {epoch}/{recipe.epochs}", unit="step", leave=False)
     for step, batch in enumerate(progress, start=(epoch - 1) * len(loader)):
@@ -100,12 +95,13 @@ def train_one_epoch(
             with sam2_utils.autocast(predictor.device, learner.precision):
                 # The prompts: a point or a box, perhaps with clicks that correct the answers
                 features = image_features.of(part.image_of)
+                sizes = part.prompt_sizes(predictor.model.image_size)
+                shown = (part.prompts, part.true_masks, part.plan)
                 prompts, mask_inputs = add_clicks(
-                    predictor, features, part.prompts, part.true_masks, part.plan, learner.decoder
+                    predictor, features, *shown, learner.decoder, sizes
                 )
 
                 # Prompt encoder and mask decoder, with gradients
-                sizes = [input_size] * len(prompts)
                 prediction = predict_masks(
                     predictor, features, prompts, sizes, learner.decoder, mask_inputs
                 )
@@ -168,9 +164,14 @@ def open_data(
     source, augmentation = open_features(
         predictor, machine.precision, machine.cache, machine.cache_in, pairs, recipe.augmentation
     )
-    size = predictor.model.image_size
     training_set = batches.TrainingSet(
-        pairs["train"], source.cache, size, recipe.seed, recipe.prompt_mix, augmentation
+        pairs["train"],
+        source.cache,
+        predictor.model.image_size,
+        recipe.seed,
+        recipe.prompt_mix,
+        augmentation,
+        recipe.loss_grid,
     )
     without_prompt = recipe.none_share > 0
     validation = measuring.Validation(pairs["val"], without_prompt, most=measuring.MOST_OBJECTS)
@@ -194,20 +195,13 @@ def train(
     torch.manual_seed(recipe.seed)
     state = run_files.load_state(output, settings) if resume else None
 
-    # Variants of each image: an interrupted run goes on with its own number
-    if state:
-        recipe = replace(recipe, augment=state["settings"]["augment"])
-        training = training._replace(recipe=recipe)
-
-    # How masks are cleaned: as the training masks allow, and for a whole run in the same way
-    cleaning = cleaning_of(state) if state else NO_CLEANING
-    if recipe.clean == "auto":
-        cleaning = cleaning if state else choose_cleaning(training.pairs["train"])
-        print(f"cleaning: {describe_cleaning(cleaning)} (--clean off)")
-
-    model, training_set, validation = open_data(predictor, training, machine, cleaning)
-    number = training_set.augmentation.augment.number
-    settings = {**settings, "augment": number, CLEANING: cleaning._asdict()}
+    # What auto means: found by the interrupted run, or now, from the training masks
+    recipe, cleaning = resolve_auto(recipe, state, training.pairs["train"])
+    model, training_set, validation = open_data(
+        predictor, training._replace(recipe=recipe), machine, cleaning
+    )
+    found = {"augment": training_set.augmentation.augment.number, "loss_grid": recipe.loss_grid}
+    settings = {**settings, **found, CLEANING: cleaning._asdict()}
     objects = training_set.prepare()  # their number, by the index of their image
 
     # Epoch 0 is the original model
@@ -246,7 +240,9 @@ def average(
     output: Path,
 ) -> None:
     """Validate the mean of the runs' weights; save it if it is better than each of them."""
-    model, _, validation = open_data(predictor, trainings[0], machine)
+    plain = dataclasses.replace(trainings[0].recipe, augment="off")
+    training = trainings[0]._replace(recipe=plain)
+    model, _, validation = open_data(predictor, training, machine, NO_CLEANING)
     if distributed.rank() == 0:
         runs = [training.output for training in trainings]
         print(weight_average.keep_mean(model, validation, output, runs))

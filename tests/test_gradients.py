@@ -40,8 +40,9 @@ def gradients_of_a_step(checkpoint, batch, plan, precision) -> dict[str, torch.T
     batch = batch._replace(plan=plan)
     with autocast(CPU, precision):
         features = encode_images(predictor, batch.images).to(CPU, torch.float32)
+        shown = (batch.prompts, batch.true_masks, batch.plan)
         prompts, mask_inputs = add_clicks(
-            predictor, features, batch.prompts, batch.true_masks, batch.plan, learner.decoder
+            predictor, features, *shown, learner.decoder, batch.prompt_sizes(256)
         )
         prediction = predict_masks(
             predictor, features, prompts, [(256, 256)] * 2, learner.decoder, mask_inputs

@@ -32,6 +32,8 @@ from finetuning.training_data.prompt_sampling import (
 )
 from finetuning.training_data.training_masks import HALF, LOSS_GRID, mask_on_grid
 
+SIZES = [(256, 256)] * 2  # in whose pixels the prompts are: the model's input
+
 
 @pytest.fixture
 def pairs(tmp_path) -> list[Pair]:
@@ -113,17 +115,17 @@ def test_a_click_is_added_in_pixels_of_the_input():
     true_mask = np.zeros((64, 128), bool)
     true_mask[20:41, 60:81] = True
     nothing = np.zeros_like(true_mask)
-    start = make_prompt([(10, 10)])
-    prompt = add_click(start, nothing, true_mask, 256)
+    start, size = make_prompt([(10, 10)]), (256, 256)
+    prompt = add_click(start, nothing, true_mask, size)
     # The middle of cell (70, 30) of 128x64, in pixels of 256x256
     assert prompt.point_coords.tolist() == [[10, 10], [140.5, 121.5]]
     assert prompt.point_labels.tolist() == [1, 1]
     too_much = true_mask.copy()
     too_much[0:15, 0:15] = True
-    assert add_click(prompt, too_much, true_mask, 256).point_labels.tolist() == [1, 1, 0]
-    confirmed = add_click(prompt, true_mask, true_mask, 256)
+    assert add_click(prompt, too_much, true_mask, size).point_labels.tolist() == [1, 1, 0]
+    confirmed = add_click(prompt, true_mask, true_mask, size)
     assert confirmed.point_coords[2].tolist() == [140.5, 121.5] and confirmed.point_labels[2] == 1
-    assert add_click(prompt, nothing, nothing, 256).point_labels[2] == -1  # nothing to click
+    assert add_click(prompt, nothing, nothing, size).point_labels[2] == -1  # nothing to click
     assert start.point_labels.tolist() == [1]
 
 
@@ -154,7 +156,7 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
     batch = batch._replace(plan=PromptPlan("random", 2, gives_mask))
     features, decoder = encode_images(predictor, batch.images), PromptedDecoder(predictor.model)
     prompts, mask_inputs = add_clicks(
-        predictor, features, batch.prompts, batch.true_masks, batch.plan, decoder
+        predictor, features, batch.prompts, batch.true_masks, batch.plan, decoder, SIZES
     )
     assert [len(prompt.point_labels) for prompt in prompts] == [3, 3]
     assert (mask_inputs is not None) == gives_mask
@@ -169,7 +171,7 @@ def test_clicks_correct_the_mask_that_the_model_would_choose(pairs, random_mini,
         )
         one = Features(features.image_embed[i : i + 1], [f[i : i + 1] for f in features[1]])
         (expected,), _ = add_clicks(
-            predictor, one, alone.prompts, alone.true_masks, alone.plan, decoder
+            predictor, one, alone.prompts, alone.true_masks, alone.plan, decoder, SIZES[:1]
         )
         assert np.allclose(prompt.point_coords, expected.point_coords)
         # What is clicked as foreground is foreground
@@ -202,7 +204,7 @@ def test_clicks_correct_the_mask_of_three_with_the_highest_score(chosen):
     plan, start = PromptPlan("random", 2, gives_mask=True), make_prompt([(80, 80)])
     batch = Batch(None, [], [0], [start], plan, true_mask[None], 1.0)
     (prompt,), mask_inputs = add_clicks(
-        predictor, None, batch.prompts, batch.true_masks, batch.plan, decode
+        predictor, None, batch.prompts, batch.true_masks, batch.plan, decode, SIZES[:1]
     )
     middle = [4 * (6 + 15 * chosen) + 1.5, 4 * 45 + 1.5]  # of its square, in pixels of the input
     assert prompt.point_coords.tolist() == [[80, 80], middle, middle]
@@ -217,10 +219,8 @@ def test_clicks_correct_the_mask_of_three_with_the_highest_score(chosen):
 def test_without_clicks_the_prompts_stay_as_they_are(pairs):
     batch = TrainingSet(pairs, None, 256, seed=0)[Step(1, [0], 1.0)]
     unused = Namespace(model=Namespace(image_size=256))
-    assert add_clicks(unused, None, batch.prompts, batch.true_masks, batch.plan, None) == (
-        batch.prompts,
-        None,
-    )
+    shown = (batch.prompts, batch.true_masks, batch.plan)
+    assert add_clicks(unused, None, *shown, None, SIZES[:1]) == (batch.prompts, None)
 
 
 def test_the_same_step_has_the_same_plan_whoever_does_it(pairs):

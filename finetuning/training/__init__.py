@@ -1,5 +1,6 @@
 """Fine-tuning: the recipe, the steps, and the files of a run.
 
+auto_values: what auto means for a run
 earlier_runs: moves an earlier run in the output folder aside
 learner: what learns: weights, optimizer, learning rate, compiled decoder
 learning_rate_trial: --lr auto

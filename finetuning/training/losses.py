@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sam2_utils import calculate_iou, copy_to
+from collections.abc import Sequence
+
+from sam2_utils import copy_to
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,8 @@ def image_losses(
 
     seg_loss: the mask_losses of the first, the best or all of the three masks (recipe.mask_loss).
     score_loss: the mean of |predicted score - actual IoU of the thresholded mask| over all three,
-    so that choosing by score works. The guide's loss is that of the first mask without dice.
-    With recipe.single_weight, the mask and score of the single mask, which other tools use, learn
+    so that choosing by score works; see coverage_iou. The guide's loss is that of the first mask
+    without dice. With recipe.single_weight, the mask and score of the single mask, which other tools use, learn
     the same way. In steps with points on background, the object score learns too: whether there is
     an object (cross-entropy, weighted like a score). Other steps would teach it to always say yes.
 
@@ -34,7 +36,7 @@ def image_losses(
     """
     mask_logits, iou_scores, object_logits = prediction
     exists = (true_mask.amax((-2, -1)) > 0).float()  # of each object
-    actual_iou = calculate_iou(mask_logits > 0, true_mask.unsqueeze(-3) > 0.5) * exists[..., None]
+    actual_iou = coverage_iou(mask_logits > 0, true_mask) * exists[..., None]
     score_losses = (iou_scores - actual_iou).abs()
 
     # The three masks
@@ -62,6 +64,17 @@ def image_losses(
         "train_iou": train_iou.squeeze(-1),
     }
     return loss, report
+
+
+def coverage_iou(predicted: torch.Tensor, true_mask: torch.Tensor) -> torch.Tensor:
+    """Return the IoU of each mask, ...xC: predicted ...xCxHxW bool, true_mask as in image_losses.
+
+    A cell counts by its covered part. If it counted wholly or not at all, the IoU of thin objects
+    would be far from the one at full resolution.
+    """
+    predicted, truth = predicted.to(true_mask.dtype), true_mask.unsqueeze(-3)
+    overlap = (predicted * truth).sum((-2, -1))
+    return overlap / (predicted.sum((-2, -1)) + truth.sum((-2, -1)) - overlap + 1e-6)
 
 
 def mask_losses(
@@ -93,19 +106,39 @@ def dice_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 def batch_loss(
     predictor: SAM2ImagePredictor,
     prediction: Prediction,
-    true_masks: torch.Tensor,
+    true_masks: Sequence[torch.Tensor],
     recipe: Recipe,
     has_background: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the mean loss of P objects, and the values to report of each, on the device.
 
-    true_masks: PxHxW uint8 on any device; 255: the mask covers all of a cell. has_background: as
-    in image_losses.
+    true_masks: P masks, HxW uint8 on any device, perhaps of several sizes; 255: the mask covers
+    all of a cell. has_background: as in image_losses. Objects whose masks have the same size are
+    computed together, and come together in the report.
     """
-    logits, size = prediction.mask_logits, true_masks.shape[-2:]
-    if logits.shape[-2:] != size:
-        logits = upscale_masks(predictor, logits, size)
-    covered = copy_to(logits.device, true_masks).float() / 255
-    prediction = prediction._replace(mask_logits=logits)
-    losses, report = image_losses(prediction, covered, recipe, has_background)
-    return losses.mean(), report
+    losses, reports = [], []
+    for rows in rows_by_size(true_masks):
+        masks = true_masks
+        if not isinstance(masks, torch.Tensor):
+            masks = torch.stack([masks[row] for row in rows])
+        found = Prediction(
+            *(values if len(rows) == len(values) else values[rows] for values in prediction)
+        )
+        logits, size = found.mask_logits, masks.shape[-2:]
+        if logits.shape[-2:] != size:
+            logits = upscale_masks(predictor, logits, size)
+        covered = copy_to(logits.device, masks).float() / 255
+        found = found._replace(mask_logits=logits)
+        loss, report = image_losses(found, covered, recipe, has_background)
+        losses.append(loss)
+        reports.append(report)
+    report = {name: torch.cat([one[name] for one in reports]) for name in reports[0]}
+    return torch.cat(losses).mean(), report
+
+
+def rows_by_size(masks: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Return the numbers of the masks of each size, HxW."""
+    rows: dict[torch.Size, list[int]] = {}
+    for row, mask in enumerate(masks):
+        rows.setdefault(mask.shape, []).append(row)
+    return list(rows.values())

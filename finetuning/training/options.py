@@ -82,6 +82,7 @@ def parse_args(argv: list[str] | None, docstring: str = "") -> Namespace:
         dice_weight=args.dice_weight,
         score_weight=args.score_weight,
         clean=args.clean,
+        loss_grid=args.loss_grid,
         train_encoder=args.train_encoder,
         encoder_lr=encoder_lr,
         lora_rank=lora_rank,

@@ -8,6 +8,7 @@ from finetuning.basics.files import DEMO_DATA, DEMO_OUTPUT
 from finetuning.model.trainable_encoder import DEFAULT_RANK
 from finetuning.training_data.augmentation import Augment
 from finetuning.training_data.prompt_sampling import PromptMix
+from finetuning.training_data.training_masks import IMAGE
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Recipe:
     single_weight: float = 1.0  # of the single mask, which other tools use
     dice_weight: float = 1.0  # relative to cross-entropy
     score_weight: float = 0.05  # relative to the mask loss
+    # Cells per side at which the loss compares masks; "auto": as many as thin objects need;
+    # "image": the pixels of each image
+    loss_grid: int | str = "auto"
 
     # The masks: auto: their small parts and holes go, as chosen on the training masks; or off
     clean: str = "auto"
@@ -79,6 +83,7 @@ GUIDE = Recipe(
     single_weight=0.0,
     dice_weight=0.0,
     clean="off",
+    loss_grid=IMAGE,
 )
 RECIPES = {"default": DEFAULT, "guide": GUIDE}
 MINI_LR = 3e-4  # default recipe: mini was pretrained for only an hour and has less to forget

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetuning.basics.command_line import ArgumentParser, number, seed
 from finetuning.training.recipe import DEMO, DEMO_LR, MINI_LR, RECIPES
+from finetuning.training_data.training_masks import IMAGE, LOSS_GRIDS
 
 
 def parse_rate(text: str) -> float | str:
@@ -24,6 +25,12 @@ def parse_augment(text: str) -> int | str:
     return "off" if count == 1 else count
 
 
+def parse_loss_grid(text: str) -> int | str:
+    """Parse --loss-grid as an argparse type; raises ValueError for what is none of GRIDS."""
+    return GRIDS[list(map(str, GRIDS)).index(text)]
+
+
+GRIDS = ("auto", *LOSS_GRIDS, IMAGE)
 AT_LEAST_0, AT_LEAST_1 = number(float, at_least=0), number(int, at_least=1)
 # The options of the recipe: name, help text, further arguments of add_argument
 OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -55,6 +62,12 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("dice_weight", "weight of the dice loss, relative to cross-entropy", {"type": AT_LEAST_0}),
     ("score_weight", "weight of the score loss, relative to the mask loss", {"type": AT_LEAST_0}),
+    (
+        "loss_grid",
+        "cells per side at which the loss compares masks; auto: 256, or more if training objects "
+        "are so thin that they lose over a tenth of their pixels; image: the pixels of each image",
+        {"type": parse_loss_grid, "metavar": "{" + ",".join(map(str, GRIDS)) + "}"},
+    ),
     (
         "prompts",
         "random: a random point in the mask; inner: a point, more likely deep inside the mask; "

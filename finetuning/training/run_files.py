@@ -25,6 +25,7 @@ from finetuning.training.learner import Learner, learning_rate_factor
 from finetuning.training.recipe import Recipe
 from finetuning.training.recipe_options import MOST_VARIANTS
 from finetuning.training.training_log import CURVE_EVERY, Log, best_of, conclude, write_log
+from finetuning.training_data.training_masks import IMAGE, LOSS_GRIDS
 
 # Settings that may differ between a run and its resumption. Of these, load_state compares
 # checkpoint_sha256 and data_hash itself, with messages of their own.
@@ -214,9 +215,10 @@ def save_model(
 
 
 def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Load what save_state saved, for a run with these settings; for "auto", any value will do.
+    """Load what save_state saved, for a run with these settings.
 
-    Raises UserError if there is no such run, or its settings, its data or its model differ.
+    Where they say "auto", any value will do. Raises UserError if there is no such run, or its
+    settings, its data or its model differ.
     """
     path = output / STATE_FILE
     if not path.is_file():
@@ -231,8 +233,7 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "resume it with that version, or use another --output"
         )
     for name in [name for name in settings if name not in FREE_SETTINGS]:
-        is_found = name in ("lr", "augment") and settings[name] == "auto"
-        if saved[name] != settings[name] and not is_found:
+        if settings[name] not in ("auto", saved[name]):
             option = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"the run in {output} had {option} {saved[name]}, not {settings[name]}; "
@@ -262,10 +263,15 @@ def read_log(state: dict[str, Any]) -> Log | None:
 
 
 def are_settings(values: Any) -> bool:
-    """Return whether a value is a dict of plain values, with a number as its lr and so on."""
+    """Return whether a value is a dict of plain values, with those that resuming reads."""
     plain = str | int | float | list | dict | None
     are_plain = isinstance(values, dict) and all(isinstance(v, plain) for v in values.values())
-    return are_plain and _is_number(values.get("lr")) and _is_augment(values.get("augment"))
+    return (
+        are_plain
+        and _is_number(values.get("lr"))
+        and _is_augment(values.get("augment"))
+        and values.get("loss_grid") in (None, IMAGE, *LOSS_GRIDS)  # None: of an earlier version
+    )
 
 
 def _is_augment(value: Any) -> bool:

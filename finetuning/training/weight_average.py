@@ -14,6 +14,7 @@ import torch
 from finetuning.basics.run_outputs import BEST_FILE, MEAN_FILE
 from finetuning.evaluation.measuring import Validation
 from finetuning.model.checkpoints import load_checkpoint, save_checkpoint
+from finetuning.model.loading import cleaning_of
 from finetuning.model.model import Model
 
 
@@ -34,6 +35,7 @@ def keep_mean(model: Model, validation: Validation, output: Path, runs: Sequence
     """
     best = [load_checkpoint(folder / BEST_FILE) for folder in runs]
     model.predictor.model.load_state_dict(average_weights([each["model"] for each in best]))
+    model = model._replace(cleaning=cleaning_of(best[0]))  # the same for all runs
     reached = validation.measure(model)["val_iou"]
     top = max(best, key=lambda each: each["val_iou"])
     compared = f"mean weights of the {len(runs)} runs: val IoU {reached:.4f}"

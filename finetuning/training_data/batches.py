@@ -45,10 +45,12 @@ from finetuning.training_data.prompt_sampling import (
     plan_prompts,
     scale_prompt,
 )
+from finetuning.training_data.thin_objects import object_cells
 from finetuning.training_data.training_masks import (
     ALL_OBJECTS,
     BACKGROUND,
-    HALF,
+    IMAGE,
+    LOSS_GRID,
     MAX_PREPARED,
     ImageMasks,
     pack_masks,
@@ -65,9 +67,17 @@ class Batch(NamedTuple):
     image_of: list[int]  # the index of each object's image, 0 to B-1
     prompts: list[Prompt]  # before any clicks, in pixels of the model's SxS input
     plan: PromptPlan
-    true_masks: torch.Tensor  # PxLOSS_GRIDxLOSS_GRID uint8; 255: the mask covers all of a cell
+    # PxGxG uint8, 255: the mask covers all of a cell; or, on the pixels of the images, a list
+    true_masks: torch.Tensor | list[torch.Tensor]
     fraction: float  # this part of the step, as in Step
     shown: Sequence[Shown] = ()  # the B images, and how the step shows them
+    is_on_images: bool = False  # whether masks and prompts are in pixels of the images
+
+    def prompt_sizes(self, image_size: int) -> list[tuple[int, int]]:
+        """Return the (H,W) in whose pixels each prompt is. image_size: of the model's input."""
+        if self.is_on_images:
+            return [tuple(mask.shape) for mask in self.true_masks]
+        return [(image_size, image_size)] * len(self.prompts)
 
     def parts(self, at_once: int) -> Iterator[Batch]:
         """Yield parts of at most `at_once` objects, each with its fraction of the step."""
@@ -97,9 +107,11 @@ class TrainingSet(Dataset):
         seed: int,
         mix: PromptMix = RANDOM_POINTS,
         augmentation: Augmentation = UNCHANGED,
+        loss_grid: int | str = LOSS_GRID,
     ) -> None:
+        """loss_grid: cells per side of the true masks, or IMAGE."""
         self.pairs, self.cache, self.image_size, self.seed = pairs, cache, image_size, seed
-        self.mix, self.augmentation = mix, augmentation
+        self.mix, self.augmentation, self.loss_grid = mix, augmentation, loss_grid
         self._masks: dict[int, ImageMasks] = {}  # by image; filled by prepare and when needed
         self._variant_masks: dict[tuple[int, Variant], ImageMasks] = {}  # filled when needed
 
@@ -128,10 +140,10 @@ class TrainingSet(Dataset):
         size = self.cache.size(pair.image) if self.cache else None
         require_equal_sizes(pair.image, size or objects.size, pair.mask, objects.size)
         if not 0 < len(objects) <= MAX_PREPARED:
-            return pack_masks(objects, [])
+            return pack_masks(objects, [], self.loss_grid)
         combined = [ALL_OBJECTS] * (self.mix.none_share > 0)
         combined += [BACKGROUND] * (self.mix.background_share > 0)
-        return pack_masks(objects, [*range(len(objects)), *combined])
+        return pack_masks(objects, [*range(len(objects)), *combined], self.loss_grid)
 
     def __getitem__(self, step: Step) -> Batch | Exception:
         """Return the batch of a step, or the error that prevents it, which BatchLoader raises."""
@@ -160,20 +172,26 @@ class TrainingSet(Dataset):
         ]
         features, images, sizes = self._read(shown)
         image_of, prompts, true_masks = [], [], []
+        is_on_images = self.loss_grid == IMAGE
         for i, (index, chosen) in enumerate(zip(indices, objects, strict=True)):
             masks = self._masks_of(index, chosen, sizes[i], shown[i])
             for k, mask in zip(chosen, masks, strict=True):
-                grid = mask >= HALF
+                grid = object_cells(mask)
                 if not grid.any():  # objects cover the whole image: it has no background
                     continue
                 # A stream per object: its prompt does not depend on which others the step shows
                 rng = np.random.default_rng([self.seed, epoch, index, k])
                 prompt = draw_prompt(grid, plan.kind, rng)
                 image_of.append(i)
-                prompts.append(scale_prompt(prompt, grid.shape, self.image_size))
+                to = grid.shape if is_on_images else (self.image_size,) * 2
+                prompts.append(scale_prompt(prompt, grid.shape, to))
                 true_masks.append(mask * np.uint8(k != BACKGROUND))  # background: no object
-        true_masks = torch.from_numpy(np.stack(true_masks))
-        return Batch(features, images, image_of, prompts, plan, true_masks, fraction, shown)
+        if is_on_images:
+            true_masks = [torch.from_numpy(mask) for mask in true_masks]
+        else:
+            true_masks = torch.from_numpy(np.stack(true_masks))
+        batch = Batch(features, images, image_of, prompts, plan, true_masks, fraction, shown)
+        return batch._replace(is_on_images=is_on_images)
 
     def _read(
         self, shown: list[Shown]
@@ -196,7 +214,7 @@ class TrainingSet(Dataset):
     def _masks_of(
         self, index: int, chosen: tuple[int, ...], size: tuple[int, int], shown: Shown
     ) -> list[np.ndarray]:
-        """Return the masks of chosen objects of an image of (H,W) on the loss grid, as it is shown.
+        """Return the masks of chosen objects of an image of (H,W) on the grid, as it is shown.
 
         Other objects replace those that the variant hides.
         """
@@ -209,7 +227,9 @@ class TrainingSet(Dataset):
         new = [k for k in chosen if masks is None or k not in masks.packed]
         if new:
             objects = objects or read_objects(pair)
-            read = pack_masks(variant.of_objects(objects) if variant else objects, new)
+            read = pack_masks(
+                variant.of_objects(objects) if variant else objects, new, self.loss_grid
+            )
             packed = (masks.packed if masks else {}) | read.packed
             masks = read._replace(packed=packed, size=objects.size)
             if not self.augmentation.draws_anew:  # else no other epoch shows this variant
@@ -279,7 +299,7 @@ def _batch_bytes(batch: Batch | Exception) -> int:
     if isinstance(batch, Exception):
         raise batch
     maps = [batch.features.image_embed, *batch.features.high_res_feats] if batch.features else []
-    return sum(array.nbytes for array in (*maps, *batch.images, batch.true_masks))
+    return sum(array.nbytes for array in (*maps, *batch.images, *batch.true_masks))
 
 
 def _unchanged(batch: Batch | Exception) -> Batch | Exception:

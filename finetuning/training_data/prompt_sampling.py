@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from finetuning.segmentation.prompts import (
     mask_box,
     prompt_from_mask,
 )
-from finetuning.training_data.training_masks import HALF
+from finetuning.training_data.thin_objects import forgiven_cells, object_cells
 
 BOX_SHARE = 0.25  # share of steps that start with a box; the others start with a point
 CLICK_SHARE = 0.35  # share of steps with 1 to MAX_TRAINING_CLICKS corrective clicks
@@ -74,8 +75,10 @@ def draw_prompt(grid: np.ndarray, kind: str, rng: np.random.Generator) -> Prompt
     return make_prompt(box=(np.array([x1, y1, x2, y2]) + jitter).clip(0, len(grid) - 1))
 
 
-def add_click(prompt: Prompt, predicted: np.ndarray, true_mask: np.ndarray, size: int) -> Prompt:
-    """Add the click that corrects a HxW mask to a prompt in pixels of an SxS input.
+def add_click(
+    prompt: Prompt, predicted: np.ndarray, true_mask: np.ndarray, size: tuple[int, int]
+) -> Prompt:
+    """Add the click that corrects a mask on a grid to a prompt in pixels of a size (H,W).
 
     If there is nothing to correct, the click confirms the true mask at its deepest point.
     """
@@ -87,12 +90,12 @@ def add_click(prompt: Prompt, predicted: np.ndarray, true_mask: np.ndarray, size
     return Prompt(*(np.concatenate(both) for both in zip(prompt, added, strict=True)))
 
 
-def scale_prompt(prompt: Prompt, grid: tuple[int, int], size: int) -> Prompt:
-    """Scale a prompt from cells of a grid of (H,W) to pixels of an SxS input.
+def scale_prompt(prompt: Prompt, grid: tuple[int, int], size: tuple[int, int]) -> Prompt:
+    """Scale a prompt from cells of a grid of (H,W) to pixels of another size (H,W).
 
     A point moves to the center of its cell, a box's corners to the outermost pixels of their cells.
     """
-    scale = size / np.array(grid[::-1], np.float32)
+    scale = np.array(size[::-1], np.float32) / np.array(grid[::-1], np.float32)
     labels = prompt.point_labels[:, None]
     # Labels 2 and 3 are a box's first and last corner
     place = np.select([labels == 2, labels == 3], [np.float32(0), np.float32(1)], np.float32(0.5))
@@ -104,27 +107,33 @@ def add_clicks(
     predictor: SAM2ImagePredictor,
     features: Features,
     prompts: list[Prompt],
-    true_masks: torch.Tensor,
+    true_masks: Sequence[torch.Tensor],
     plan: PromptPlan,
     decoder: torch.nn.Module,
+    sizes: list[tuple[int, int]],
 ) -> tuple[list[Prompt], torch.Tensor | None]:
     """Return a batch's prompts with the clicks of its plan, and its mask prompts, if any.
 
     Each click corrects the mask that the model would choose by score. With plan.gives_mask, the
-    logits of the last such masks are returned too, Bx1x(S/4)x(S/4).
+    logits of the last such masks are returned too, Bx1x(S/4)x(S/4). sizes: the (H,W) in whose
+    pixels each prompt is.
     """
-    mask_inputs, covered = None, true_masks.numpy() >= HALF
-    size = predictor.model.image_size
+    if not plan.clicks:
+        return prompts, None
+    mask_inputs, coverages = None, [mask.numpy() for mask in true_masks]
+    cells, forgiven = (list(map(of, coverages)) for of in (object_cells, forgiven_cells))
     for _ in range(plan.clicks):
-        prediction = predict_masks(
-            predictor, features, prompts, [(size, size)] * len(prompts), decoder, mask_inputs
-        )
+        prediction = predict_masks(predictor, features, prompts, sizes, decoder, mask_inputs)
         chosen, _ = choose_masks(predictor, prediction)
-        logits = upscale_masks(predictor, chosen, true_masks.shape[-2:])
-        masks = (logits[:, 0] > 0).cpu().numpy()
+        masks = [
+            (upscale_masks(predictor, logits[None], true.shape)[0, 0] > 0).cpu().numpy()
+            for logits, true in zip(chosen, cells, strict=True)
+        ]
         prompts = [
-            add_click(prompt, mask, true_mask, size)
-            for prompt, mask, true_mask in zip(prompts, masks, covered, strict=True)
+            add_click(prompt, mask & ~ignored, true, size)
+            for prompt, mask, ignored, true, size in zip(
+                prompts, masks, forgiven, cells, sizes, strict=True
+            )
         ]
         # SAM2ImagePredictor clamps the logits that users pass on as mask_input the same way
         mask_inputs = chosen.clamp(-32, 32) if plan.gives_mask else None

@@ -11,9 +11,11 @@ import numpy as np
 
 from finetuning.dataset.objects import Objects
 
-# Cells per side: the loss is computed and prompts are placed at the resolution of full-size
-# models' masks
-LOSS_GRID = 256
+# Cells per side: the loss is computed and prompts are placed on this grid. The first is the
+# resolution of full-size models' masks; thin objects need a finer one.
+LOSS_GRIDS = (256, 512, 1024)
+LOSS_GRID = LOSS_GRIDS[0]
+IMAGE = "image"  # instead of a grid: the pixels of each image
 HALF = 128  # a cell belongs to the object from half coverage on; 255 is full coverage
 # Special object indices: all objects together; background. Real ones are smaller.
 ALL_OBJECTS, BACKGROUND = 1 << 16, (1 << 16) + 1
@@ -28,24 +30,31 @@ class ImageMasks(NamedTuple):
     size: tuple[int, int]  # (H,W) of the mask file
     count: int  # of objects
     packed: dict[int, bytes]  # by object, ALL_OBJECTS or BACKGROUND; about a kB each
+    shape: tuple[int, int]  # of the grid
 
     def grid(self, k: int) -> np.ndarray:
-        """Return the coverage of each cell, LOSS_GRIDxLOSS_GRID uint8, 255 for all of it."""
-        values = np.frombuffer(zlib.decompress(self.packed[k]), np.uint8)
-        return values.reshape(LOSS_GRID, LOSS_GRID)
+        """Return the coverage of each cell of the grid, uint8, 255 for all of it."""
+        return np.frombuffer(zlib.decompress(self.packed[k]), np.uint8).reshape(self.shape)
 
 
-def pack_masks(objects: Objects, numbers: Iterable[int]) -> ImageMasks:
-    """Compress the masks of the given objects, which may include ALL_OBJECTS and BACKGROUND."""
+def pack_masks(
+    objects: Objects, numbers: Iterable[int], loss_grid: int | str = LOSS_GRID
+) -> ImageMasks:
+    """Compress the masks of the given objects, which may include ALL_OBJECTS and BACKGROUND.
+
+    loss_grid: cells per side, or IMAGE.
+    """
     packed: dict[int, bytes] = {}
+    shape = objects.size if loss_grid == IMAGE else (loss_grid, loss_grid)
     for k in numbers:
         # With one object, ALL_OBJECTS is the same mask
         same = 0 if k == ALL_OBJECTS and len(objects) == 1 else k
         if same not in packed:
-            grid = mask_on_grid(object_mask(objects, same), LOSS_GRID)
+            mask = object_mask(objects, same)
+            grid = mask * np.uint8(255) if loss_grid == IMAGE else mask_on_grid(mask, loss_grid)
             packed[same] = zlib.compress(grid, level=1)
         packed[k] = packed[same]
-    return ImageMasks(objects.size, len(objects), packed)
+    return ImageMasks(objects.size, len(objects), packed, shape)
 
 
 def object_mask(objects: Objects, k: int) -> np.ndarray:
@@ -60,12 +69,17 @@ def mask_on_grid(mask: np.ndarray, size: int) -> np.ndarray:
 
     If a small mask covers half of no cell, all cells with a pixel of it count as covered.
     """
-    # OpenCV averages over areas only if no side grows, so first shrink the sides that shrink
-    shrunk = tuple(min(side, size) for side in mask.shape[::-1])
-    covered = cv2.resize(mask.astype(np.float32), shrunk, interpolation=cv2.INTER_AREA)
-    covered = cv2.resize(covered, (size, size), interpolation=cv2.INTER_AREA)
-    grid = np.rint(255 * covered).astype(np.uint8)
+    grid = cell_coverage(mask, size)
     if mask.any() and grid.max() < HALF:
         y, x = np.nonzero(mask)
         grid[y * size // mask.shape[0], x * size // mask.shape[1]] = 255
     return grid
+
+
+def cell_coverage(mask: np.ndarray, size: int) -> np.ndarray:
+    """Return how much of each of size x size cells an HxW bool mask covers, uint8, 255 for all."""
+    # OpenCV averages over areas only if no side grows, so first shrink the sides that shrink
+    shrunk = tuple(min(side, size) for side in mask.shape[::-1])
+    covered = cv2.resize(mask.astype(np.float32), shrunk, interpolation=cv2.INTER_AREA)
+    covered = cv2.resize(covered, (size, size), interpolation=cv2.INTER_AREA)
+    return np.rint(255 * covered).astype(np.uint8)
