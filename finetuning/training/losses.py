@@ -22,9 +22,10 @@ def image_losses(
     seg_loss: the mask_losses of the first, the best or all of the three masks (recipe.mask_loss).
     score_loss: the mean of |predicted score - actual IoU of the thresholded mask| over all three,
     so that choosing by score works; see coverage_iou. The guide's loss is that of the first mask
-    without dice. With recipe.single_weight, the mask and score of the single mask, which other tools use, learn
-    the same way. In steps with points on background, the object score learns too: whether there is
-    an object (cross-entropy, weighted like a score). Other steps would teach it to always say yes.
+    without dice. With recipe.single_weight, the mask and score of the single mask, which other
+    tools use, learn the same way. In steps with points on background, the object score learns too:
+    whether there is an object (cross-entropy, weighted like a score). Other steps would teach it to
+    always say yes.
 
     An empty true mask means that the prompt is on background. Then the right answer is scores of 0
     and no object, whatever the masks; train_iou is 1 if the score is below 0.5.
