@@ -57,6 +57,7 @@ from finetuning.training.recipe import DEFAULT, GUIDE, MINI_LR, Recipe
 from finetuning.training.recipe_options import RECIPE_OPTIONS
 from finetuning.training_data.batches import TrainingSet, make_loader
 from finetuning.training_data.epoch_sampling import EpochSampler
+from finetuning.training_data.thin_objects import choose_loss_grid
 from train_sam2_proper import train_one_epoch
 
 BATCH = replace(GUIDE, batch_size=4)
@@ -164,6 +165,8 @@ def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
     predictor, _ = load_predictor(bench.model, bench.checkpoint, bench.device)
     cache = FeatureCache(bench.output / "cache", predictor, bench.precision)
     pairs, objects, measured = split_images(planned, bench)
+    if recipe.loss_grid == "auto":
+        recipe = replace(recipe, loss_grid=choose_loss_grid(pairs))
 
     training_set = TrainingSet(
         pairs,
@@ -171,6 +174,7 @@ def train_and_measure(planned: Run, bench: Bench) -> dict[str, str]:
         predictor.model.image_size,
         recipe.seed,
         recipe.prompt_mix,
+        recipe.loss_grid,
     )
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
     loader = make_loader(training_set, sampler, bench.device)
