@@ -37,6 +37,7 @@ from finetuning.training.weight_average import average_weights
 from finetuning.training_data.batches import TrainingSet, make_loader
 from finetuning.training_data.encoding import open_features
 from finetuning.training_data.epoch_sampling import EpochSampler
+from finetuning.training_data.thin_objects import choose_loss_grid
 from train_sam2_proper import train_one_epoch
 
 VAL, HELD_OUT = "val", "training images held out"
@@ -251,7 +252,13 @@ def train_recipe(
     )
     image_size = predictor.model.image_size
     training_set = TrainingSet(
-        pairs, source.cache, image_size, recipe.seed, recipe.prompt_mix, augmentation
+        pairs,
+        source.cache,
+        image_size,
+        recipe.seed,
+        recipe.prompt_mix,
+        augmentation,
+        choose_loss_grid(pairs) if recipe.loss_grid == "auto" else recipe.loss_grid,
     )
     objects = training_set.prepare()
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)

@@ -38,7 +38,7 @@ from finetuning.preparation.replacing import new_dataset
 from finetuning.segmentation.predicting import Features, feature_shapes, predict_masks
 from finetuning.segmentation.prompts import make_prompt
 from finetuning.training.learner import make_learner, take_step
-from finetuning.training.losses import batch_loss, coverage_iou, mask_losses
+from finetuning.training.losses import actual_ious, batch_loss, mask_losses
 from finetuning.training.recipe import DEFAULT, GUIDE
 from finetuning.training_data.training_masks import IMAGE, LOSS_GRIDS, mask_on_grid
 
@@ -106,7 +106,8 @@ def fit_mask(mask: np.ndarray, grid: int | str, side: int) -> tuple[float, float
         mask_losses(_resize(logits, size)[0], covered, DEFAULT.dice_weight).sum().backward()
         optimizer.step()
     whole = (_resize(logits.detach(), mask.shape)[0, 0] > 0).numpy()
-    target = coverage_iou(_resize(logits.detach(), size)[0] > 0, covered)
+    is_fine = grid in LOSS_GRIDS[1:]
+    target = actual_ious(_resize(logits.detach(), size)[0] > 0, covered[None], is_fine)
     return float(calculate_iou(whole, mask)), target.item()
 
 

@@ -4,8 +4,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from sam2_utils import calculate_iou
-
 import cv2
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from finetuning.model.checkpoints import load_checkpoint
 from finetuning.model.models import load_predictor
 from finetuning.segmentation.predicting import Prediction, encode_images, predict_masks
 from finetuning.segmentation.prompts import make_prompt
-from finetuning.training.losses import batch_loss, coverage_iou
+from finetuning.training.losses import actual_ious, batch_loss
 from finetuning.training.options import parse_args
 from finetuning.training.recipe import DEFAULT, GUIDE
 from finetuning.training_data.batches import TrainingSet
@@ -119,18 +117,17 @@ def test_masks_without_an_object_leave_the_grid_as_it_is(tmp_path, capsys):
     assert choose_loss_grid(pairs) == 256 and capsys.readouterr().out == ""
 
 
-def test_the_actual_iou_counts_a_cell_by_its_covered_part():
-    whole = draw_pair(0)[1]
-    predicted = np.stack([draw_pair(1)[1], whole, ~whole])
-    ious = coverage_iou(torch.from_numpy(predicted), torch.from_numpy(whole).float())
-    assert ious.tolist() == pytest.approx([calculate_iou(mask, whole) for mask in predicted])
-    # As at full resolution, for masks of whole cells
-    thin = draw_lines((2048, 2048), 3)
-    coverage = torch.from_numpy(mask_on_grid(thin, 256)).float() / 255
-    cells = coverage > 0.3
-    full = np.kron(cells.numpy(), np.ones((8, 8), bool))
-    iou = coverage_iou(cells[None], coverage).item()
-    assert iou == pytest.approx(calculate_iou(full, thin), abs=0.005)
+def test_on_a_fine_grid_the_actual_iou_compares_the_covered_parts_of_cells():
+    # A line as wide as a cell lies on two rows of them: each is covered by half
+    covered = torch.zeros(1, 8, 8)
+    covered[0, 2:4] = 0.5
+    upper, both = torch.zeros(1, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
+    upper[0, 2], both[0, 2:4] = True, True
+    for predicted, iou in ((upper, 1), (both, 0.5), (~both, 0)):
+        assert actual_ious(predicted, covered, is_fine=True).item() == pytest.approx(iou)
+    whole = torch.from_numpy(draw_pair(0)[1])[None]
+    for is_fine in (True, False):
+        assert actual_ious(whole, whole.float(), is_fine).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kind", ["random", "mixed"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sam2_utils import copy_to
+from sam2_utils import calculate_iou, copy_to
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from finetuning.segmentation.predicting import Prediction, upscale_masks
 from finetuning.training.recipe import Recipe
+from finetuning.training_data.training_masks import LOSS_GRIDS
 
 
 def image_losses(
@@ -21,7 +22,7 @@ def image_losses(
 
     seg_loss: the mask_losses of the first, the best or all of the three masks (recipe.mask_loss).
     score_loss: the mean of |predicted score - actual IoU of the thresholded mask| over all three,
-    so that choosing by score works; see coverage_iou. The guide's loss is that of the first mask
+    so that choosing by score works; see actual_ious. The guide's loss is that of the first mask
     without dice. With recipe.single_weight, the mask and score of the single mask, which other
     tools use, learn the same way. In steps with points on background, the object score learns too:
     whether there is an object (cross-entropy, weighted like a score). Other steps would teach it to
@@ -37,7 +38,8 @@ def image_losses(
     """
     mask_logits, iou_scores, object_logits = prediction
     exists = (true_mask.amax((-2, -1)) > 0).float()  # of each object
-    actual_iou = coverage_iou(mask_logits > 0, true_mask) * exists[..., None]
+    is_fine = recipe.loss_grid in LOSS_GRIDS[1:]
+    actual_iou = actual_ious(mask_logits > 0, true_mask, is_fine) * exists[..., None]
     score_losses = (iou_scores - actual_iou).abs()
 
     # The three masks
@@ -67,15 +69,21 @@ def image_losses(
     return loss, report
 
 
-def coverage_iou(predicted: torch.Tensor, true_mask: torch.Tensor) -> torch.Tensor:
+def actual_ious(predicted: torch.Tensor, true_mask: torch.Tensor, is_fine: bool) -> torch.Tensor:
     """Return the IoU of each mask, ...xC: predicted ...xCxHxW bool, true_mask as in image_losses.
 
-    A cell counts by its covered part. If it counted wholly or not at all, the IoU of thin objects
-    would be far from the one at full resolution.
+    A cell is the object's from half coverage on. A fine grid (is_fine) is for thin objects, of
+    which hardly a cell is covered whole, and this would be far from the IoU at full resolution.
+    There, the covered parts of 2x2 cells are compared: the sum of the smaller ones over the sum of
+    the larger ones.
     """
-    predicted, truth = predicted.to(true_mask.dtype), true_mask.unsqueeze(-3)
-    overlap = (predicted * truth).sum((-2, -1))
-    return overlap / (predicted.sum((-2, -1)) + truth.sum((-2, -1)) - overlap + 1e-6)
+    if not is_fine:
+        return calculate_iou(predicted, true_mask.unsqueeze(-3) > 0.5)
+    predicted, true = (
+        F.avg_pool2d(mask, 2) for mask in (predicted.float(), true_mask[..., None, :, :])
+    )
+    smaller, larger = torch.minimum(predicted, true), torch.maximum(predicted, true)
+    return smaller.sum((-2, -1)) / (larger.sum((-2, -1)) + 1e-6)
 
 
 def mask_losses(
