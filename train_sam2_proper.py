@@ -16,8 +16,8 @@
 The image encoder stays frozen, so each image is encoded once and cached in output/cache/ (except
 with --train-encoder). Each step prompts SAM 2 with a point, a box, or clicks that correct its own
 mask, and trains the masks and scores that it answers with. The results are in output/: sam2_best.pt
-(the best on val; the original if no epoch is better), sam2_final.pt, train_log.csv and
-learning_curve.png, and augmentation.png, which shows what the model is shown.
+(the best on val; the original if no epoch is better), sam2_final.pt, train_log.csv,
+learning_curve.png, and augmentation.png: training images as the model is shown them.
 """
 
 import dataclasses

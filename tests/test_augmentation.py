@@ -415,7 +415,8 @@ def test_what_the_picture_draws_lies_on_the_objects(tmp_path):
         for step in sampler:
             batch = augmentation_picture.load_alone(training_set, step, step.indices[0])
             assert file_of(batch.shown[0].image) == pairs[step.indices[0]].image
-            seen = augmentation_picture.draw_shown(batch, SIZE).astype(int)
+            image = read_image(pairs[step.indices[0]].image)
+            seen = augmentation_picture.draw_shown(image, batch, SIZE).astype(int)
             outline = (seen[..., 0] > 200) & (seen[..., 1] > 160) & (seen[..., 2] < 80)
             inside = np.any(colour_masks(seen), axis=0) & ~outline
             border = cv2.morphologyEx(inside.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((9, 9)))
