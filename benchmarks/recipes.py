@@ -1,6 +1,6 @@
 """Compare fine-tuning recipes with the same images, initial weights and number of epochs.
 
-    python benchmarks/recipes.py --model mini --epochs 6              # two hours on 2 cores
+    python benchmarks/recipes.py --model mini --epochs 6              # hours on 2 cores
     python benchmarks/recipes.py --model mini --epochs 2 --seeds 1    # a quick look
     python benchmarks/recipes.py --model mini --recipes "the default" --train-images 45 180 720
 
