@@ -39,7 +39,7 @@ from finetuning.training_data.prompt_sampling import PromptMix
 from train_sam2_proper import main
 
 SIZE = 256  # of the maps and of the model's input
-FEATURE_BYTES = 2 * 256 * (16 * 16 + 64 * 64 // 8 + 32 * 32 // 4)  # of an image, of mini
+FEATURE_BYTES = 2 * 128 * (16 * 16 + 64 * 64 // 8 + 32 * 32 // 4)  # of an image, of mini
 
 
 class PixelCache:
