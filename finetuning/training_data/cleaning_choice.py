@@ -19,12 +19,12 @@ from finetuning.segmentation.clean_masks import NO_CLEANING, Cleaning, find_hole
 
 MOST_IMAGES, MOST_OBJECTS = 200, 10  # read: images, and objects of each
 DRAW_SEED = 42  # of what is read: every run chooses the same, whatever its --seed
-# From strong to weak, as in Cleaning. No hole above a tenth of its object is filled: on objects
-# without a hole it is not the kind of error that models make
+# From strong to weak, as in Cleaning
 MIN_PARTS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 # Without a prompt, larger parts stay: no click or box tells which of them is meant
 WHOLE_MIN_PARTS = (0.1, 0.05, 0.02, 0.01)
-MAX_HOLES = (0.1, 0.05, 0.02, 0.01, 0.005)
+# All or nothing: a model may find only a small part of a large true hole
+MAX_HOLES = (0.1,)
 CHANGE = 0.01  # of its area: an object that loses or gains more than that is changed
 MOST_CHANGED = 0.01  # share of the objects that the choice may change
 
@@ -67,7 +67,10 @@ def _choose(pairs: list[Pair]) -> Cleaning:
     return Cleaning(
         min_part=strongest(MIN_PARTS, Shape.dropped, objects),
         max_hole=strongest(MAX_HOLES, Shape.filled, objects),
-        whole_min_part=strongest(WHOLE_MIN_PARTS, Shape.dropped, wholes),
+        # Objects that a model merges make the largest part, and others small beside it
+        whole_min_part=0.0
+        if len(objects) > len(wholes)
+        else strongest(WHOLE_MIN_PARTS, Shape.dropped, wholes),
         whole_max_hole=strongest(MAX_HOLES, Shape.filled, wholes),
     )
 
