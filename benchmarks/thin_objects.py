@@ -219,7 +219,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--grids", nargs="+", default=["256", "auto"], help="compared values")
     parser.add_argument("--drawing", type=int, choices=range(3), default=0, help="of DRAWINGS")
     parser.add_argument("--image-size", type=at_least_1, default=512, help="of the model's input")
-    parser.add_argument("--epochs", type=at_least_1, default=10, help="of each run")
+    parser.add_argument("--epochs", type=at_least_1, default=6, help="of each run")
     parser.add_argument("--seeds", type=at_least_1, default=3, help="runs of each value")
     parser.add_argument("--output", type=Path, default=Path("output/thin_objects"), help="results")
     return parser.parse_args(argv)

@@ -173,6 +173,8 @@ def test_a_cpu_computes_full_size_objects_one_by_one_and_a_gpu_all_at_once(monke
         return objects_at_once(predictor, dataclasses.replace(DEFAULT, **changes))
 
     assert [asked(size) for size in (2048, 1024, 768, 512, 256)] == [1, 1, 1, 4, 16]
+    # A loss on a fine grid needs memory for each
+    assert [asked(256, loss_grid=grid) for grid in (256, 512, 1024, "image")] == [16, 4, 1, 1]
     assert asked(1024, "cuda") == asked(1024, "mps") == asked(1024, train_encoder="full") > 10**6
     monkeypatch.setenv("WORLD_SIZE", "2")  # as many parts as the other process has
     assert asked(1024) > 10**6

@@ -16,6 +16,7 @@ from finetuning.basics import distributed
 from finetuning.model.trainable_encoder import let_encoder_learn
 from finetuning.segmentation.predicting import Features, PromptedDecoder, feature_shapes
 from finetuning.training.recipe import Recipe
+from finetuning.training_data.training_masks import IMAGE, LOSS_GRIDS
 
 WARMUP_SHARE = 0.05  # share of the steps over which the cosine schedule warms up
 # Compiling the decoder takes about a minute. It pays off from this many objects on.
@@ -105,7 +106,10 @@ def objects_at_once(predictor: SAM2ImagePredictor, recipe: Recipe) -> int:
         or distributed.world_size() > 1  # processes must run equally many backward passes
     ):
         return sys.maxsize
-    return max(1, (1024 // predictor.model.image_size) ** 2)
+    # On a fine grid, or on the pixels of images, the loss takes most of the memory
+    sides = {grid: grid for grid in LOSS_GRIDS[1:]} | {IMAGE: 1024}
+    side = max(predictor.model.image_size, sides.get(recipe.loss_grid, 0))
+    return max(1, (1024 // side) ** 2)
 
 
 def take_step(learner: Learner, max_grad_norm: float) -> torch.Tensor:
