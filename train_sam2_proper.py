@@ -16,12 +16,11 @@
 The image encoder stays frozen, so each image is encoded once and cached in output/cache/ (except
 with --train-encoder). Each step prompts SAM 2 with a point, a box, or clicks that correct its own
 mask, and trains the masks and scores that it answers with. The results are in output/: sam2_best.pt
-(the best on val; the original if no epoch is better), sam2_final.pt, train_log.csv and
-learning_curve.png, and augmentation.png, which shows what the model is shown.
+(the best on val; the original if no epoch is better), sam2_final.pt, train_log.csv,
+learning_curve.png, and augmentation.png: training images as the model is shown them.
 """
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import sam2_utils
@@ -151,12 +150,19 @@ def fit(
 
 
 def open_data(
-    predictor: SAM2ImagePredictor, training: repeats.Training, machine: options.Machine
+    predictor: SAM2ImagePredictor,
+    training: repeats.Training,
+    machine: options.Machine,
+    number: int | str,
 ) -> tuple[Model, batches.TrainingSet, measuring.Validation]:
-    """Encode the images, once each as the encoder is frozen; return the model and its data."""
+    """Encode the images, once each as the encoder is frozen; return the model and its data.
+
+    number: of variants of each training image; auto or off.
+    """
     _, recipe, pairs, _ = training
+    augment = recipe.augmentation._replace(number=number)
     source, augmentation = open_features(
-        predictor, machine.precision, machine.cache, machine.cache_in, pairs, recipe.augmentation
+        predictor, machine.precision, machine.cache, machine.cache_in, pairs, augment
     )
     size = predictor.model.image_size
     training_set = batches.TrainingSet(
@@ -184,11 +190,9 @@ def train(
     torch.manual_seed(recipe.seed)
     state = run_files.load_state(output, settings) if resume else None
 
-    # Variants of each image: an interrupted run goes on with its own number
-    if state:
-        recipe = replace(recipe, augment=state["settings"]["augment"])
-        training = training._replace(recipe=recipe)
-    model, training_set, validation = open_data(predictor, training, machine)
+    # The data; a resumed run keeps its number of variants of an image
+    number = state["settings"]["augment"] if state else recipe.augment
+    model, training_set, validation = open_data(predictor, training, machine, number)
     settings = {**settings, "augment": training_set.augmentation.augment.number}
     objects = training_set.prepare()  # their number, by the index of their image
 

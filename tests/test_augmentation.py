@@ -14,7 +14,7 @@ from conftest import snapshot, write_data
 import train_sam2_proper
 from finetuning.basics.image_files import read_image, write_image
 from finetuning.dataset.objects import Objects, read_objects
-from finetuning.dataset.pairs import Pair, split_pairs
+from finetuning.dataset.pairs import Pair
 from finetuning.model.image_variants import CachedImage, ImageVariant, file_of, read_variant
 from finetuning.segmentation.predicting import Features
 from finetuning.segmentation.views import ALL_VIEWS, MIRRORED, UPRIGHT, View
@@ -39,6 +39,7 @@ from finetuning.training_data.prompt_sampling import PromptMix
 from train_sam2_proper import main
 
 SIZE = 256  # of the maps and of the model's input
+FEATURE_BYTES = 2 * 128 * (16 * 16 + 64 * 64 // 8 + 32 * 32 // 4)  # of an image, of mini
 
 
 class PixelCache:
@@ -291,45 +292,50 @@ def test_a_run_repeats_to_the_bit_wherever_features_are_held(train):
 
 
 def test_an_interrupted_run_goes_on_with_its_number_of_variants(train, monkeypatch):
-    assert train("--augment", "auto", "--epochs", 3, "--output", "whole").status == 0
+    assert train("--epochs", 3, "--output", "whole").status == 0
     save = train_sam2_proper.run_files.save_epoch
 
-    def save_and_stop(output, predictor, learner, log, settings):
-        save(output, predictor, learner, log, settings)
+    def save_and_stop(*args):
+        save(*args)
         raise KeyboardInterrupt
 
-    cache = "--cache", "whole/cache", "--epochs", 3
+    shared = "--cache", "whole/cache", "--epochs", 3
     with monkeypatch.context() as patch:
         patch.setattr(train_sam2_proper.run_files, "save_epoch", save_and_stop)
-        assert train(*cache).status == 130
-    refused = train(*cache, "--augment", 3, "--resume")
-    assert refused.status == 2 and "had --augment 8, not 3; resume with the same" in refused.err
-    assert train(*cache, "--augment", "off", "--resume").status == 2
+        assert train(*shared).status == 130
+    for other in (3, "off"):
+        refused = train(*shared, "--augment", other, "--resume")
+        assert refused.status == 2, refused.out
+        assert f"had --augment 8, not {other}; resume with the same" in refused.err
 
-    fill_the_disk(monkeypatch)  # a new run would have fewer variants
-    outcome = train(*cache, "--resume")
+    # A new run would have fewer variants now
+    limit_disk(monkeypatch, images=20)
+    outcome = train("--cache", "new_cache", "--epochs", 3, "--resume")
+    assert outcome.status == 2 and "has room for" in outcome.err
+    limit_disk(monkeypatch, images=2 + 4 * 8)
+    outcome = train("--cache", "new_cache", "--epochs", 3, "--resume")
     assert outcome.status == 0, outcome.err
     assert same(weights("output"), weights("whole"))
 
 
-def fill_the_disk(monkeypatch, free: float = 0) -> None:
-    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+def limit_disk(monkeypatch, images: int) -> None:
+    """Let the disk have room for the features of so many images, and little more."""
+    usage = SimpleNamespace(free=int((images + 0.9) * FEATURE_BYTES))
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: usage)
 
 
-def test_auto_stops_at_half_of_the_free_disk(train, monkeypatch):
-    megabytes = 1.2  # more than the features of an image of mini: 0.52
-    fill_the_disk(monkeypatch, 2 * megabytes * 1e6 * (2 + 4 * 2) * 0.5)
+@pytest.mark.parametrize(("images", "number"), [(2 * (2 + 4 * 8), 8), (2 * (2 + 4 * 5), 5), (7, 1)])
+def test_auto_writes_to_half_of_the_free_disk(train, monkeypatch, images, number):
+    limit_disk(monkeypatch, images)
     outcome = train("--epochs", 1)
     assert outcome.status == 0, outcome.err
-    features = features_in("output/cache")
-    size = next(Path("output/cache").glob("*.safetensors")).stat().st_size / 1e6
-    number = int((megabytes * 5 / size - 2) // 4)
-    assert 1 < number < 8 and features == 2 + 4 * number
-    assert f"augmentation: {number} of 8 variants of each image, as the disk of " in outcome.out
+    assert features_in("output/cache") == 2 + 4 * number
+    said = f"augmentation: {number} of 8 variants of each image, as the disk of "
+    assert (said in outcome.out) == (number < 8)
     # What is cached needs no space
-    fill_the_disk(monkeypatch)
-    outcome = train("--epochs", 1, "--augment", number)
-    assert outcome.status == 2 and "has room for 0.00 GB" in outcome.err or not outcome.status
+    limit_disk(monkeypatch, images=0)
+    assert train("--epochs", 1).status == 0
+    assert features_in("output/cache") == 2 + 4 * number
 
 
 def test_runs_and_folds_encode_each_variant_once(train):
@@ -337,7 +343,7 @@ def test_runs_and_folds_encode_each_variant_once(train):
     files = {path.name for path in Path("output/cache").iterdir()}
     assert train("--epochs", 1, "--augment", 2, "--runs", 2, "--seed", 7).status == 0
     assert {path.name for path in Path("output/cache").iterdir()} == files
-    assert train("--epochs", 1, "--augment", 2, "--folds", 3).status == 0
+    assert train("--epochs", 1, "--augment", 2, "--folds", 2).status == 0
     assert features_in("output/cache") == 6 * 2  # the images of val are trained on, too
     assert files < {path.name for path in Path("output/cache").iterdir()}
 
@@ -409,7 +415,8 @@ def test_what_the_picture_draws_lies_on_the_objects(tmp_path):
         for step in sampler:
             batch = augmentation_picture.load_alone(training_set, step, step.indices[0])
             assert file_of(batch.shown[0].image) == pairs[step.indices[0]].image
-            seen = augmentation_picture.draw_shown(batch, SIZE).astype(int)
+            image = read_image(pairs[step.indices[0]].image)
+            seen = augmentation_picture.draw_shown(image, batch, SIZE).astype(int)
             outline = (seen[..., 0] > 200) & (seen[..., 1] > 160) & (seen[..., 2] < 80)
             inside = np.any(colour_masks(seen), axis=0) & ~outline
             border = cv2.morphologyEx(inside.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((9, 9)))

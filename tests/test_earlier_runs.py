@@ -46,6 +46,7 @@ def test_an_earlier_run_is_moved_aside_whole_and_can_go_on_there(train):
     assert moved == {name: content for name, content in first.items() if name in moved}
     assert set(moved) == {
         "sam2_best.pt", "sam2_final.pt", "train_log.csv", "learning_curve.png", "train_state.pt",
+        "augmentation.png",
     }  # fmt: skip
     second = snapshot(Path("output"))
     stays = [name for name in first if name not in moved]

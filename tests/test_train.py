@@ -377,7 +377,7 @@ def test_results_are_written_and_load_in_sam2s_own_builders(run_script, data, ra
     assert outcome.status == 0, outcome.err
     assert {path.name for path in Path("output").iterdir()} - {".lock"} == {
         "sam2_best.pt", "sam2_final.pt", "train_log.csv", "learning_curve.png", "train_state.pt",
-        "cache",
+        "augmentation.png", "cache",
     }  # fmt: skip
     spec = MODELS["mini"]
     options = {"device": "cpu", "hydra_overrides_extra": list(spec.overrides)}

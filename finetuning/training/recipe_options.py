@@ -15,9 +15,12 @@ def parse_rate(text: str) -> float | str:
     return text if text == "auto" else number(float, above=0)(text)
 
 
+MOST_VARIANTS = 1000
+
+
 def parse_augment(text: str) -> int | str:
     """Parse --augment as an argparse type: "auto", "off" or a number of variants; 1 is off."""
-    count = text if text in ("auto", "off") else number(int, at_least=1)(text)
+    count = text if text in ("auto", "off") else number(int, at_least=1, below=MOST_VARIANTS)(text)
     return "off" if count == 1 else count
 
 

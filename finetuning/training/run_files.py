@@ -23,6 +23,7 @@ from finetuning.model.trainable_encoder import merged_state_dict
 from finetuning.preparation.data_folder import draw_demo
 from finetuning.training.learner import Learner, learning_rate_factor
 from finetuning.training.recipe import Recipe
+from finetuning.training.recipe_options import MOST_VARIANTS
 from finetuning.training.training_log import CURVE_EVERY, Log, best_of, conclude, write_log
 
 # Settings that may differ between a run and its resumption. Of these, load_state compares
@@ -268,7 +269,7 @@ def are_settings(values: Any) -> bool:
 
 
 def _is_augment(value: Any) -> bool:
-    is_count = isinstance(value, int) and 0 < value < MAX_LOGGED
+    is_count = isinstance(value, int) and 0 < value < MOST_VARIANTS
     return value in ("auto", "off", None) or is_count  # None: of another version of this project
 
 

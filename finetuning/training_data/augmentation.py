@@ -151,6 +151,10 @@ class Shown(NamedTuple):
     def variant(self) -> Variant | None:
         return self.image.change if isinstance(self.image, ImageVariant) else None
 
+    def of_array(self, image: np.ndarray) -> np.ndarray:
+        """Return the HxWx3 uint8 RGB image of the file as it is shown."""
+        return self.view.of_array(self.variant.of_array(image) if self.variant else image)
+
 
 class Augmentation(NamedTuple):
     """How a training varies its images; nothing by default."""

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
+from finetuning.basics.image_files import read_image
 from finetuning.basics.pictures import save_figure
-from finetuning.model.image_variants import read_variant
 from finetuning.segmentation.drawing import draw_object
 from finetuning.training_data.batches import Batch, TrainingSet
 from finetuning.training_data.epoch_sampling import EpochSampler, Step
@@ -30,14 +30,18 @@ def draw_augmentation(
     columns = min(EPOCHS, epochs)
     figure = Figure(figsize=(1.6 * columns, 1.6 * len(indices) + 0.3), layout="constrained")
     axes = figure.subplots(len(indices), columns, squeeze=False)
+    steps = []  # of each epoch, by image
     for column in range(columns):
         sampler.epoch = column + 1
-        steps = {index: step for step in sampler for index in step.indices}
+        steps.append({index: step for step in sampler for index in step.indices})
         axes[0, column].set_title(f"epoch {sampler.epoch}", fontsize=9)
-        for row, index in enumerate(indices):
-            step = steps.get(index, Step(sampler.epoch, [index], 1.0))  # torchrun: another's image
+    for row, index in enumerate(indices):
+        image = read_image(training_set.pairs[index].image)
+        for column in range(columns):
+            # Under torchrun, the step may be that of another process
+            step = steps[column].get(index, Step(column + 1, [index], 1.0))
             batch = load_alone(training_set, step, index)
-            axes[row, column].imshow(draw_shown(batch, training_set.image_size))
+            axes[row, column].imshow(draw_shown(image, batch, training_set.image_size))
             axes[row, column].axis("off")
     save_figure(path, figure)
 
@@ -52,11 +56,12 @@ def load_alone(training_set: TrainingSet, step: Step, index: int) -> Batch:
     return batch
 
 
-def draw_shown(batch: Batch, image_size: int) -> np.ndarray:
-    """Draw the true masks and prompts of a batch of one image on it, TILExTILEx3 uint8 RGB."""
-    shown = batch.shown[0]
-    image = batch.images[0] if batch.images else shown.view.of_array(read_variant(shown.image))
-    canvas = cv2.resize(image, (TILE, TILE), interpolation=cv2.INTER_AREA)
+def draw_shown(image: np.ndarray, batch: Batch, image_size: int) -> np.ndarray:
+    """Draw the true masks and prompts of a batch of one image on it, TILExTILEx3 uint8 RGB.
+
+    image: the HxWx3 uint8 RGB image of the file. image_size: of the model's input.
+    """
+    canvas = cv2.resize(batch.shown[0].of_array(image), (TILE, TILE), interpolation=cv2.INTER_AREA)
     for mask, prompt in zip(batch.true_masks.numpy(), batch.prompts, strict=True):
         mask = cv2.resize(mask, (TILE, TILE)) >= HALF
         coords = prompt.point_coords * (TILE / image_size)

@@ -187,10 +187,7 @@ class TrainingSet(Dataset):
             features = None if self.cache.held_on is not None else read_features(self.cache, shown)
             return features, [], [self.cache.size(path) for path in files]
         images = [read_image(path) for path in files]
-        seen = [
-            one.variant.of_array(image) if one.variant else image
-            for one, image in zip(shown, images, strict=True)
-        ]
+        seen = [one.of_array(image) for one, image in zip(shown, images, strict=True)]
         return None, seen, [image.shape[:2] for image in images]
 
     def _masks_of(
