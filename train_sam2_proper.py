@@ -232,7 +232,7 @@ def average(
     output: Path,
 ) -> None:
     """Validate the mean of the runs' weights; save it if it is better than each of them."""
-    model, _, validation = open_data(predictor, trainings[0], machine)
+    model, _, validation = open_data(predictor, trainings[0], machine, number="off")
     if distributed.rank() == 0:
         runs = [training.output for training in trainings]
         print(weight_average.keep_mean(model, validation, output, runs))
