@@ -66,7 +66,7 @@ from finetuning.segmentation.predicting import encode_images
 from finetuning.training.recipe import DEFAULT, GUIDE, MINI_LR, Recipe
 
 PLAIN = replace(DEFAULT, augment="off")
-BATCH = replace(GUIDE, batch_size=4)
+BATCH = replace(GUIDE, batch_size=4, loss_grid="auto")
 DICE = replace(BATCH, dice_weight=1.0)
 COSINE = replace(DICE, schedule="cosine")
 ALWAYS = replace(PLAIN, none_share=0.0)  # every step has a prompt

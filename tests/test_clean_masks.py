@@ -213,7 +213,7 @@ def test_objects_of_one_part_without_holes_allow_everything(tmp_path):
 
 
 def test_true_parts_and_holes_are_kept(tmp_path):
-    plain = [disk(30) for _ in range(5)]
+    plain = [disk(30) for _ in range(10)]
     two = choose_cleaning(write_masks(tmp_path / "two", [*plain, disk(30, second=16)]))
     assert two == STRONG._replace(min_part=0.2)  # its second part has 0.28 of the first
     equal = choose_cleaning(write_masks(tmp_path / "equal", [*plain, disk(30, second=30)]))
@@ -222,6 +222,11 @@ def test_true_parts_and_holes_are_kept(tmp_path):
     assert ring == STRONG._replace(max_hole=0.0, whole_max_hole=0.0)
     # A true part or hole below 1% of the area does not matter
     assert choose_cleaning(write_masks(tmp_path / "specks", [disk(40, 2, 2)] * 3)) == STRONG
+
+
+def test_nothing_is_dropped_where_many_objects_have_several_parts(tmp_path):
+    masks = [disk(30)] * 4 + [disk(30, second=16)]
+    assert choose_cleaning(write_masks(tmp_path, masks)) == STRONG._replace(min_part=0.0)
 
 
 def test_one_object_in_a_hundred_may_lose_a_part(tmp_path):

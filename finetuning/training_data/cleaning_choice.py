@@ -27,6 +27,9 @@ WHOLE_MIN_PARTS = (0.1, 0.05, 0.02, 0.01)
 MAX_HOLES = (0.1,)
 CHANGE = 0.01  # of its area: an object that loses or gains more than that is changed
 MOST_CHANGED = 0.01  # share of the objects that the choice may change
+# Share of the objects that may have a second part. Where more have one, parts that a model finds are
+# often true, however small, and all of them stay
+MOST_SEVERAL = 0.1
 
 
 class Shape(NamedTuple):
@@ -34,6 +37,11 @@ class Shape(NamedTuple):
 
     parts: np.ndarray
     holes: np.ndarray
+
+    @property
+    def has_several(self) -> bool:
+        """Whether another part than the largest is more than CHANGE of the area."""
+        return len(self.parts) > 1 and np.sort(self.parts)[-2] > CHANGE * self.parts.sum()
 
     def dropped(self, min_part: float) -> float:
         """Return the share of the area that is in parts below a share of the largest."""
@@ -65,7 +73,7 @@ def _choose(pairs: list[Pair]) -> Cleaning:
     if not objects:
         return NO_CLEANING
     return Cleaning(
-        min_part=strongest(MIN_PARTS, Shape.dropped, objects),
+        min_part=choose_min_part(objects),
         max_hole=strongest(MAX_HOLES, Shape.filled, objects),
         # Objects that a model merges make the largest part, and others small beside it
         whole_min_part=0.0
@@ -92,6 +100,13 @@ def shape_of(mask: CroppedMask) -> Shape:
     """Return the shape of a mask that is not empty and cropped to its pixels."""
     (_, parts), (_, holes) = find_parts(mask.crop), find_holes(mask.crop)
     return Shape(parts[parts > 0].astype(float), holes[holes > 0].astype(float))
+
+
+def choose_min_part(shapes: list[Shape]) -> float:
+    """Return the first of MIN_PARTS that changes hardly any of the objects, or 0."""
+    if np.mean([shape.has_several for shape in shapes]) > MOST_SEVERAL:
+        return 0.0
+    return strongest(MIN_PARTS, Shape.dropped, shapes)
 
 
 def strongest(
