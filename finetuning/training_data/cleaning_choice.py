@@ -27,8 +27,8 @@ WHOLE_MIN_PARTS = (0.1, 0.05, 0.02, 0.01)
 MAX_HOLES = (0.1,)
 CHANGE = 0.01  # of its area: an object that loses or gains more than that is changed
 MOST_CHANGED = 0.01  # share of the objects that the choice may change
-# Share of the objects that may have a second part. Where more have one, parts that a model finds are
-# often true, however small, and all of them stay
+# Share of the objects that may have a second part. Where more have one, parts that a model finds
+# are often true, however small, and all of them stay
 MOST_SEVERAL = 0.1
 
 
