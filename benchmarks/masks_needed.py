@@ -1,6 +1,7 @@
 """How many masks, and how much time, the default recipe needs to be as good as the guide's.
 
     python benchmarks/masks_needed.py --model mini --train-images 45 90 180
+    python benchmarks/masks_needed.py --model mini --train-images 45 90 180 --epochs 80 40 20
 
 The guide's recipe trains on all training images. Of its learning rates and its epochs, the best on
 val counts, as in its sam2_best.pt. The default recipe trains on the first N images, for each N and
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sam2_utils import UserError
 
 import numpy as np
 
@@ -68,11 +71,23 @@ def plan_guide(lrs: Sequence[float], epochs: int, seeds: int) -> dict[float, lis
     }
 
 
-def plan_default(recipe: Recipe, counts: Sequence[int], seeds: int) -> dict[int, list[Run]]:
-    """Return the runs of the default recipe, by the number of training images."""
+def plan_default(
+    lr: float, counts: Sequence[int], epochs: Sequence[int], seeds: int
+) -> dict[int, list[Run]]:
+    """Return the runs of the default recipe, by the number of training images.
+
+    epochs: of each number of images, or one for all.
+    """
+    epochs = epochs * len(counts) if len(epochs) == 1 else epochs
+    if len(epochs) != len(counts):
+        raise UserError("--epochs: give one number, or one for each of --train-images")
+    recipes = {
+        count: replace(DEFAULT, epochs=own_epochs, lr=lr)
+        for count, own_epochs in sorted(zip(counts, epochs, strict=True))
+    }
     return {
         count: [Run("the default", recipe, (seed,), count) for seed in range(seeds)]
-        for count in sorted(counts)
+        for count, recipe in recipes.items()
     }
 
 
@@ -144,7 +159,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--train-images", nargs="+", type=at_least_1, default=[45, 90, 180], metavar="N",
         help="train the default recipe on the first N training images",
     )  # fmt: skip
-    parser.add_argument("--epochs", type=at_least_1, default=20, help="of the default recipe")
+    parser.add_argument(
+        "--epochs", nargs="+", type=at_least_1, default=[20], metavar="N",
+        help="of the default recipe, for all numbers of images or for each",
+    )  # fmt: skip
     parser.add_argument("--guide-epochs", type=at_least_1, default=20, help="of the guide's")
     parser.add_argument(
         "--guide-lrs", nargs="+", type=above_0, default=[GUIDE.lr, 1e-4], metavar="LR",
@@ -161,6 +179,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_counts(args.train_images, split_pairs(args.data, "train", args.limit))
+    lr = MINI_LR if args.model == "mini" else DEFAULT.lr
+    runs = plan_default(lr, args.train_images, args.epochs, args.seeds)
     bench, _, pairs = open_bench(args)
     seconds = Seconds(args.guide_step, args.encode, args.step)
     guide_runs = plan_guide(args.guide_lrs, args.guide_epochs, args.guide_seeds)
@@ -168,9 +188,6 @@ def main(argv: list[str] | None = None) -> None:
     rows = rows_of_guide(guide_runs, images, seconds, bench)
     goal = max(row["val IoU"] for row in rows)
 
-    lr = MINI_LR if bench.model == "mini" else DEFAULT.lr
-    recipe = replace(DEFAULT, epochs=args.epochs, lr=lr)
-    runs = plan_default(recipe, args.train_images, args.seeds)
     guide_took = seconds.of_guide(images, args.guide_epochs)
     of_default = rows_of_default(runs, guide_took, seconds, bench)
 

@@ -149,6 +149,8 @@ def test_masks_needed_says_how_many_and_how_long(run_script, tmp_path, random_mi
     assert float(guide["hours"]) == pytest.approx(4 * 20 * 5 / 3600)
     assert float(default["hours"]) == pytest.approx((8 * 3 + 3 * 10 * 0.2) / 3600)
     assert float(default["times faster"]) == pytest.approx(400 / 30)
+    outcome = run_script(masks_needed.main, *options, 20, "--train-images", 2, 3, 4)
+    assert outcome.status == 2 and "--epochs: give one number" in outcome.err
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
