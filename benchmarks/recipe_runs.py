@@ -35,6 +35,7 @@ from finetuning.training.learner import Learner, make_learner
 from finetuning.training.recipe import Recipe
 from finetuning.training.weight_average import average_weights
 from finetuning.training_data.batches import TrainingSet, make_loader
+from finetuning.training_data.cleaning_choice import choose_cleaning
 from finetuning.training_data.encoding import open_features
 from finetuning.training_data.epoch_sampling import EpochSampler
 from finetuning.training_data.thin_objects import choose_loss_grid
@@ -43,8 +44,8 @@ from train_sam2_proper import train_one_epoch
 VAL, HELD_OUT = "val", "training images held out"
 TUNING = f"{HELD_OUT}, one point"  # enough to choose a learning rate
 LAST, BEST = "last epoch", "best epoch on val"
-AS_IT_IS, TTA = "as it is", "tta"  # how the model is used; tta: views averaged
-USES = (AS_IT_IS, TTA)
+# How a model is used: tta: views averaged; clean: masks cleaned
+AS_IT_IS, TTA, CLEAN, BOTH = USES = "as it is", "tta", "clean", "tta and clean"
 KEY_COLUMNS = (
     "recipe", "options", "model", "data", "limit", "training images", "epochs", "lr", "seed",
     "weights", "use", "measured on",
@@ -148,12 +149,14 @@ def encode(runs: list[Run], bench: Bench) -> None:
             continue
         encoded.add(key)
         source, _ = open_features(predictor, bench.precision, bench.cache, "disk", pairs, augment)
-        encode_views(in_use(Model(predictor, source), planned.use), measured)
+        encode_views(in_use(Model(predictor, source), planned.use, train), measured)
 
 
-def in_use(model: Model, use: str) -> Model:
-    """Return a model as it is used, one of USES."""
-    return model._replace(views=MIRRORS) if use == TTA else model
+def in_use(model: Model, use: str, train: list[Pair]) -> Model:
+    """Return a model in one of the USES; cleaning is chosen on the train pairs."""
+    if use in (TTA, BOTH):
+        model = model._replace(views=MIRRORS)
+    return model._replace(cleaning=choose_cleaning(train)) if use in (CLEAN, BOTH) else model
 
 
 def encode_views(model: Model, pairs: list[Pair]) -> None:
@@ -194,9 +197,9 @@ def train_and_measure(runs: list[Run], bench: Bench) -> list[dict[str, str]]:
         make_learner(predictor, planned.recipe, bench.precision).weights.load_state_dict(
             average_weights(states)
         )
-        _, measured = split_images(planned, bench)
+        train, measured = split_images(planned, bench)
         measure = measure_point if planned.measured_on == TUNING else measure_all
-        ious = measure(in_use(model, planned.use), measured)
+        ious = measure(in_use(model, planned.use, train), measured)
         seconds = sum(each.seconds for each in trained), clock(bench.device) - start
         rows.append({
             **planned.key(bench),

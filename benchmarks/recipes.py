@@ -225,7 +225,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     parser.add_argument(
         "--uses", nargs="+", choices=USES, default=[AS_IT_IS],
-        help="how the models are used; tta: as compare_models.py --tta does",
+        help="how the models are used: as it is, with the mean of mirrored views, with clean masks",
     )  # fmt: skip
     parser.add_argument(
         "--average", action="store_true", help="also measure the mean of the seeds' weights"
@@ -248,10 +248,10 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.recipes
         for epochs in args.epochs
     ]
-    _, measured = split_images(Run("", DEFAULT, measured_on=measured_on), bench)
+    train, measured = split_images(Run("", DEFAULT, measured_on=measured_on), bench)
     summaries = []
     for use in args.uses:
-        original = in_use(model, use)
+        original = in_use(model, use, train)
         encode_views(original, measured)
         name = "original, not fine-tuned" + f", {use}" * (use != AS_IT_IS)
         summaries.append(summarize(name, None, None, [measure_all(original, measured)]))

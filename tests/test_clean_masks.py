@@ -37,6 +37,7 @@ from finetuning.segmentation.clean_masks import (
 )
 from finetuning.segmentation.predicting import segment_with_logits
 from finetuning.segmentation.prompts import deepest_point, make_prompt
+from finetuning.training import auto_values
 from finetuning.training.options import parse_args
 from finetuning.training_data.cleaning_choice import choose_cleaning
 
@@ -407,7 +408,7 @@ def test_a_resumed_run_cleans_as_it_began(run_script, random_mini, tmp_path, mon
     outcome = train(run_script, random_mini, "--resume", "--clean", "off", "--epochs", 2)
     assert outcome.status == 2 and "had --clean auto, not off" in outcome.err
     weak = Cleaning(0.5, 0.02, 0.0, 0.01)
-    monkeypatch.setattr(train_sam2_proper, "choose_cleaning", lambda _: weak)  # a later version
+    monkeypatch.setattr(auto_values, "choose_cleaning", lambda _: weak)  # a later version
     outcome = train(run_script, random_mini, "--resume", "--epochs", 2)
     assert outcome.status == 0 and "cleaning: masks keep their largest part" in outcome.out
     assert cleaning_of(load_checkpoint(FINAL)) == STRONG

@@ -134,7 +134,7 @@ def test_on_a_fine_grid_the_actual_iou_compares_the_covered_parts_of_cells():
 def test_on_the_images_pixels_masks_are_exact_and_prompts_lie_in_them(tmp_path, kind):
     masks = [draw_pair(index, size)[1] for index, size in enumerate([(96, 128), (150, 110)])]
     pairs = write_masks(tmp_path, masks)
-    training_set = TrainingSet(pairs, None, 256, 0, PromptMix(kind), IMAGE)
+    training_set = TrainingSet(pairs, None, 256, 0, PromptMix(kind), loss_grid=IMAGE)
     training_set.prepare()
     for number in range(6):
         batch = training_set[Step(1, [1, 0], 1.0, number)]
@@ -182,7 +182,8 @@ def test_a_step_of_the_guides_recipe_is_that_of_the_guides_own_loop(tmp_path, ra
         image, mask = draw_pair(index, size)
         pair = write_masks(tmp_path, [mask])[0]
         write_image(pair.image, image)
-        batch = TrainingSet([pair], None, 256, index, GUIDE.prompt_mix, IMAGE)[Step(1, [0], 1.0)]
+        shown = TrainingSet([pair], None, 256, index, GUIDE.prompt_mix, loss_grid=IMAGE)
+        batch = shown[Step(1, [0], 1.0)]
         predictor, _ = load_predictor("mini", random_mini, CPU)
         gradients = []
         for is_guide in (True, False):

@@ -148,7 +148,9 @@ def test_steps_show_what_the_recipe_says(tmp_path, monkeypatch):
         split: [write_pair_of_three(tmp_path, f"{split}_{index}") for index in range(count)]
         for split, count in (("train", 3), ("val", 1))
     }
-    recipe = Recipe(batch_size=2, objects_per_image=2, prompts="inner", background_share=0.999)
+    recipe = Recipe(
+        epochs=1, batch_size=2, objects_per_image=2, prompts="inner", background_share=0.999
+    )
     recipe = dataclasses.replace(recipe, none_share=0.0)
     found = []
 
@@ -210,7 +212,8 @@ def test_going_on_keeps_the_best_model_unless_it_is_the_original(tmp_path, monke
     saved = []
     monkeypatch.setattr(run_files, "save_model", lambda path, _, row, __: saved.append(row))
     monkeypatch.setattr(run_files, "save_state", lambda *_: saved.append("state"))
-    learner, recipe, original = small_learner(0, 1e-3), Recipe(), {"epoch": 0, "val_iou": 0.5}
+    learner, recipe = small_learner(0, 1e-3), Recipe(epochs=20)
+    original = {"epoch": 0, "val_iou": 0.5}
     run_files.start_or_resume(tmp_path, None, learner, recipe, None, [original], {})
     assert saved == ["state", original]
     state = {

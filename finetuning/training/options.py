@@ -23,7 +23,7 @@ from finetuning.model.cache_places import CACHE_PLACES
 from finetuning.model.checkpoints import checkpoint_path
 from finetuning.model.models import MODELS, own_image_size, parse_image_size
 from finetuning.model.trainable_encoder import DEFAULT_RANK, import_peft
-from finetuning.training.recipe import DEMO, Recipe, encoder_defaults
+from finetuning.training.recipe import AUTO_EPOCHS, DEMO, Recipe, encoder_defaults
 from finetuning.training.recipe_options import RECIPE_OPTIONS, add_recipe_options, choose_defaults
 
 ENCODER_OPTIONS = ("encoder_lr", "lora_rank", "gradient_checkpointing")
@@ -59,6 +59,9 @@ def parse_args(argv: list[str] | None, docstring: str = "") -> Namespace:
     args.gradient_checkpointing = {"on": True, "off": False}.get(args.gradient_checkpointing)
     # Features of an encoder that learns change in each step, so they cannot be cached
     args.cache = None if args.no_cache or learns else args.cache or args.output / "cache"
+    # Without a cache, each epoch encodes the images: few images get no further epochs
+    if args.epochs == "auto" and args.cache is None:
+        args.epochs = AUTO_EPOCHS
     args.image_size = args.image_size or own_image_size(args.model)
     encoder_lr, lora_rank = encoder_defaults(
         args.train_encoder, args.lr, args.encoder_lr, args.lora_rank

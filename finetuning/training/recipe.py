@@ -10,13 +10,16 @@ from finetuning.training_data.augmentation import Augment
 from finetuning.training_data.prompt_sampling import PromptMix
 from finetuning.training_data.training_masks import IMAGE
 
+AUTO_EPOCHS = 20  # auto: at least, and without augmentation
+AUTO_MOST_EPOCHS, AUTO_SHOWN = 80, 3600  # auto: as many epochs as show so many images
+
 
 @dataclass(frozen=True)
 class Recipe:
     """The values of --recipe and of the options that change it; these are the default ones."""
 
     # The steps
-    epochs: int = 20
+    epochs: int | str = "auto"  # as many as with_epochs says
     batch_size: int = 4  # in images
     objects_per_image: int = 4  # shown per epoch, at most
     lr: float | str = 1e-4  # the learning rate at its highest; "auto": found by trials first
@@ -59,6 +62,18 @@ class Recipe:
         """Return the same recipe with another learning rate."""
         return replace(self, lr=lr)
 
+    def with_epochs(self, images: int) -> Recipe:
+        """Return the recipe with a number of epochs, if that is auto, for so many training images.
+
+        Variants of few images are worth more epochs than the images alone, which a model would
+        learn by heart.
+        """
+        if self.epochs != "auto":
+            return self
+        longer = AUTO_MOST_EPOCHS if self.augment != "off" else AUTO_EPOCHS
+        epochs = min(max(AUTO_EPOCHS, -(-AUTO_SHOWN // images)), longer)
+        return replace(self, epochs=epochs)
+
     @property
     def augmentation(self) -> Augment:
         """The part of the recipe that varies the training images."""
@@ -72,6 +87,7 @@ class Recipe:
 
 DEFAULT = Recipe()
 GUIDE = Recipe(
+    epochs=AUTO_EPOCHS,
     batch_size=1,
     lr=1e-5,
     schedule="constant",

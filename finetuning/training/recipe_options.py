@@ -7,8 +7,21 @@ from argparse import Namespace
 from typing import Any
 
 from finetuning.basics.command_line import ArgumentParser, number, seed
-from finetuning.training.recipe import DEMO, DEMO_LR, MINI_LR, RECIPES
+from finetuning.training.recipe import (
+    AUTO_EPOCHS,
+    AUTO_MOST_EPOCHS,
+    AUTO_SHOWN,
+    DEMO,
+    DEMO_LR,
+    MINI_LR,
+    RECIPES,
+)
 from finetuning.training_data.training_masks import IMAGE, LOSS_GRIDS
+
+
+def parse_epochs(text: str) -> int | str:
+    """Parse --epochs as an argparse type: "auto" or a number."""
+    return text if text == "auto" else number(int, at_least=1)(text)
 
 
 def parse_rate(text: str) -> float | str:
@@ -34,7 +47,12 @@ GRIDS = ("auto", *LOSS_GRIDS, IMAGE)
 AT_LEAST_0, AT_LEAST_1 = number(float, at_least=0), number(int, at_least=1)
 # The options of the recipe: name, help text, further arguments of add_argument
 OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("epochs", "passes over the data", {"type": AT_LEAST_1}),
+    (
+        "epochs",
+        f"passes over the images; auto: {AUTO_EPOCHS}, with augmentation up to {AUTO_MOST_EPOCHS}, "
+        f"so that {AUTO_SHOWN:,} images are shown",
+        {"type": parse_epochs, "metavar": "auto|N"},
+    ),
     ("batch_size", "images per step", {"type": AT_LEAST_1}),
     ("objects_per_image", "objects of an image shown per epoch, at most", {"type": AT_LEAST_1}),
     (

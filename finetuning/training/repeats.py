@@ -54,6 +54,7 @@ def plan_trainings(
     folds validates on fold N, trains on the others, and has the folder fold_N.
     """
     if not folds:
+        recipe = recipe.with_epochs(len(pairs["train"]))
         recipes = [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(runs)]
         return [
             Training(
@@ -67,6 +68,7 @@ def plan_trainings(
     by_key = keyed(pairs)
     groups = fold_groups(by_key, folds)
     fold_keys = [set(fold) for fold in make_folds(by_key, folds, recipe.seed, groups)]
+    recipe = recipe.with_epochs(len(by_key) * (folds - 1) // folds)  # the same in all folds
     return [
         Training(
             f"fold {number} of {folds}",
@@ -107,7 +109,8 @@ def forget_conclusion(output: Path, folds: int | None) -> None:
 def describe_training(training: Training, data: Path) -> str:
     train_count, val_count = map(len, training.pairs.values())
     title = f"{training.title}: " if training.title else ""
-    return f"{title}{train_count} training and {val_count} validation images from {data}"
+    counts = f"{train_count} training and {val_count} validation images from {data}"
+    return f"{title}{counts}, {training.recipe.epochs} epochs"
 
 
 def describe_model(

@@ -62,8 +62,9 @@ def draw_shown(image: np.ndarray, batch: Batch, image_size: int) -> np.ndarray:
     image: the HxWx3 uint8 RGB image of the file. image_size: of the model's input.
     """
     canvas = cv2.resize(batch.shown[0].of_array(image), (TILE, TILE), interpolation=cv2.INTER_AREA)
-    for mask, prompt in zip(batch.true_masks.numpy(), batch.prompts, strict=True):
-        mask = cv2.resize(mask, (TILE, TILE)) >= HALF
-        coords = prompt.point_coords * (TILE / image_size)
+    sizes = batch.prompt_sizes(image_size)
+    for mask, prompt, size in zip(batch.true_masks, batch.prompts, sizes, strict=True):
+        mask = cv2.resize(mask.numpy(), (TILE, TILE)) >= HALF
+        coords = prompt.point_coords * (TILE / np.array(size[::-1], np.float32))
         draw_object(canvas, None, prompt._replace(point_coords=coords), mask)
     return canvas
