@@ -34,6 +34,7 @@ from finetuning.model import checkpoints, models
 from finetuning.model.checkpoints import save_checkpoint
 from finetuning.model.models import MODELS, build_predictor
 from finetuning.training import training_log
+from finetuning.training_data import augmentation
 
 CPU = torch.device("cpu")
 
@@ -75,8 +76,8 @@ def quick() -> Iterator[None]:
     """Replace slow parts that few tests check.
 
     The mini model is built once and copied, a checkpoint is read once and copied, and the
-    transforms are scripted once. Charts are empty. fsync does nothing, as no test's file has to
-    survive a power cut.
+    transforms are scripted once. Augmentation makes two variants of an image, not eight. Charts are
+    empty. fsync does nothing, as no test's file has to survive a power cut.
     """
 
     @functools.cache
@@ -106,6 +107,7 @@ def quick() -> Iterator[None]:
         mock.patch.object(
             checkpoints, "_read", lambda path: copy.deepcopy(read_once(path, content_sha256(path)))
         ),
+        mock.patch.object(augmentation, "AUTO_MOST", 2),
         mock.patch.object(training_log, "draw_learning_curve", lambda path, log: path.touch()),
         mock.patch.object(figures, "draw_scatter", lambda path, *_: write_blank(path)),
         mock.patch.object(os, "fsync"),

@@ -20,6 +20,7 @@ from finetuning.segmentation.predicting import Features
 from finetuning.segmentation.views import ALL_VIEWS, MIRRORED, UPRIGHT, View
 from finetuning.training import training_log
 from finetuning.training.options import parse_args
+from finetuning.training_data import augmentation as augmentation_module
 from finetuning.training_data import augmentation_picture, encoding
 from finetuning.training_data.augmentation import (
     KEPT_SHARE,
@@ -252,6 +253,12 @@ def test_variants_depend_on_the_image_not_on_its_neighbours(tmp_path):
 
 
 # Runs
+
+
+@pytest.fixture(autouse=True)
+def as_many_as_users_get(monkeypatch) -> None:
+    """Let auto make up to eight variants; other tests make fewer, to be quick."""
+    monkeypatch.setattr(augmentation_module, "AUTO_MOST", 8)
 
 
 @pytest.fixture
