@@ -1,13 +1,13 @@
 """Fine-tune SAM 2.1 on your images: the mask decoder and the prompt encoder learn.
 
-    python train_sam2_proper.py                            # SAM 2.1 small on data/, 20 epochs
+    python train_sam2_proper.py                            # SAM 2.1 small on data/
     python train_sam2_proper.py --model tiny --epochs 5    # a smaller model, a shorter run
     python train_sam2_proper.py --limit 20 --epochs 1      # a quick look
     python train_sam2_proper.py --resume                   # go on after an interruption
     python train_sam2_proper.py --lr auto                  # find the learning rate first
     python train_sam2_proper.py --demo                     # see it work in a minute
     python train_sam2_proper.py --recipe guide             # the guide's settings, not ours
-    python train_sam2_proper.py --turns                    # images without an upright, like cells
+    python train_sam2_proper.py --turns                    # images have no upright, like cells
     python train_sam2_proper.py --train-encoder lora       # the image encoder learns too
     python train_sam2_proper.py --runs 3                   # how much does the seed matter?
     python train_sam2_proper.py --folds 5                  # few images: each is measured once
