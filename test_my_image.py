@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.clean == "off" or rule:  # SAM 2's mask generator has its own ways
         cleaning = NO_CLEANING
     if cleaning != NO_CLEANING:
-        print(f"cleaned: {describe_cleaning(cleaning)} (--clean off)")
+        print(f"cleaned: {describe_cleaning(cleaning)}; --clean off leaves masks as they are")
     for segmenter in segmenters.values():
         segmenter.cleaning = cleaning
     method = SegmentationMethod(segmenters, rule, opens_window)

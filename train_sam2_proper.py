@@ -20,7 +20,6 @@ mask, and trains the masks and scores that it answers with. The results are in o
 learning_curve.png, and augmentation.png: training images as the model is shown them.
 """
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -31,13 +30,13 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from finetuning.basics import command_line, distributed
-from finetuning.basics.run_outputs import AUGMENTATION_FILE
+from finetuning.basics.run_outputs import AUGMENTATION_FILE, BEST_FILE, MEAN_FILE
 from finetuning.evaluation import measuring
 from finetuning.model.loading import trusted_device
 from finetuning.model.model import Model
 from finetuning.model.models import load_predictor
 from finetuning.model.trainable_encoder import encode_with_gradients
-from finetuning.segmentation.clean_masks import CLEANING, NO_CLEANING, Cleaning
+from finetuning.segmentation.clean_masks import CLEANING, Cleaning
 from finetuning.segmentation.predicting import encode_images, predict_masks
 from finetuning.training import (
     earlier_runs,
@@ -45,7 +44,6 @@ from finetuning.training import (
     repeats,
     run_files,
     training_log,
-    weight_average,
 )
 from finetuning.training.auto_values import resolve_auto
 from finetuning.training.learner import (
@@ -58,6 +56,7 @@ from finetuning.training.learner import (
 from finetuning.training.learning_rate_trial import try_learning_rates
 from finetuning.training.losses import batch_loss
 from finetuning.training.recipe import Recipe
+from finetuning.training.weight_average import average_runs
 from finetuning.training_data import batches
 from finetuning.training_data.augmentation_picture import draw_augmentation
 from finetuning.training_data.encoding import open_features
@@ -196,11 +195,13 @@ def train(
     state = run_files.load_state(output, settings) if resume else None
 
     # What auto means: found by the interrupted run, or now, from the training masks
-    recipe, cleaning = resolve_auto(recipe, state, training.pairs["train"])
+    image_size = predictor.model.image_size
+    recipe, cleaning = resolve_auto(recipe, state, training.pairs["train"], image_size)
     model, training_set, validation = open_data(
         predictor, training._replace(recipe=recipe), machine, cleaning
     )
-    found = {"augment": training_set.augmentation.augment.number, "loss_grid": recipe.loss_grid}
+    number = training_set.augmentation.augment.number
+    found = {"epochs": recipe.epochs, "augment": number, "loss_grid": recipe.loss_grid}
     settings = {**settings, **found, CLEANING: cleaning._asdict()}
     objects = training_set.prepare()  # their number, by the index of their image
 
@@ -233,21 +234,6 @@ def train(
     return log
 
 
-def average(
-    predictor: SAM2ImagePredictor,
-    trainings: list[repeats.Training],
-    machine: options.Machine,
-    output: Path,
-) -> None:
-    """Validate the mean of the runs' weights; save it if it is better than each of them."""
-    plain = dataclasses.replace(trainings[0].recipe, augment="off")
-    training = trainings[0]._replace(recipe=plain)
-    model, _, validation = open_data(predictor, training, machine, NO_CLEANING)
-    if distributed.rank() == 0:
-        runs = [training.output for training in trainings]
-        print(weight_average.keep_mean(model, validation, output, runs))
-
-
 def main(argv: list[str] | None = None) -> None:
     args = options.parse_args(argv, __doc__)
     device = distributed.local_device(sam2_utils.select_device(args.device, args.threads))
@@ -278,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
 
         with repeats.only_run_of(args.output, trainings, args.resume):
             if args.resume and distributed.rank() == 0:
-                repeats.forget_conclusion(args.output, args.folds)
+                repeats.forget_conclusion(args.output, len(trainings), args.folds)
             logs = []
             for training, resume in zip(trainings, resumed, strict=True):
                 if logs:  # the last training has changed the weights
@@ -290,13 +276,16 @@ def main(argv: list[str] | None = None) -> None:
                 aside = None if args.resume or logs else args.output
                 logs.append(train(predictor, training, machine, settings, resume, aside))
                 if args.choose_thresholds:
-                    repeats.choose_thresholds(training, device, precision)
+                    repeats.choose_thresholds(training, BEST_FILE, device, precision)
                 command_line.tell(repeats.describe_results(training.output))
             if distributed.rank() == 0 and len(logs) > 1:
                 print(repeats.conclude_repeats(args.output, trainings, logs, args.folds))
             if len(logs) > 1 and not args.folds:
                 predictor, _ = load_predictor(args.model, checkpoint, device, args.image_size)
-                average(predictor, trainings, machine, args.output)
+                runs = [training.output for training in trainings]
+                average_runs(predictor, precision, args.cache, pairs["val"], args.output, runs)
+                if args.choose_thresholds:
+                    repeats.choose_thresholds(trainings[0], MEAN_FILE, device, precision)
             if args.cache:
                 command_line.tell(
                     f"the features in {args.cache} may be deleted; another run will recompute them"

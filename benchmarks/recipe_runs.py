@@ -261,7 +261,7 @@ def train_recipe(
         recipe.seed,
         recipe.prompt_mix,
         augmentation,
-        choose_loss_grid(pairs) if recipe.loss_grid == "auto" else recipe.loss_grid,
+        choose_loss_grid(pairs, image_size) if recipe.loss_grid == "auto" else recipe.loss_grid,
     )
     objects = training_set.prepare()
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)

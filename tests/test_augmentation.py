@@ -20,6 +20,7 @@ from finetuning.segmentation.predicting import Features
 from finetuning.segmentation.views import ALL_VIEWS, MIRRORED, UPRIGHT, View
 from finetuning.training import training_log
 from finetuning.training.options import parse_args
+from finetuning.training.recipe import GUIDE, Recipe
 from finetuning.training_data import augmentation as augmentation_module
 from finetuning.training_data import augmentation_picture, encoding
 from finetuning.training_data.augmentation import (
@@ -194,7 +195,7 @@ def test_any_image_has_variants(size, filled):
         variant, _ = draw_variant(np.random.default_rng(seed), ObjectPixels(objects), True)
         seen = variant.of_array(gray)
         assert seen.dtype == np.uint8 and (seen[..., :1] == seen).all()  # gray stays gray
-        assert seen.shape[:2] == variant.of_mask(mask).shape == variant.of_objects(objects).size
+        assert seen.shape[:2] == variant.of_mask(mask).shape
         assert not mask.any() or variant.of_mask(mask).any()
 
 
@@ -440,3 +441,19 @@ def test_views_are_drawn_evenly():
     assert all(views.count(view) > 25 for view in ALL_VIEWS)
     only = augmentation._replace(augment=Augment(1, True, mirror_features=False))
     assert only.show(pair, 0, 1, seed=0).view == UPRIGHT
+
+
+def test_a_run_without_variants_is_not_resumed_with_them_and_keeps_its_epochs(train):
+    assert train("--epochs", 2, "--augment", "off").status == 0
+    refused = train("--resume")
+    assert refused.status == 2 and "had --augment off, not auto" in refused.err
+    resumed = train("--resume", "--augment", "off")
+    assert resumed.status == 0 and "all 2 epochs are done" in resumed.out
+
+
+def test_few_images_get_more_epochs_with_variants():
+    few, many, off = Recipe(), Recipe(), Recipe(augment="off")
+    assert few.with_epochs(45).epochs == 80 and few.with_epochs(90).epochs == 40
+    assert many.with_epochs(180).epochs == many.with_epochs(720).epochs == 20
+    assert off.with_epochs(45).epochs == GUIDE.epochs == 20
+    assert Recipe(epochs=7).with_epochs(45).epochs == 7

@@ -379,7 +379,7 @@ def test_training_keeps_its_choice_and_the_comparison_gives_it_to_both_models(
     with Path("output/train_log.csv").open(encoding="utf-8-sig", newline="") as file:
         before, after = (float(row["val_iou"]) for row in csv.DictReader(file))
     outcome = compare(run_script, random_mini, "--finetuned", FINAL)
-    assert "the masks of both models are cleaned (--clean off): masks keep" in outcome.out
+    assert "the masks of both models are cleaned: masks keep" in outcome.out
     cleaned = read_ious()
     assert cleaned == pytest.approx([before, after], abs=1e-5)
     assert "the masks of both models are cleaned" in Path(

@@ -21,7 +21,7 @@ from finetuning.training.options import parse_args
 from finetuning.training.recipe import DEFAULT, GUIDE
 from finetuning.training_data.batches import TrainingSet
 from finetuning.training_data.epoch_sampling import Step
-from finetuning.training_data.prompt_sampling import PromptMix, add_click
+from finetuning.training_data.prompt_sampling import PromptMix, add_click, draw_prompt
 from finetuning.training_data.thin_objects import (
     choose_loss_grid,
     forgiven_cells,
@@ -228,7 +228,7 @@ def test_the_grid_is_found_once_kept_with_the_model_and_by_resume(
     assert first.status == 0 and first.out.count("the loss uses 512") == 1, first.err
     assert load_checkpoint(Path("output/sam2_best.pt"))["settings"]["loss_grid"] == 512
     resumed = run_script(*train, "--epochs", 2, "--resume")
-    assert resumed.status == 0 and "thin objects" not in resumed.out, resumed.err
+    assert resumed.status == 0 and "thin or small objects" not in resumed.out, resumed.err
     assert load_checkpoint(Path("output/sam2_final.pt"))["settings"]["loss_grid"] == 512
     other = run_script(*train, "--epochs", 3, "--resume", "--loss-grid", 256)
     assert other.status == 2 and "--loss-grid 512, not 256" in other.err
@@ -260,3 +260,11 @@ def test_the_grid_is_one_of_a_few(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--loss-grid", "300"])
     assert "loss-grid" in capsys.readouterr().err
+
+
+def test_a_box_lies_on_its_object_in_a_wide_image():
+    mask = np.zeros((200, 600), bool)
+    mask[50:120, 450:560] = True
+    for seed in range(5):
+        x1, y1, x2, y2 = draw_prompt(mask, "box", np.random.default_rng(seed)).point_coords.ravel()
+        assert 425 < x1 < 475 and 535 < x2 < 590 and y1 < 70 and y2 > 100

@@ -36,8 +36,8 @@ KOREAN = {
         "\n저장: {names}, 그림 {count}장 (폴더: {output})"
     ),
     # How masks are cleaned
-    "the masks of both models are cleaned (--clean off): {changes}": (
-        "두 모델의 마스크를 모두 정리했습니다(끄기: --clean off): {changes}"
+    "the masks of both models are cleaned: {changes}; --clean off leaves them as they are": (
+        "두 모델의 마스크를 모두 정리했습니다: {changes}. --clean off로 끌 수 있습니다"
     ),
     "{changes}; without a prompt, {whole}": "{changes}; 프롬프트가 없으면 {whole}",
     "masks keep their largest part and those with a click": "가장 큰 조각과 클릭한 조각만 남김",

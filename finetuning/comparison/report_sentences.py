@@ -105,7 +105,7 @@ def cleaning_sentences(comparisons: list[Comparison]) -> list[str]:
     found = dict.fromkeys(comparison.models[-1].cleaning for comparison in comparisons)
     return [
         say(
-            "the masks of both models are cleaned (--clean off): {changes}",
+            "the masks of both models are cleaned: {changes}; --clean off leaves them as they are",
             changes=describe_cleaning(cleaning),
         )
         for cleaning in found

@@ -54,7 +54,6 @@ def plan_trainings(
     folds validates on fold N, trains on the others, and has the folder fold_N.
     """
     if not folds:
-        recipe = recipe.with_epochs(len(pairs["train"]))
         recipes = [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(runs)]
         return [
             Training(
@@ -68,7 +67,6 @@ def plan_trainings(
     by_key = keyed(pairs)
     groups = fold_groups(by_key, folds)
     fold_keys = [set(fold) for fold in make_folds(by_key, folds, recipe.seed, groups)]
-    recipe = recipe.with_epochs(len(by_key) * (folds - 1) // folds)  # the same in all folds
     return [
         Training(
             f"fold {number} of {folds}",
@@ -100,17 +98,20 @@ def which_resume(trainings: Sequence[Training], resume: bool) -> list[bool]:
     return [resume and (is_begun or not any(begun)) for is_begun in begun]
 
 
-def forget_conclusion(output: Path, folds: int | None) -> None:
-    """Remove the table of the repeats, and the mean model: resuming makes them outdated."""
-    for name in [FOLDS_FILE] if folds else [RUNS_FILE, MEAN_FILE]:
+def forget_conclusion(output: Path, runs: int, folds: int | None) -> None:
+    """Remove the table of the repeats, and the mean model: resuming makes them outdated.
+
+    A single run that is resumed would not make a mean again, so it stays.
+    """
+    outdated = [FOLDS_FILE] if folds else [RUNS_FILE, MEAN_FILE] if runs > 1 else [RUNS_FILE]
+    for name in outdated:
         (output / name).unlink(missing_ok=True)
 
 
 def describe_training(training: Training, data: Path) -> str:
     train_count, val_count = map(len, training.pairs.values())
     title = f"{training.title}: " if training.title else ""
-    counts = f"{train_count} training and {val_count} validation images from {data}"
-    return f"{title}{counts}, {training.recipe.epochs} epochs"
+    return f"{title}{train_count} training and {val_count} validation images from {data}"
 
 
 def describe_model(
@@ -136,11 +137,16 @@ def only_run_of(output: Path, trainings: Sequence[Training], resume: bool) -> It
         yield
 
 
-def choose_thresholds(training: Training, device: torch.device, precision: torch.dtype) -> None:
-    """Choose the thresholds of --auto objects for the best model, and save them in its file."""
-    if distributed.rank() == 0:
-        best, images = training.output / BEST_FILE, training.pairs["train"]
-        object_matching.keep_rule(best, device, precision, images, training.recipe.seed)
+def choose_thresholds(
+    training: Training, name: str, device: torch.device, precision: torch.dtype
+) -> None:
+    """Choose the thresholds of --auto objects for a model, and save them in its file.
+
+    name: the file's, in the training's output; nothing is done if there is none.
+    """
+    file, images = training.output / name, training.pairs["train"]
+    if distributed.rank() == 0 and file.is_file():
+        object_matching.keep_rule(file, device, precision, images, training.recipe.seed)
 
 
 def describe_results(output: Path) -> str:

@@ -217,8 +217,8 @@ def save_model(
 def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Load what save_state saved, for a run with these settings.
 
-    Where they say "auto", any value will do. Raises UserError if there is no such run, or its
-    settings, its data or its model differ.
+    Where they say "auto", any value that auto may find will do. Raises UserError if there is no
+    such run, or its settings, its data or its model differ.
     """
     path = output / STATE_FILE
     if not path.is_file():
@@ -233,7 +233,8 @@ def load_state(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "resume it with that version, or use another --output"
         )
     for name in [name for name in settings if name not in FREE_SETTINGS]:
-        if settings[name] not in ("auto", saved[name]):
+        is_found = settings[name] == "auto" and saved[name] not in ("off", IMAGE)
+        if settings[name] != saved[name] and not is_found:
             option = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"the run in {output} had {option} {saved[name]}, not {settings[name]}; "
@@ -269,14 +270,15 @@ def are_settings(values: Any) -> bool:
     return (
         are_plain
         and _is_number(values.get("lr"))
-        and _is_augment(values.get("augment"))
-        and values.get("loss_grid") in (None, IMAGE, *LOSS_GRIDS)  # None: of an earlier version
+        # An earlier version had neither
+        and _is_augment(values.get("augment", "auto"))
+        and values.get("loss_grid", IMAGE) in (IMAGE, *LOSS_GRIDS)
     )
 
 
 def _is_augment(value: Any) -> bool:
     is_count = isinstance(value, int) and 0 < value < MOST_VARIANTS
-    return value in ("auto", "off", None) or is_count  # None: of another version of this project
+    return value in ("auto", "off") or is_count
 
 
 def _is_number(value: Any) -> bool:

@@ -52,12 +52,6 @@ class Variant(NamedTuple):
         """Return the variant of an HxW mask."""
         return self.view.of_array(mask[self.crop(mask.shape)])
 
-    def of_objects(self, objects: Objects) -> Objects:
-        """Return the variant of an image's objects; of those that it crops away, empty masks."""
-        rows, columns = self.crop(objects.size)
-        size = self.view.of_size((rows.stop - rows.start, columns.stop - columns.start))
-        return Objects(size, range(len(objects)), lambda k: self.of_mask(objects[k]))
-
     def crop(self, size: tuple[int, int]) -> tuple[slice, slice]:
         """Return the rows and columns of an image of (H,W) that the variant shows."""
         height, width = (max(1, round(self.side * length)) for length in size)

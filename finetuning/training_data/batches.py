@@ -96,7 +96,7 @@ class TrainingSet(Dataset):
     """Loads the batch of a Step.
 
     Prompts and variants depend only on the seed, the epoch, the step's number and the images, so
-    neither worker processes nor the cache change them.
+    worker processes do not change them. Without a cache, each epoch draws new variants.
     """
 
     def __init__(
@@ -224,11 +224,9 @@ class TrainingSet(Dataset):
         new = [k for k in chosen if masks is None or k not in masks.packed]
         if new:
             objects = objects or read_objects(pair)
-            read = pack_masks(
-                variant.of_objects(objects) if variant else objects, new, self.loss_grid
-            )
-            packed = (masks.packed if masks else {}) | read.packed
-            masks = read._replace(packed=packed, size=objects.size)
+            change = variant.of_mask if variant else None
+            read = pack_masks(objects, new, self.loss_grid, change)
+            masks = read._replace(packed=(masks.packed if masks else {}) | read.packed)
             if not self.augmentation.draws_anew:  # else no other epoch shows this variant
                 known[key] = masks
         require_equal_sizes(pair.image, size, pair.mask, masks.size)

@@ -52,7 +52,7 @@ def open_features(
     if number == "auto":
         plain = [image for of_split in images.values() for image in of_split]
         number = _number_that_fits(cache, plain, train, further)
-        if number < wanted:
+        if number < 1 + max(map(len, further), default=0):
             tell(
                 f"augmentation: {number} of {wanted} variants of each image, as the disk of "
                 f"{folder} is nearly full; --cache names a folder on another one"
@@ -69,22 +69,28 @@ def _number_that_fits(
     pairs: list[Pair],
     further: list[list[Drawn]],
 ) -> int:
-    """Return how many variants of each image fit into DISK_SHARE of the free space; at least 1.
+    """Return how many variants of each image fit into DISK_SHARE of a disk's space; at least 1.
 
-    images: those that are encoded in any case. Features that are cached need no space.
+    The space is what is free, and what their features take already, so that a second run with the
+    same options has as many. images: those that are encoded in any case.
     """
-    most = 1 + max(map(len, further))
+    most = 1 + max(map(len, further), default=0)
 
     def up_to(number: int) -> list[CachedImage]:
         return [*images, *images_of(pairs, [of_image[: number - 1] for of_image in further])]
 
-    def fits(number: int) -> bool:
-        needed = cache.size_in_bytes(len(cache.missing(up_to(number))))
-        return needed <= DISK_SHARE * shutil.disk_usage(cache.folder).free
+    def find() -> int:
+        cached = len(set(up_to(most))) - len(cache.missing(up_to(most)))
+        free = shutil.disk_usage(cache.folder).free
+        room = DISK_SHARE * (free + cache.size_in_bytes(cached))
+        for number in range(most, 1, -1):
+            images = up_to(number)
+            if cache.size_in_bytes(len(set(images))) <= room or not cache.missing(images):
+                return number
+        return 1
 
     if most == 1:
         return 1
     cache.folder.mkdir(parents=True, exist_ok=True)
     cache.look_up(up_to(most))
-    numbers = range(most, 1, -1)
-    return distributed.from_first(lambda: next((number for number in numbers if fits(number)), 1))
+    return distributed.from_first(find)

@@ -66,13 +66,14 @@ def _plan_prompts(points: str, rng: np.random.Generator) -> PromptPlan:
 
 
 def draw_prompt(grid: np.ndarray, kind: str, rng: np.random.Generator) -> Prompt:
-    """Draw a prompt of a plan's kind from an SxS bool mask; jitter a box as people draw it."""
+    """Draw a prompt of a plan's kind from an HxW bool mask; jitter a box as people draw it."""
     if kind != "box":
         return prompt_from_mask(grid, kind, rng)
     x1, y1, x2, y2 = mask_box(grid)
     sides = np.array([x2 - x1, y2 - y1] * 2)
     jitter = rng.normal(0, BOX_JITTER, 4).clip(-2 * BOX_JITTER, 2 * BOX_JITTER) * sides
-    return make_prompt(box=(np.array([x1, y1, x2, y2]) + jitter).clip(0, len(grid) - 1))
+    last = np.array(grid.shape[::-1] * 2) - 1  # the last column and row, for both corners
+    return make_prompt(box=(np.array([x1, y1, x2, y2]) + jitter).clip(0, last))
 
 
 def add_click(
@@ -125,10 +126,7 @@ def add_clicks(
     for _ in range(plan.clicks):
         prediction = predict_masks(predictor, features, prompts, sizes, decoder, mask_inputs)
         chosen, _ = choose_masks(predictor, prediction)
-        masks = [
-            (upscale_masks(predictor, logits[None], true.shape)[0, 0] > 0).cpu().numpy()
-            for logits, true in zip(chosen, cells, strict=True)
-        ]
+        masks = _masks_on(predictor, chosen, [true.shape for true in cells])
         prompts = [
             add_click(prompt, mask & ~ignored, true, size)
             for prompt, mask, ignored, true, size in zip(
@@ -138,3 +136,15 @@ def add_clicks(
         # SAM2ImagePredictor clamps the logits that users pass on as mask_input the same way
         mask_inputs = chosen.clamp(-32, 32) if plan.gives_mask else None
     return prompts, mask_inputs
+
+
+def _masks_on(
+    predictor: SAM2ImagePredictor, logits: torch.Tensor, sizes: list[tuple[int, int]]
+) -> list[np.ndarray]:
+    """Return where Bx1xhxw mask logits are above 0, each upscaled to its (H,W)."""
+    if len(set(sizes)) == 1:  # a GPU is waited for only once
+        return list((upscale_masks(predictor, logits, sizes[0])[:, 0] > 0).cpu().numpy())
+    return [
+        (upscale_masks(predictor, one[None], size)[0, 0] > 0).cpu().numpy()
+        for one, size in zip(logits, sizes, strict=True)
+    ]

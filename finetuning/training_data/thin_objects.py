@@ -53,25 +53,28 @@ def forgiven_cells(coverage: np.ndarray) -> np.ndarray:
     return (coverage > 0) & ~object_cells(coverage)
 
 
-def choose_loss_grid(pairs: list[Pair], seed: int = DRAW_SEED) -> int:
+def choose_loss_grid(
+    pairs: list[Pair], image_size: int = LOSS_GRIDS[-1], seed: int = DRAW_SEED
+) -> int:
     """Return the coarsest of LOSS_GRIDS on which training objects lose a tenth of their pixels.
 
-    It is not finer than the images. Prints a line if the objects are thin. The share is the mean
-    over objects, not the median, so that some thin objects among thick ones count. The same seed
-    in every run, whatever its --seed, keeps runs comparable.
+    It is not finer than the images, nor than the model's input, image_size pixels wide. Prints a
+    line if the objects are thin or small. The share is the mean over objects, not the median, so
+    that some thin objects among thick ones count. The same seed in every run, whatever its --seed,
+    keeps runs comparable.
     """
     found = distributed.from_first(lambda: _measure(pairs, seed))
     if not found:
         return LOSS_GRID
-    side = np.median([image_side for image_side, _ in found])
+    side = min(image_size, np.median([image_side for image_side, _ in found]))
     means = np.mean([losses for _, losses in found], axis=0)
     lost = {grid: mean for grid, mean in zip(LOSS_GRIDS, means, strict=True) if grid <= side}
     enough = [grid for grid, mean in lost.items() if mean <= TOLERATED]
     chosen = min(enough) if enough else max(lost, default=LOSS_GRID)
     if chosen != LOSS_GRID:
         print(
-            f"thin objects: on a grid of {LOSS_GRID} they lose {lost[LOSS_GRID]:.0%} of their "
-            f"pixels (mean), on {chosen} {lost[chosen]:.0%}; the loss uses {chosen}"
+            f"thin or small objects: on a grid of {LOSS_GRID} they lose {lost[LOSS_GRID]:.0%} of "
+            f"their pixels (mean), on {chosen} {lost[chosen]:.0%}; the loss uses {chosen}"
         )
     return chosen
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import cv2
@@ -38,11 +38,15 @@ class ImageMasks(NamedTuple):
 
 
 def pack_masks(
-    objects: Objects, numbers: Iterable[int], loss_grid: int | str = LOSS_GRID
+    objects: Objects,
+    numbers: Iterable[int],
+    loss_grid: int | str = LOSS_GRID,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> ImageMasks:
     """Compress the masks of the given objects, which may include ALL_OBJECTS and BACKGROUND.
 
-    loss_grid: cells per side, or IMAGE.
+    loss_grid: cells per side, or IMAGE. change: returns the HxW bool mask of a variant of the
+    image, which may have another size; None: the image is shown as it is.
     """
     packed: dict[int, bytes] = {}
     shape = objects.size if loss_grid == IMAGE else (loss_grid, loss_grid)
@@ -51,7 +55,9 @@ def pack_masks(
         same = 0 if k == ALL_OBJECTS and len(objects) == 1 else k
         if same not in packed:
             mask = object_mask(objects, same)
+            mask = change(mask) if change else mask
             grid = mask * np.uint8(255) if loss_grid == IMAGE else mask_on_grid(mask, loss_grid)
+            shape = grid.shape
             packed[same] = zlib.compress(grid, level=1)
         packed[k] = packed[same]
     return ImageMasks(objects.size, len(objects), packed, shape)
