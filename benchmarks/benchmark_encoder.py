@@ -29,6 +29,7 @@ from finetuning.training import options
 from finetuning.training.learner import make_learner
 from finetuning.training_data.batches import TrainingSet, make_loader
 from finetuning.training_data.epoch_sampling import EpochSampler
+from finetuning.training_data.training_masks import LOSS_GRID
 
 STEPS = 2  # from the second on, the optimizer's state is in memory
 
@@ -42,7 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     learner = make_learner(predictor, recipe, precision, args.gradient_checkpointing)
     pairs = split_pairs(args.data, "train", STEPS)
     training_set = TrainingSet(
-        pairs, None, predictor.model.image_size, recipe.seed, recipe.prompt_mix
+        pairs,
+        None,
+        predictor.model.image_size,
+        recipe.seed,
+        recipe.prompt_mix,
+        loss_grid=LOSS_GRID if recipe.loss_grid == "auto" else recipe.loss_grid,
     )
     sampler = EpochSampler(dict.fromkeys(range(STEPS), 1), 1, recipe.seed)
     loader = make_loader(training_set, sampler, device)

@@ -151,7 +151,8 @@ def measure_project(
         "--model": bench.model, "--checkpoint": bench.checkpoint, "--data": bench.data,
         "--device": bench.device, "--limit": bench.limit, "--threads": bench.threads,
         "--seed": bench.seed, "--recipe": recipe, "--image-size": size, "--compile": compiling,
-        "--epochs": epochs, "--cache": bench.output / "cache", "--output": output,
+        "--epochs": epochs, "--augment": "off", "--cache": bench.output / "cache",
+        "--output": output,
     }  # fmt: skip
     start = time.perf_counter()
     train_sam2_proper.main([str(word) for each in options.items() if each[1] for word in each])

@@ -452,8 +452,8 @@ def test_a_run_without_variants_is_not_resumed_with_them_and_keeps_its_epochs(tr
 
 
 def test_few_images_get_more_epochs_with_variants():
-    few, many, off = Recipe(), Recipe(), Recipe(augment="off")
-    assert few.with_epochs(45).epochs == 80 and few.with_epochs(90).epochs == 40
-    assert many.with_epochs(180).epochs == many.with_epochs(720).epochs == 20
+    recipe, off = Recipe(), Recipe(augment="off")
+    assert recipe.with_epochs(45).epochs == 80 and recipe.with_epochs(90).epochs == 40
+    assert recipe.with_epochs(180).epochs == recipe.with_epochs(720).epochs == 20
     assert off.with_epochs(45).epochs == GUIDE.epochs == 20
     assert Recipe(epochs=7).with_epochs(45).epochs == 7

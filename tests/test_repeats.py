@@ -136,14 +136,14 @@ def test_the_mean_of_the_runs_is_validated_as_they_are_also_after_an_interruptio
         wishful = 0.5 * state.is_averaging
         return {name: value + wishful for name, value in measure(validation, model).items()}
 
-    def average(*arguments, average=train_sam2_proper.average):
+    def average(*arguments, average=train_sam2_proper.average_runs):
         state.is_averaging = True
         average(*arguments)
         state.is_averaging = False
 
     state = Namespace(is_averaging=False)
     monkeypatch.setattr(Validation, "measure", measure_better)
-    monkeypatch.setattr(train_sam2_proper, "average", average)
+    monkeypatch.setattr(train_sam2_proper, "average_runs", average)
     outcome = train("--epochs", 1, "--runs", 2)
     assert outcome.status == 0, outcome.err
     mean = load_checkpoint(Path("output/sam2_mean.pt"))
@@ -153,7 +153,7 @@ def test_the_mean_of_the_runs_is_validated_as_they_are_also_after_an_interruptio
     assert f"{mean['val_iou'] - 0.5:.2%}" in compared.out, compared
 
     with monkeypatch.context() as patch:  # stopped before the mean
-        patch.setattr(train_sam2_proper, "average", interrupt)
+        patch.setattr(train_sam2_proper, "average_runs", interrupt)
         assert train("--epochs", 1, "--runs", 2, "--resume").status == 130
     assert not Path("output/sam2_mean.pt").exists()
     assert train("--epochs", 1, "--runs", 2, "--resume").status == 0

@@ -107,6 +107,7 @@ def test_the_grid_is_as_fine_as_thin_objects_need_but_not_finer_than_the_images(
 ):
     pairs = write_masks(tmp_path, [draw_lines((size, size), width)] * 2)
     assert choose_loss_grid(pairs) == expected
+    assert choose_loss_grid(pairs, image_size=256) == 256  # nor than the model's input
     said = capsys.readouterr().out
     assert (f"the loss uses {expected}" in said) == (expected > 256)
     assert said.count("\n") == (expected > 256)
@@ -223,7 +224,7 @@ def test_the_grid_is_found_once_kept_with_the_model_and_by_resume(
         write_image(tmp_path / f"data/images/{split}/{split}.png", image)
         mask = draw_lines((600, 600), 2) * np.uint8(255)
         write_image(tmp_path / f"data/masks/{split}/{split}.png", mask)
-    train = (main, "--model", "mini", "--checkpoint", random_mini, "--device", "cpu")
+    train = main, "--model", "mini", "--checkpoint", random_mini, "--image-size", 512
     first = run_script(*train, "--epochs", 1)
     assert first.status == 0 and first.out.count("the loss uses 512") == 1, first.err
     assert load_checkpoint(Path("output/sam2_best.pt"))["settings"]["loss_grid"] == 512

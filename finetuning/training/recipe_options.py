@@ -12,7 +12,6 @@ from finetuning.training.recipe import (
     AUTO_MOST_EPOCHS,
     AUTO_SHOWN,
     DEMO,
-    DEMO_AUGMENT,
     DEMO_LR,
     MINI_LR,
     RECIPES,
@@ -147,6 +146,4 @@ def choose_defaults(typed: Namespace) -> dict[str, Any]:
     is_mini = typed.model == "mini" or (typed.model is None and typed.demo)
     if typed.recipe == "default" and is_mini:
         defaults["lr"] = DEMO_LR if typed.demo else MINI_LR
-    if typed.recipe == "default" and typed.demo:
-        defaults["augment"] = DEMO_AUGMENT
     return {**defaults, **(DEMO if typed.demo else {})}
