@@ -17,7 +17,7 @@ from finetuning.training import run_files
 from train_sam2_proper import main
 
 OPTIONS = ("--model", "mini", "--device", "cpu", "--epochs", "3", "--lr", "1e-3")
-OPTIONS += ("--batch-size", "2", "--precision", "float32")
+OPTIONS += ("--batch-size", "2", "--precision", "float32", "--augment", "2")
 
 # Each is a function of the scripts, and which of its calls the process does not survive.
 MOMENTS = {
@@ -25,7 +25,7 @@ MOMENTS = {
     "in the middle of the first epoch": (train_sam2_proper, "batch_loss", 2),
     "between the best file and the state": (run_files, "save_state", 3),
     "between the state and the log": (run_files, "write_log", 2),
-    "while a file takes its name": (Path, "replace", 12),
+    "while a file takes its name": (Path, "replace", 17),
 }
 
 
@@ -136,7 +136,7 @@ def test_ctrl_c_while_images_are_encoded_keeps_those_that_are(
     run_script, tmp_path, random_mini, monkeypatch
 ):
     write_data(tmp_path / "data", train=4, val=1)
-    options = (*OPTIONS[:4], "--checkpoint", random_mini, "--epochs", 1)
+    options = (*OPTIONS[:4], "--checkpoint", random_mini, "--epochs", 1, "--augment", "off")
     encode_images, encoded = feature_cache.encode_images, []
 
     def interrupt(*arguments):
