@@ -5,8 +5,8 @@
 
 The guide's recipe trains on all training images. Of its learning rates and its epochs, the best on
 val counts, as in its sam2_best.pt. The default, or another --recipe of recipes.py, trains on the
-first N images, for each N and seed, and its last weights count. The answer is the smallest N whose mean IoU on val, with one
-point, reaches the guide's.
+first N images, for each N and seed, and its last weights count. The answer is the smallest N whose
+mean IoU on val, with one point, reaches the guide's.
 
 The hours are computed from seconds an image of a full-size model: `small` at 1024 pixels on 2 CPU
 cores, as benchmark_training.py measured them (benchmarks/README.md). Options give others. So the
