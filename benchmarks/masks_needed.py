@@ -3,10 +3,11 @@
     python benchmarks/masks_needed.py --model mini --train-images 45 90 180
     python benchmarks/masks_needed.py --model mini --train-images 45 90 180 --epochs 80 40 20
 
-The guide's recipe trains on all training images. Of its learning rates and its epochs, the best on
-val counts, as in its sam2_best.pt. The default recipe trains on the first N images, for each N and
-seed, and its last weights count. The answer is the smallest N whose mean IoU on val, with one
-point, reaches the guide's.
+The guide's recipe trains on all training images, with its own learning rate and with the one that
+is best for mini. Its best epoch on val counts, as in its sam2_best.pt. The default, or another
+--recipe of recipes.py, trains on the first N images, for each N and seed, and its last weights
+count. The answer is the smallest N from which on the mean IoU on val, with one point, reaches the
+guide's.
 
 The hours are computed from seconds an image of a full-size model: `small` at 1024 pixels on 2 CPU
 cores, as benchmark_training.py measured them (benchmarks/README.md). Options give others. So the
@@ -31,7 +32,7 @@ from sam2_utils import UserError
 import numpy as np
 
 from benchmarks.recipe_runs import BEST, LAST, Bench, Run, do_runs
-from benchmarks.recipes import add_bench_options, check_counts, open_bench
+from benchmarks.recipes import COMPARED, add_bench_options, check_counts, open_bench
 from finetuning.basics.command_line import ArgumentParser, number, run
 from finetuning.basics.files import write_csv
 from finetuning.dataset.pairs import split_pairs
@@ -54,7 +55,7 @@ class Seconds(NamedTuple):
     def of_guide(self, images: int, epochs: int) -> float:
         return images * epochs * self.guide_step
 
-    def of_default(self, encoded: int, images: int, epochs: int) -> float:
+    def with_cache(self, encoded: int, images: int, epochs: int) -> float:
         """Return the seconds of encoding images, or variants of them, and of the steps."""
         return encoded * self.encode + images * epochs * self.step
 
@@ -71,22 +72,22 @@ def plan_guide(lrs: Sequence[float], epochs: int, seeds: int) -> dict[float, lis
     }
 
 
-def plan_default(
-    lr: float, counts: Sequence[int], epochs: Sequence[int], seeds: int
+def plan_few(
+    name: str, lr: float, counts: Sequence[int], epochs: Sequence[int], seeds: int
 ) -> dict[int, list[Run]]:
-    """Return the runs of the default recipe, by the number of training images.
+    """Return the runs of a recipe with few training images, by their number.
 
-    epochs: of each number of images, or one for all.
+    name: of the recipe, in COMPARED. epochs: of each number of images, or one for all.
     """
     epochs = epochs * len(counts) if len(epochs) == 1 else epochs
     if len(epochs) != len(counts):
         raise UserError("--epochs: give one number, or one for each of --train-images")
     recipes = {
-        count: replace(DEFAULT, epochs=own_epochs, lr=lr)
+        count: replace(COMPARED[name][0], epochs=own_epochs, lr=lr)
         for count, own_epochs in sorted(zip(counts, epochs, strict=True))
     }
     return {
-        count: [Run("the default", recipe, (seed,), count) for seed in range(seeds)]
+        count: [Run(name, recipe, (seed,), count) for seed in range(seeds)]
         for count, recipe in recipes.items()
     }
 
@@ -120,17 +121,17 @@ def rows_of_guide(
     return rows
 
 
-def rows_of_default(
+def rows_of_few(
     runs: dict[int, list[Run]], guide_took: float, seconds: Seconds, bench: Bench
 ) -> list[dict[str, object]]:
-    """Do the default recipe's runs, fewest images first; return a row for each number."""
+    """Do the runs of plan_few, fewest images first; return a row for each number."""
     rows = []
     for count, planned in runs.items():
         done = do_runs(planned, bench, f"{count} images")
         recipe, encoded = planned[0].recipe, int(done[0]["encoded images"])
-        took = seconds.of_default(encoded, count, recipe.epochs)
+        took = seconds.with_cache(encoded, count, recipe.epochs)
         ious = [float(row[MEASURE]) for row in done]
-        rows.append(row_of("the default, last epoch", recipe, count, ious, took, guide_took))
+        rows.append(row_of(f"{planned[0].name}, {LAST}", recipe, count, ious, took, guide_took))
     return rows
 
 
@@ -146,9 +147,8 @@ def format_rows(rows: list[dict[str, object]]) -> str:
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     for row in rows:
         *plain, iou, spread, hours, faster = row.values()
-        lines.append(
-            (*map(str, plain), f"{iou:.4f}", f"{spread:.4f}", f"{hours:.2f}", f"{faster:.1f}")
-        )
+        numbers = f"{iou:.4f}", f"{spread:.4f}" if row["seeds"] > 1 else "", f"{hours:.2f}"
+        lines.append((*map(str, plain), *numbers, f"{faster:.1f}"))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -156,12 +156,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
     at_least_1, above_0 = number(int, at_least=1), number(float, above=0)
     parser.add_argument(
+        "--recipe", choices=COMPARED, default="the default", help="the one that is to need fewer"
+    )
+    parser.add_argument(
         "--train-images", nargs="+", type=at_least_1, default=[45, 90, 180], metavar="N",
-        help="train the default recipe on the first N training images",
+        help="train the recipe on the first N training images",
     )  # fmt: skip
     parser.add_argument(
         "--epochs", nargs="+", type=at_least_1, default=[20], metavar="N",
-        help="of the default recipe, for all numbers of images or for each",
+        help="of the recipe, for all numbers of images or for each",
     )  # fmt: skip
     parser.add_argument("--guide-epochs", type=at_least_1, default=20, help="of the guide's")
     parser.add_argument(
@@ -180,26 +183,26 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_counts(args.train_images, split_pairs(args.data, "train", args.limit))
     lr = MINI_LR if args.model == "mini" else DEFAULT.lr
-    runs = plan_default(lr, args.train_images, args.epochs, args.seeds)
+    runs = plan_few(args.recipe, lr, args.train_images, args.epochs, args.seeds)
     bench, _, pairs = open_bench(args)
     seconds = Seconds(args.guide_step, args.encode, args.step)
     guide_runs = plan_guide(args.guide_lrs, args.guide_epochs, args.guide_seeds)
     images = len(pairs["train"])
     rows = rows_of_guide(guide_runs, images, seconds, bench)
-    goal = max(row["val IoU"] for row in rows)
-
     guide_took = seconds.of_guide(images, args.guide_epochs)
-    of_default = rows_of_default(runs, guide_took, seconds, bench)
+    few = rows_of_few(runs, guide_took, seconds, bench)
 
     print(f"{bench.model} on {args.data}, {len(pairs['val'])} val images, {MEASURE}")
     print(f"hours: computed from {seconds}, seconds an image\n")
-    print(format_rows([*rows, *of_default]))
-    needed = find_needed({row["training images"]: row["val IoU"] for row in of_default}, goal)
-    print(
-        f"\nthe guide's recipe reaches {goal:.4f} with {images} masks; the default needs", end=" "
-    )
-    print(f"{needed} of them" if needed else f"more than {max(args.train_images)}")
-    table = [list(row.values()) for row in (*rows, *of_default)]
+    print(format_rows([*rows, *few]))
+    reached = {row["training images"]: row["val IoU"] for row in few}
+    print()
+    for row in rows[: len(args.guide_lrs)]:  # of the best epochs
+        needed = find_needed(reached, row["val IoU"])
+        count = f"{needed} of them" if needed else f"more than {max(args.train_images)}"
+        goal = f"--lr {row['lr']:g} reaches {row['val IoU']:.4f} with {images} masks"
+        print(f"the guide's recipe with {goal}; {args.recipe} needs {count}")
+    table = [list(row.values()) for row in (*rows, *few)]
     write_csv(args.output / "masks_needed.csv", COLUMNS, table)
     print(f"wrote runs.csv and masks_needed.csv to {args.output}")
 
