@@ -227,7 +227,7 @@ def train(
 
     # The epochs
     sampler = EpochSampler(objects, recipe.batch_size, recipe.seed, recipe.objects_per_image)
-    if not state and recipe.augment != "off" and distributed.rank() == 0:
+    if not state and training_set.augmentation.is_on and distributed.rank() == 0:
         draw_augmentation(output / AUGMENTATION_FILE, training_set, sampler, recipe.epochs)
     loader = batches.make_loader(training_set, sampler, predictor.device)
     fit(learner, model, loader, validation, recipe, log, settings, output)

@@ -238,7 +238,7 @@ def test_the_option_counts_the_unchanged_image_and_the_guide_has_none():
     parsed = {text: parse_args(["--augment", text]).recipe.augment for text in ("auto", "off", "3")}
     assert parsed == {"auto": "auto", "off": "off", "3": 3}
     assert parse_args(["--augment", "1"]).recipe.augment == "off"
-    assert parse_args([]).recipe.augmentation == Augment("auto", False, True)
+    assert parse_args([]).recipe.augmentation == Augment("auto", False, 2)
     assert parse_args(["--turns"]).recipe.augmentation.turns
     assert parse_args(["--recipe", "guide"]).recipe.augment == "off"
     for wrong in ("0", "-1", "1.5", "many"):
@@ -434,12 +434,12 @@ def test_what_the_picture_draws_lies_on_the_objects(tmp_path):
 def test_views_are_drawn_evenly():
     pair, augmentation = (
         Pair("a", Path("a.png"), Path("b.png")),
-        Augmentation(Augment(1, True), [[]]),
+        Augmentation(Augment(1, True, mirror_from=1), [[]]),
     )
     views = [augmentation.show(pair, 0, epoch, seed=0).view for epoch in range(1, 401)]
     assert set(views) == set(ALL_VIEWS)
     assert all(views.count(view) > 25 for view in ALL_VIEWS)
-    only = augmentation._replace(augment=Augment(1, True, mirror_features=False))
+    only = augmentation._replace(augment=Augment(1, True, mirror_from=99))
     assert only.show(pair, 0, 1, seed=0).view == UPRIGHT
 
 

@@ -39,7 +39,7 @@ class Recipe:
     # about 1,000 encoded images allow, at most 8; off
     augment: int | str = "auto"
     turns: bool = False  # whether images have no upright: variants are turned, not only mirrored
-    mirror_features: bool = True  # unless augment is off: cached features are mirrored, too
+    mirror_from: int = 2  # variants of an image, with which cached features are mirrored, too
 
     # The loss
     mask_loss: str = "first"  # which of the three masks learn: first, best or all
@@ -77,7 +77,7 @@ class Recipe:
     @property
     def augmentation(self) -> Augment:
         """The part of the recipe that varies the training images."""
-        return Augment(self.augment, self.turns, self.mirror_features)
+        return Augment(self.augment, self.turns, self.mirror_from)
 
     @property
     def prompt_mix(self) -> PromptMix:

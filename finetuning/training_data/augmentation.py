@@ -1,9 +1,9 @@
 """Augmentation: training images and their masks, varied: mirrored, turned, cropped, recoloured.
 
 The frozen encoder sees a fixed number of variants of each image, so their features are cached like
-those of the image. Each epoch shows an image in one of them. Cached features are mirrored, too:
-they are nearly the features of the mirrored image, and cost nothing. Without a cache, each epoch
-draws new variants.
+those of the image. Each epoch shows an image in one of them. Their cached features are mirrored,
+too: these are nearly the features of the mirrored image, and cost nothing. Without a cache, each
+epoch draws new variants.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class Augment(NamedTuple):
 
     number: int | str = "off"  # of variants of an image, the unchanged one included; auto; off
     turns: bool = False  # whether images have no upright: they are turned, not only mirrored
-    mirror_features: bool = True  # whether cached features are mirrored (or turned), too
+    # Cached features are mirrored (or turned), too, with so many variants of an image or more
+    mirror_from: int = 2
 
 
 NO_AUGMENT = Augment()
@@ -161,6 +162,16 @@ class Augmentation(NamedTuple):
         """Whether each epoch draws new variants."""
         return self.augment.number != "off" and self.further is None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether images are shown otherwise than they are."""
+        return self.draws_anew or self._mirrors or any(self.further or ())
+
+    @property
+    def _mirrors(self) -> bool:
+        number = self.augment.number
+        return isinstance(number, int) and number >= self.augment.mirror_from
+
     def show(self, pair: Pair, index: int, epoch: int, seed: int) -> Shown:
         """Return how an epoch shows the image of a pair, by its index among the pairs."""
         if self.augment.number == "off":
@@ -175,7 +186,7 @@ class Augmentation(NamedTuple):
         block, place = divmod(epoch - 1, 1 + len(further))
         order = np.random.default_rng([seed, block, index, 0, 3]).permutation(1 + len(further))
         drawn, view = further[order[place] - 1] if order[place] else None, UPRIGHT
-        if self.augment.mirror_features:
+        if self._mirrors:
             rng = np.random.default_rng([seed, epoch, index, 0, 4])
             view = draw_view(rng, self.augment.turns)
         if drawn is None:
