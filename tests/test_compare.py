@@ -295,7 +295,7 @@ def test_one_encoding_serves_both_models_only_if_their_encoders_are_equal(
         return encode_images(*arguments)
 
     monkeypatch.setattr(model_module, "encode_images", count)
-    options = ("--original", random_mini, "--figures", 0)
+    options = ("--original", random_mini, "--figures", 0, "--clean", "off")
     from_cache = run_script(main, *options).out
     assert len(encoded) == 0
     shutil.rmtree(tmp_path / "output/cache")

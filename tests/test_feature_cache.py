@@ -1048,7 +1048,9 @@ def test_a_gpu_that_is_not_there_is_missed_before_anything_is_encoded(
 # ----------------------------------------------------------------------------------------------
 
 # Four images: three in the first batch, one in the last, where one process has none.
-STEPS = ("--epochs", 1, "--batch-size", 3, "--lr", 1e-3, "--precision", "float32")
+STEPS = (
+    "--epochs", 1, "--batch-size", 3, "--lr", 1e-3, "--precision", "float32", "--augment", 3,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

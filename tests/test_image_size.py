@@ -83,7 +83,15 @@ def test_new_images_are_segmented_at_that_size(run_script, trained):
     image = draw_pair(9)[0]
     write_image(Path("new.png"), image)
     outcome = run_script(
-        segmenting.main, "--image", "new.png", "--point", "60,40", "--checkpoint", trained
+        segmenting.main,
+        "--image",
+        "new.png",
+        "--point",
+        "60,40",
+        "--checkpoint",
+        trained,
+        "--clean",
+        "off",
     )
     assert outcome.status == 0, outcome.err
     predictor, _ = load_predictor(None, trained, CPU)

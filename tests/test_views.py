@@ -52,3 +52,11 @@ def test_mirrors_only_mirror():
         [[3, 4, 5], [0, 1, 2]],
         [[5, 4, 3], [2, 1, 0]],
     ]
+
+
+@pytest.mark.parametrize("view", ALL_VIEWS)
+def test_torch_takes_views_of_any_size(view):
+    for size in ((1, 1, 3), (1, 5, 3), (4, 1, 3)):
+        assert (
+            torch.from_numpy(view.of_array(np.zeros(size, np.uint8)).transpose(2, 0, 1)).any() == 0
+        )

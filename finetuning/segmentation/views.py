@@ -25,7 +25,8 @@ class View(NamedTuple):
     def of_array(self, values: np.ndarray) -> np.ndarray:
         """Return the view of an image or mask, HxW or HxWxC."""
         turned = np.rot90(values, self.turns)
-        return np.ascontiguousarray(turned[:, ::-1] if self.is_mirrored else turned)
+        # A copy: torch takes no negative strides, which even an image of one pixel would keep
+        return (turned[:, ::-1] if self.is_mirrored else turned).copy()
 
     def of_maps(self, maps: torch.Tensor) -> torch.Tensor:
         """Return the view of ...xHxW maps, such as mask logits."""
