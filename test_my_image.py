@@ -74,7 +74,7 @@ from finetuning.inference.volume_results import (
     write_volumes,
 )
 from finetuning.model.checkpoints import checkpoint_path
-from finetuning.model.loading import bands_of, load_segmenters, value_range_of
+from finetuning.model.loading import bands_of, cleaning_of, load_segmenters, value_range_of
 from finetuning.model.models import MODELS, ensure_checkpoint
 from finetuning.segmentation.automatic import SegmentedObject
 from finetuning.segmentation.averaging import add_views_option, choose_views
@@ -263,21 +263,18 @@ def main(argv: list[str] | None = None) -> None:
     segmenters, facts = load_segmenters(
         checkpoint, args.model, device, args.device == "mps", args.precision, opens_window
     )
-    for segmenter in segmenters.values():
-        segmenter.views = views
     tell(f"model:   {checkpoint} (SAM 2.1 {facts['model_name']})")
     if (bands := bands_of(facts)) and not args.bands:
         tell(f'warning: this model was trained with --bands "{bands}"; add it for such files')
     ranges, rule = (args.value_range, value_range_of(facts)), None
     if args.auto == "objects":
         rule = resolve_rule(facts, checkpoint, args.min_score, args.min_area)
-    cleaning = next(iter(segmenters.values())).cleaning
-    if args.clean == "off" or rule:  # SAM 2's mask generator has its own ways
-        cleaning = NO_CLEANING
+    # SAM 2's mask generator has its own ways to clean masks
+    cleaning = NO_CLEANING if args.clean == "off" or rule else cleaning_of(facts)
     if cleaning != NO_CLEANING:
         print(f"cleaned: {describe_cleaning(cleaning)}; --clean off leaves masks as they are")
     for segmenter in segmenters.values():
-        segmenter.cleaning = cleaning
+        segmenter.views, segmenter.cleaning = views, cleaning
     method = SegmentationMethod(segmenters, rule, opens_window)
 
     if not is_folder:

@@ -83,7 +83,7 @@ def test_a_decoder_that_treats_all_directions_alike_answers_as_without_views(vie
         make_prompt([(30, 4)], [(3, 20)], (5, 2, 33, 17)),
         make_prompt([(2, 9)], [(14, 1)], (1, 7, 9, 28)),
     ]
-    features = ViewFeatures(views, [view.of_features(upright) for view in views])
+    features = ViewFeatures(views, [Features(view.of_maps(maps), []) for view in views])
     for mask_inputs in (None, earlier):
         expected = decode_evenly(upright, prompts, sizes, mask_inputs)
         averaged = average_views(decode_evenly, features, prompts, sizes, mask_inputs)

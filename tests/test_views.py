@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from finetuning.segmentation.predicting import Features
 from finetuning.segmentation.prompts import make_prompt, mask_box
 from finetuning.segmentation.views import ALL_VIEWS, MIRRORS, UPRIGHT
 
@@ -36,8 +35,7 @@ def test_a_view_is_undone(view):
 def test_maps_turn_like_arrays_and_all_views_differ():
     values = np.arange(16.0).reshape(4, 4)
     maps = torch.from_numpy(values)[None, None]
-    features = Features(maps, [maps, maps])
-    seen = [view.of_features(features).image_embed[0, 0].numpy() for view in ALL_VIEWS]
+    seen = [view.of_maps(maps)[0, 0].numpy() for view in ALL_VIEWS]
     for view, turned in zip(ALL_VIEWS, seen, strict=True):
         assert np.array_equal(turned, view.of_array(values))
     assert len({turned.tobytes() for turned in seen}) == len(ALL_VIEWS)

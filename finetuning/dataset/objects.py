@@ -36,7 +36,7 @@ DEPTHS = (np.uint8, np.uint16)  # of label maps
 COMMENT_TAG = 270  # TIFF's ImageDescription
 # Decoders take damaged pages without an error, so a TIFF's comment holds what to check
 COMMENT = re.compile(rb"label maps of overlapping objects: (\d+), CRC-32 ([0-9a-f]{8})")
-DRAW_SEED = 42  # of limit_objects: every run validates on the same objects, whatever its --seed
+DRAW_SEED = 42  # of objects that stand for all: the same in every run, whatever its --seed
 
 
 class Objects(Sequence):

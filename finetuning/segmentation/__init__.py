@@ -7,5 +7,5 @@ drawing: draw masks and prompts on an image
 features: what the image encoder computes of images
 predicting: from features and prompts to masks and scores: the one path
 prompts: points and boxes, and clicks that correct a mask
-views: an image turned and mirrored, with its features and prompts
+views: an image turned and mirrored, with its masks and prompts
 """

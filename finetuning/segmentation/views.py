@@ -1,4 +1,4 @@
-"""An image turned and mirrored, with its masks, features and prompts.
+"""An image turned and mirrored, with its masks and prompts.
 
 A View is one of the 8 symmetries of a square. What is true of an image is true of each view of it,
 so training can show more of them, and the masks predicted from several views can be averaged
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from finetuning.segmentation.features import Features
 from finetuning.segmentation.prompts import Prompt
 
 
@@ -32,11 +31,6 @@ class View(NamedTuple):
         """Return the view of ...xHxW maps, such as mask logits."""
         turned = torch.rot90(maps, self.turns, (-2, -1)) if self.turns else maps
         return turned.flip(-1) if self.is_mirrored else turned
-
-    def of_features(self, features: Features) -> Features:
-        """Return features turned and mirrored: nearly the features of the view of the image."""
-        maps = [self.of_maps(values) for values in (features.image_embed, *features.high_res_feats)]
-        return Features(maps[0], maps[1:])
 
     def of_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the (H,W) of the view of an image of (H,W)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from finetuning.basics.command_line import ArgumentParser, number, seed
@@ -19,14 +20,9 @@ from finetuning.training.recipe import (
 from finetuning.training_data.training_masks import IMAGE, LOSS_GRIDS
 
 
-def parse_epochs(text: str) -> int | str:
-    """Parse --epochs as an argparse type: "auto" or a number."""
-    return text if text == "auto" else number(int, at_least=1)(text)
-
-
-def parse_rate(text: str) -> float | str:
-    """Parse --lr as an argparse type: "auto" or a number above 0."""
-    return text if text == "auto" else number(float, above=0)(text)
+def auto_or(parse: Callable[[str], float]) -> Callable[[str], float | str]:
+    """Return an argparse type: "auto" or a number that parse accepts."""
+    return lambda text: text if text == "auto" else parse(text)
 
 
 MOST_VARIANTS = 1000
@@ -34,7 +30,8 @@ MOST_VARIANTS = 1000
 
 def parse_augment(text: str) -> int | str:
     """Parse --augment as an argparse type: "auto", "off" or a number of variants; 1 is off."""
-    count = text if text in ("auto", "off") else number(int, at_least=1, below=MOST_VARIANTS)(text)
+    parse = auto_or(number(int, at_least=1, below=MOST_VARIANTS))
+    count = text if text == "off" else parse(text)
     return "off" if count == 1 else count
 
 
@@ -51,7 +48,7 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "epochs",
         f"passes over the images; auto: {AUTO_EPOCHS}, with augmentation up to {AUTO_MOST_EPOCHS}, "
         f"so that {AUTO_SHOWN:,} images are shown",
-        {"type": parse_epochs, "metavar": "auto|N"},
+        {"type": auto_or(AT_LEAST_1), "metavar": "auto|N"},
     ),
     ("batch_size", "images per step", {"type": AT_LEAST_1}),
     ("objects_per_image", "objects of an image shown per epoch, at most", {"type": AT_LEAST_1}),
@@ -59,7 +56,7 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "lr",
         "highest learning rate; auto: the best of several that are tried on part of the training "
         f"images first; mini's default is {MINI_LR:g}",
-        {"type": parse_rate},
+        {"type": auto_or(number(float, above=0))},
     ),
     (
         "schedule",

@@ -13,12 +13,11 @@ import numpy as np
 from finetuning.basics import distributed
 from finetuning.basics.cropped_masks import CroppedMask
 from finetuning.basics.threads import in_threads
-from finetuning.dataset.objects import read_objects
+from finetuning.dataset.objects import DRAW_SEED, read_objects
 from finetuning.dataset.pairs import Pair
 from finetuning.segmentation.clean_masks import NO_CLEANING, Cleaning, find_holes, find_parts
 
 MOST_IMAGES, MOST_OBJECTS = 200, 10  # read: images, and objects of each
-DRAW_SEED = 42  # of what is read: every run chooses the same, whatever its --seed
 # From strong to weak, as in Cleaning
 MIN_PARTS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 # Without a prompt, larger parts stay: no click or box tells which of them is meant
